@@ -1,0 +1,145 @@
+"""What passes between the engines and the compression library: observations in, encoded layers and caches out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from torch import Tensor
+
+from .recipe import ModelShape, Recipe
+
+
+class Part(IntEnum):
+    """Which part of a layer's cache a tensor belongs to; the numbers are those of `frame.proto`'s Kind."""
+
+    KEYS = 1
+    VALUES = 2
+    BASIS = 3
+    OUTLIERS = 4
+    POSITIONS = 5
+    HIDDEN = 6
+    TAIL = 7
+
+
+Rope = Callable[[Tensor, Tensor], Tensor]
+"""rope(x [n, heads, d], positions int64 [n] or [n, heads]) -> rotated x, bound to one sequence's prompt length."""
+
+
+@dataclass(frozen=True)
+class LayerObs:
+    """All that prefill knows of one finished layer of one prompt.
+
+    Attributes:
+        layer: its index.
+        positions: int64 [n], original positions of the rows, ascending.
+        num_prompt_tokens: N, rows of the whole prompt; n < N after selective propagation.
+        k_pre: [n, Hkv, d] keys before RoPE (after any key norm).
+        k: [n, Hkv, d] keys after RoPE.
+        v: [n, Hkv, d].
+        q_window: [w, H, d] post-RoPE queries of the last w rows, w = what `Compressor.query_window` asks for.
+    """
+
+    layer: int
+    positions: Tensor
+    num_prompt_tokens: int
+    k_pre: Tensor
+    k: Tensor
+    v: Tensor
+    q_window: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedLayer:
+    """One layer's KV of one prompt as it is sent, stored and read. Owns its tensors (no views of larger ones).
+
+    Attributes:
+        layer: its index.
+        tensors: part -> name -> contiguous tensor. Axis 0 of every tensor is the one along which it may be sliced for
+            sending. Order and names are fixed by the recipe.
+    """
+
+    layer: int
+    tensors: Mapping[Part, Mapping[str, Tensor]]
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for group in self.tensors.values() for t in group.values())
+
+
+class Compressor(Protocol):
+    """A resolved recipe at work during prefill of one prompt. Stateless between layers but for what TSP selected."""
+
+    recipe: Recipe
+
+    def query_window(self, layer: int) -> int:
+        """How many of the last rows' queries `finish_layer` wants; 0 = none."""
+        ...
+
+    def finish_layer(self, obs: LayerObs) -> tuple[EncodedLayer, Tensor | None]:
+        """Encode a finished layer. Returns it, and the ascending row indices (int64, into obs rows) that enter the
+        next layer, or None when all do."""
+        ...
+
+
+@dataclass
+class ReadCounter:
+    """Bytes of KV, landmarks and metadata that attention read."""
+
+    bytes_read: int = 0
+
+
+class SequenceCache(Protocol):
+    """The KV of one choice of one sequence on a decode worker, all layers. Built from `EncodedLayer`s.
+
+    Region of one layer, by position:
+
+        [ sinks | sealed: compressed, some rows or all | tail: exact ]      outliers: exact copies per KV head
+          fixed   prompt part shared between choices     grows a row a
+                  + own blocks sealed while decoding     generated token
+    """
+
+    recipe: Recipe
+    counter: ReadCounter
+
+    def add_layer(self, encoded: EncodedLayer) -> None: ...
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Add generated rows [q, Hkv, d] (k_pre before RoPE, k after) at positions int64 [q]."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        """q [Q, H, d] post-RoPE at positions int64 [Q] -> [Q, H, d]. Row i sees cached rows at positions <= positions[i]
+        only, and within the layer's sliding window."""
+        ...
+
+    def rows_until_seal(self, position: int) -> int:
+        """How many rows from `position` on may be appended and attended together before `seal` is due; at least 1."""
+        ...
+
+    def seal(self, next_position: int) -> None:
+        """Seal every block that is due when the next row will have `next_position`; a pure function of it."""
+        ...
+
+    def fork(self) -> SequenceCache:
+        """Another choice over the same prompt: shares what the prompt made, owns what it appends."""
+        ...
+
+    def shared_nbytes(self) -> int: ...
+    def own_nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes really held, metadata included (shared + own)."""
+        ...
+
+
+class CompressionApi(Protocol):
+    """Functions of `kvsluice.compression` that engines call (module level, listed here for their types)."""
+
+    def make_compressor(self, recipe: Recipe, shape: ModelShape, rope: Rope) -> Compressor: ...
+    def make_cache(self, recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope) -> SequenceCache: ...
+    def bound_nbytes(
+        self, recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, num_new: int, num_choices: int, itemsize: int
+    ) -> int:
+        """Upper bound of what the caches of a request will ever hold; what admission reserves."""
+        ...
