@@ -30,7 +30,7 @@ make_venv() {
 }
 
 install_python_packages() {
-  pip="$venv/bin/python -m pip --quiet --disable-pip-version-check"
+  pip="$venv/bin/python -m pip -qq --disable-pip-version-check --root-user-action=ignore"
   say "installing the pinned tools"
   $pip install -c constraints.txt pip setuptools
   say "installing torch and the other libraries (some hundred megabytes the first time)"

@@ -1,0 +1,17 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvsluice.evals.service_process import ServiceProcess, running_service
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[ServiceProcess]:
+    """One running service for the whole session: one prefill and one decode worker in processes of their own,
+    serving the default model. Tests that kill or drain something start their own with `running_service`."""
+    with running_service("--prefill-workers", "1", "--decode-workers", "1") as service:
+        yield service
