@@ -1,0 +1,205 @@
+"""Who may import whom. The table of docs/architecture.md, as a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SERVICES_ROOT = "services.*"  # modules that lie directly in services/
+WORKER = ("kernels", "models", "compression", "kvstore", "protos", SERVICES_ROOT)
+
+# The first entry whose left side covers a module counts. Everything may import `errors`, and itself.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "protos": (),
+    "kernels": (),
+    "kvstore": ("protos",),
+    "compression": ("kernels",),
+    "models": ("kernels",),
+    "client": ("protos",),
+    "loadtest": ("client",),
+    "evals": (*WORKER, "services.prefill", "services.decode", "client"),
+    "benchmarks": (*WORKER, "services.prefill", "services.decode", "client"),
+    "services.cli": ("",),
+    "services.cluster": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
+    "services.prefill": WORKER,
+    "services.decode": WORKER,
+    "services.gateway": ("protos", "kvstore", "models.tokenizer", "compression.recipe", SERVICES_ROOT),
+    SERVICES_ROOT: ("protos", "kvstore", "compression.recipe", "compression.interfaces", SERVICES_ROOT),
+    "": ("client",),
+}
+NOT_AT_IMPORT = {"ray", "pydantic", "redis", "fastapi"}
+BARE = ("kernels", "models", "compression", "kvstore", "benchmarks")
+RAY_FILES = {"services/cluster.py", "services/ray_metrics.py"}
+TORCH_FREE_FILES = (
+    "kvstore/",
+    "services/gateway/",
+    "models/tokenizer.py",
+    "compression/recipe.py",
+    "compression/slots.py",
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: `target` is a module of ours without `kvsluice.` when `ours`, else a third party's full name."""
+
+    target: str
+    ours: bool
+    absolute: bool
+    executed: bool  # runs when the module is imported: not inside a function, not only for type checkers
+    line: int
+
+
+def covers(pattern: str, module: str) -> bool:
+    if pattern == "":
+        return True
+    if pattern == SERVICES_ROOT:
+        return module.startswith("services.") and module.count(".") == 1 and module.split(".")[1] not in SUBSERVICES
+    return module == pattern or module.startswith(pattern + ".")
+
+
+SUBSERVICES = {"gateway", "prefill", "decode"}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def walk(node: ast.AST, executed: bool = True) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node below, with whether it runs at import."""
+    for child in ast.iter_child_nodes(node):
+        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(child)
+        runs = executed and not deferred
+        yield child, runs
+        yield from walk(child, runs)
+
+
+def resolve(source, node: ast.ImportFrom, name: str, root: Path) -> str:
+    """The module of ours that `from <dots><module> import <name>` reaches."""
+    package = source.module.split(".") if source.module else []
+    if not source.is_package:
+        package = package[:-1]
+    base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+    deeper = root.joinpath(*base, name)
+    if deeper.with_suffix(".py").is_file() or (deeper / "__init__.py").is_file():
+        base = [*base, name]
+    return ".".join(base)
+
+
+def strip(name: str) -> tuple[str, bool]:
+    ours = name == "kvsluice" or name.startswith("kvsluice.")
+    return (name.removeprefix("kvsluice").lstrip(".") if ours else name), ours
+
+
+def imports(source, root: Path) -> Iterator[Import]:
+    for node, executed in walk(source.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                target, ours = strip(alias.name)
+                yield Import(target, ours, True, executed, node.lineno)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module is not None
+            for alias in node.names:
+                target, ours = strip(node.module)
+                name = f"{target}.{alias.name}".lstrip(".")
+                deeper = root.joinpath(*name.split("."))
+                if ours and (deeper.with_suffix(".py").is_file() or deeper.is_dir()):
+                    target = name
+                yield Import(target, ours, True, executed, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield Import(resolve(source, node, alias.name, root), True, False, executed, node.lineno)
+
+
+def allowed(module: str) -> tuple[str, tuple[str, ...]]:
+    """The entry of the table that covers `module`, and what it may import."""
+    order = sorted(MAY_IMPORT, key=len, reverse=True)
+    own = next(pattern for pattern in order if covers(pattern, module))
+    return own, MAY_IMPORT[own]
+
+
+def test_every_folder_imports_only_what_the_table_allows(written_sources, root):
+    wrong = []
+    for source in written_sources:
+        own, may = allowed(source.module)
+        for found in imports(source, root):
+            if not found.ours or found.target == "errors":
+                continue
+            if found.target == "" or not any(covers(p, found.target) for p in ((own, *may) if own else may)):
+                wrong.append(f"{source.path}:{found.line} imports {found.target or 'kvsluice'}")
+    assert wrong == []
+
+
+def test_imports_inside_the_package_are_relative(written_sources, root):
+    wrong = [
+        f"{source.path}:{found.line} imports kvsluice.{found.target}"
+        for source in written_sources
+        for found in imports(source, root)
+        if found.ours and found.absolute
+    ]
+    assert wrong == []
+
+
+def third_party(sources, root):
+    for source in sources:
+        for found in imports(source, root):
+            if not found.ours:
+                yield source, found, found.target.split(".")[0]
+
+
+def test_only_the_cluster_knows_ray(sources, root):
+    wrong = {source.path for source, _, name in third_party(sources, root) if name == "ray"} - RAY_FILES
+    assert wrong == set()
+
+
+def test_the_compute_parts_run_without_the_services_libraries(sources, root):
+    wrong = [
+        f"{source.path}:{found.line} imports {name}"
+        for source, found, name in third_party(sources, root)
+        if name in NOT_AT_IMPORT and found.executed and source.module.split(".")[0] in BARE
+    ]
+    assert wrong == []
+
+
+def test_torch_stays_out_of_the_files_that_must_do_without(sources, root):
+    wrong = [
+        f"{source.path}:{found.line}"
+        for source, found, name in third_party(sources, root)
+        if name == "torch" and found.executed and source.path.startswith(TORCH_FREE_FILES)
+    ]
+    assert wrong == []
+
+
+def test_triton_is_imported_by_triton_files_only(sources, root):
+    wrong = [
+        s.path for s, _, name in third_party(sources, root) if name == "triton" and Path(s.path).name != "triton.py"
+    ]
+    assert wrong == []
+
+
+def test_the_error_tree_imports_nothing(sources, root):
+    source = next(s for s in sources if s.path == "errors.py")
+    assert {name for _, _, name in third_party([source], root)} <= {"__future__", "typing"}
+
+
+@pytest.mark.parametrize("area", ["services.gateway", "kvstore"])
+def test_importing_leaves_torch_out(area, sources):
+    """What the table cannot see: a package's __init__ or a library that pulls torch in."""
+    modules = [f"kvsluice.{s.module}" for s in sources if covers(area, s.module)]
+    program = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+
+
+def test_no_module_called_kernels_is_exposed(root):
+    """transformers probes for a library of that name; started from the root, ours must not answer."""
+    program = "import importlib.util as u; print(u.find_spec('kernels'))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
