@@ -1,0 +1,259 @@
+"""Which requests are let in and which choices run in the next step. Pure policy, free of torch.
+
+States of a request, and the only transitions:
+
+               admit              start                 end_choice (the last one) / end_request
+    (enqueue) ───────> RECEIVING ──────> RUNNING ─────────────────────────────────────> gone
+    WAITING                │                                                             ^
+       └───────────────────┴──── end_request (cancelled, failed) ─────────────────────────┘
+
+A choice of a RUNNING request runs until `end_choice`. It is *eligible* when its request has credits left, or while it
+replays tokens that were sent before (a replayed token is not sent, so it costs no credit). A choice that is not eligible
+is paused: it keeps its memory and takes no slot.
+
+Admission is first come, first served by bytes: the head of the queue waits until all that its caches may ever take is
+free, and nothing behind it is let in before it, so a large request is not starved by small ones. A running request
+therefore never lacks memory, and nothing is preempted.
+
+Fairness: choices stand in one ring. A step takes the first `max_num_seqs` eligible ones and moves them to the end. So an
+eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most eligible choices meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
+from .pages import PagePool, Region
+
+
+class Phase(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RECEIVING = "receiving"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the n continuations of a request."""
+
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Upper bounds of what a request will hold.
+
+    Attributes:
+        prompt_bytes: what its choices share.
+        tail_bytes: what each choice adds.
+        num_choices: how many there are.
+    """
+
+    prompt_bytes: int
+    tail_bytes: int
+    num_choices: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.prompt_bytes + self.tail_bytes * self.num_choices
+
+    def regions(self, request_id: str) -> dict[Region, int]:
+        tails = {Region(request_id, index): self.tail_bytes for index in range(self.num_choices)}
+        return {Region(request_id): self.prompt_bytes} | tails
+
+
+@dataclass
+class _Request:
+    demand: Demand
+    credits: int | None
+    phase: Phase = Phase.WAITING
+    replays: dict[int, int] = field(default_factory=dict)  # live choice -> steps left that only replay
+
+
+class Scheduler:
+    """Admission, states and turns.
+
+    Args:
+        pool: the ledger that admission reserves in.
+        max_num_seqs: choices that run in one step, at least 1.
+        max_waiting: requests that may wait for memory, at least 0.
+    """
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int) -> None:
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs: got {max_num_seqs}; allowed: at least 1")
+        if max_waiting < 0:
+            raise ConfigError(f"max_waiting: got {max_waiting}; allowed: at least 0")
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_waiting = max_waiting
+        self._requests: dict[str, _Request] = {}
+        self._queue: deque[str] = deque()
+        self._ring: deque[Choice] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for memory."""
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Choices that are started and not ended, paused ones included."""
+        return len(self._ring)
+
+    def phase(self, request_id: str) -> Phase | None:
+        """The state of a request; None when it is unknown or gone."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.phase
+
+    def live_choices(self, request_id: str) -> tuple[int, ...]:
+        """Indices of the choices that are started and not ended."""
+        return tuple(self._requests[request_id].replays)
+
+    def enqueue(self, request_id: str, demand: Demand, credits: int | None) -> None:
+        """Queue a request for admission.
+
+        Args:
+            credits: tokens that may be sent before `grant`; None = without limit.
+
+        Raises:
+            DuplicateRequest: it is here already.
+            InvalidRequest: it would not fit into the empty pool either.
+            Overloaded: it would have to wait and the queue is full.
+        """
+        if request_id in self._requests:
+            raise DuplicateRequest(f"request {request_id} is already running")
+        if demand.total_bytes > self.pool.capacity_bytes:
+            raise InvalidRequest(
+                "num_prompt_tokens",
+                f"the caches may take {demand.total_bytes} bytes ({demand.prompt_bytes} for the prompt, "
+                f"{demand.num_choices} x {demand.tail_bytes} for the answers)",
+                f"at most {self.pool.capacity_bytes} bytes; a shorter prompt, lower max_tokens or n, or a smaller recipe",
+            )
+        must_wait = bool(self._queue) or demand.total_bytes > self.pool.free_bytes
+        if must_wait and len(self._queue) >= self.max_waiting:
+            raise Overloaded(
+                f"{len(self._queue)} requests wait for cache memory, at most {self.max_waiting} may; this one needs "
+                f"{demand.total_bytes} bytes, {self.pool.free_bytes} of {self.pool.capacity_bytes} are free"
+            )
+        self._requests[request_id] = _Request(demand, credits)
+        self._queue.append(request_id)
+
+    def admit(self) -> list[str]:
+        """Reserve memory for as many requests from the head of the queue as fit now. Returns them."""
+        admitted = []
+        while self._queue:
+            request_id = self._queue[0]
+            request = self._requests[request_id]
+            if not self.pool.reserve(request.demand.regions(request_id)):
+                break
+            self._queue.popleft()
+            request.phase = Phase.RECEIVING
+            admitted.append(request_id)
+        return admitted
+
+    def start(self, request_id: str, replays: Mapping[int, int]) -> None:
+        """Let choices run once the prompt is complete; the tails of those not named are freed.
+
+        Args:
+            replays: choice -> how many of its first steps only replay tokens. Empty = every choice had ended; the
+                request is gone then.
+        """
+        request = self._requests[request_id]
+        assert request.phase is Phase.RECEIVING, "a request starts once, after its admission"
+        request.phase = Phase.RUNNING
+        request.replays = dict(replays)
+        for index in range(request.demand.num_choices):
+            if index in replays:
+                self.pool.retain(Region(request_id))
+                self._ring.append(Choice(request_id, index))
+            else:
+                self.pool.release(Region(request_id, index))
+        self.pool.release(Region(request_id))
+        if not replays:
+            del self._requests[request_id]
+
+    def grant(self, request_id: str, tokens: int) -> None:
+        """Allow `tokens` more to be sent. Without effect when the request is gone or was opened without a limit."""
+        request = self._requests.get(request_id)
+        if request is not None and request.credits is not None:
+            request.credits += tokens
+
+    def has_eligible(self) -> bool:
+        """Whether `next_batch` would give anything."""
+        return any(self._eligible(choice) for choice in self._ring)
+
+    def next_batch(self) -> list[Choice]:
+        """The choices of the next step; each spends a credit, or a step of its replay."""
+        batch: list[Choice] = []
+        passed: deque[Choice] = deque()
+        while self._ring and len(batch) < self.max_num_seqs:
+            choice = self._ring.popleft()
+            if self._eligible(choice):
+                self._spend(choice)
+                batch.append(choice)
+            else:
+                passed.append(choice)
+        self._ring.extendleft(reversed(passed))
+        self._ring.extend(batch)
+        return batch
+
+    def end_choice(self, choice: Choice) -> bool:
+        """A started choice has ended: free what it alone held. True when it was the request's last one."""
+        request = self._requests[choice.request_id]
+        del request.replays[choice.index]
+        self._ring.remove(choice)
+        self.pool.release(Region(choice.request_id, choice.index))
+        self.pool.release(Region(choice.request_id))
+        if request.replays:
+            return False
+        del self._requests[choice.request_id]
+        return True
+
+    def end_request(self, request_id: str) -> None:
+        """A request is cancelled or has failed, in whatever state: free all it held."""
+        request = self._requests[request_id]
+        if request.phase is Phase.RUNNING:
+            for index in tuple(request.replays):
+                self.end_choice(Choice(request_id, index))
+            return
+        if request.phase is Phase.WAITING:
+            self._queue.remove(request_id)
+        else:
+            for region in request.demand.regions(request_id):
+                self.pool.release(region)
+        del self._requests[request_id]
+
+    def check_integrity(self) -> None:
+        """Assert that queue, ring and ledger agree."""
+        self.pool.check_integrity()
+        by_phase = {phase: {r for r, q in self._requests.items() if q.phase is phase} for phase in Phase}
+        assert by_phase[Phase.WAITING] == set(self._queue) and len(set(self._queue)) == len(self._queue)
+        running = {Choice(r, i) for r in by_phase[Phase.RUNNING] for i in self._requests[r].replays}
+        assert running == set(self._ring) and len(running) == len(self._ring)
+        held: dict[Region, int] = {}
+        for request_id in by_phase[Phase.RECEIVING]:
+            held |= self._requests[request_id].demand.regions(request_id)
+        for choice in running:
+            demand = self._requests[choice.request_id].demand
+            held[Region(choice.request_id)] = demand.prompt_bytes
+            held[Region(choice.request_id, choice.index)] = demand.tail_bytes
+        assert held == self.pool.regions(), "every region belongs to an admitted request"
+
+    def _eligible(self, choice: Choice) -> bool:
+        request = self._requests[choice.request_id]
+        return request.replays[choice.index] > 0 or request.credits is None or request.credits > 0
+
+    def _spend(self, choice: Choice) -> None:
+        request = self._requests[choice.request_id]
+        if request.replays[choice.index] > 0:
+            request.replays[choice.index] -= 1
+        elif request.credits is not None:
+            request.credits -= 1
