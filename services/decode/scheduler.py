@@ -8,14 +8,14 @@ States of a request, and the only transitions:
        └───────────────────┴──── end_request (cancelled, failed) ─────────────────────────┘
 
 A choice of a RUNNING request runs until `end_choice`. It is *eligible* when its request has credits left, or while it
-replays tokens that were sent before (a replayed token is not sent, so it costs no credit). A choice that is not eligible
-is paused: it keeps its memory and takes no slot.
+replays tokens that were sent before (a replayed token is not sent, so it costs no credit). One that is not eligible is
+paused: it keeps its memory and takes no slot.
 
 Admission is first come, first served by bytes: the head of the queue waits until all that its caches may ever take is
 free, and nothing behind it is let in before it, so a large request is not starved by small ones. A running request
 therefore never lacks memory, and nothing is preempted.
 
-Fairness: choices stand in one ring. A step takes the first `max_num_seqs` eligible ones and moves them to the end. So an
+Fairness: choices stand in one ring. A step takes the first `max_num_seqs` eligible ones and moves them to the end. An
 eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most eligible choices meanwhile.
 """
 
@@ -135,7 +135,7 @@ class Scheduler:
                 "num_prompt_tokens",
                 f"the caches may take {demand.total_bytes} bytes ({demand.prompt_bytes} for the prompt, "
                 f"{demand.num_choices} x {demand.tail_bytes} for the answers)",
-                f"at most {self.pool.capacity_bytes} bytes; a shorter prompt, lower max_tokens or n, or a smaller recipe",
+                f"at most {self.pool.capacity_bytes} bytes; less with a shorter prompt, fewer tokens or choices",
             )
         must_wait = bool(self._queue) or demand.total_bytes > self.pool.free_bytes
         if must_wait and len(self._queue) >= self.max_waiting:

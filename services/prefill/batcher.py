@@ -3,13 +3,13 @@
 A work item is (request, layer, chunk of rows). Work is counted in row-layers: one row through one layer. A pack is the
 items that run in one step; all are of one layer, so that their linear maps run as one.
 
-Order. A prompt that used up its patience is *urgent*. First come the urgent prompts in order of arrival, then the others,
-least remaining work first (ties: order of arrival). The first one that can run leads the pack; others at the same layer
-fill what is left of it, in the same order.
+Order. A prompt that used up its patience is *urgent*. First come the urgent prompts in order of arrival, then the
+others, least remaining work first (ties: order of arrival). The first one that can run leads the pack; others at the
+same layer fill what is left of it, in the same order.
 
 Starvation bound. When a later arrival leads a pack in which prompt i (not held back by its receiver) has no item, the
-pack's rows are charged to i; i becomes urgent when the charge reaches `patience` x its whole work. From then on no later
-arrival leads while i can run. So later arrivals delay i by less than
+pack's rows are charged to i; i becomes urgent when the charge reaches `patience` x its whole work. From then on no
+later arrival leads while i can run. So later arrivals delay i by less than
 
     patience x work(i) + max_pack_tokens     row-layers,
 
@@ -17,7 +17,8 @@ plus, when i was still waiting for room among the started prompts, what the ones
 (at most max_active_tokens x num_layers): while an urgent prompt waits for room, no later arrival starts.
 Items that fill up a pack that i is in or that an earlier arrival leads are not counted: they take no turn away.
 
-The grid of chunks is fixed by the row's index in its own prompt, so what a row is computed from does not depend on packing.
+The grid of chunks is fixed by the row's index in its own prompt, so what a row is computed from does not depend on
+packing.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Batcher:
         num_layers: layers of the model.
         chunk_tokens: rows of a chunk.
         max_pack_tokens: rows of a pack, at least `chunk_tokens`.
-        max_active_tokens: prompt rows that may be in flight (started, not finished) at once; a longer prompt runs alone.
+        max_active_tokens: prompt rows that may be in flight (started, not finished) at once; a longer prompt runs
+            alone.
         patience: see the starvation bound above.
     """
 

@@ -126,7 +126,7 @@ def test_more_choices_than_slots_take_turns(build) -> None:
         turns.update(batch)
         if step % 8 == 0:  # 8 choices, 3 slots: 8 steps are three rounds
             assert set(turns.values()) == {step // 8 * 3}
-    last_seen = {choice: 0 for choice in turns}
+    last_seen = dict.fromkeys(turns, 0)
     for step in range(1, 20):
         for choice in scheduler.next_batch():
             assert step - last_seen[choice] <= 3
