@@ -110,8 +110,8 @@ class SequenceCache(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
-        """q [Q, H, d] post-RoPE at positions int64 [Q] -> [Q, H, d]. Row i sees cached rows at positions <= positions[i]
-        only, and within the layer's sliding window."""
+        """q [Q, H, d] post-RoPE at positions int64 [Q] -> [Q, H, d]. Row i sees cached rows up to its own position
+        only, and only those within the layer's sliding window."""
         ...
 
     def rows_until_seal(self, position: int) -> int:

@@ -1,126 +1,83 @@
 """The slots of a recipe: one frozen dataclass a filling, plain numbers only, free of torch.
 
-A filling says what it needs and guarantees by its class attributes; `recipe.Recipe` refuses combinations
-that contradict each other. `build` makes the torch side of a filling and imports it lazily, so that a
-process which only validates requests never loads torch.
+A filling says what it needs and guarantees by its attributes; `spec.Recipe` refuses combinations that
+contradict each other. `build` makes the torch side of a filling and imports it lazily, so that a
+process which only validates requests never loads torch. The codecs are in `codec_slots`.
 
 A number left `None` is taken from the model's profile or from the model's shape when the recipe is resolved
-(`recipe.resolve`); a resolved recipe has none left.
+(`resolve.resolve`); a resolved recipe has none left.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..errors import InvalidRecipe
+from .codec_slots import Affine as Affine
+from .codec_slots import CodecFilling as CodecFilling
+from .codec_slots import Dense as Dense
+from .codec_slots import LowRank as LowRank
+from .codec_slots import Native as Native
+from .codec_slots import ProfileKeys as ProfileKeys
+from .filling import Filling, as_float, check_choice, check_int, check_rate
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .budgets import Budget
-    from .codecs import Codec
     from .propagation import Propagation
     from .retrieval import Retrieval
     from .scoring import Scorer
-
-SLOT_NAMES = (
-    "propagation",
-    "scorer",
-    "budget",
-    "evicted",
-    "key_codec",
-    "value_codec",
-    "sharing",
-    "retrieval",
-    "window",
-)
-
-_REGISTRY: dict[str, dict[str, type[Filling]]] = {name: {} for name in SLOT_NAMES}
-
-
-class Filling:
-    """Base of all slot fillings.
-
-    Attributes:
-        slot: the slots that the filling may stand in.
-        kind: its name in JSON.
-    """
-
-    slot: ClassVar[tuple[str, ...]] = ()
-    kind: ClassVar[str] = ""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for slot in cls.slot:
-            _REGISTRY[slot][cls.kind] = cls
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-
-
-def filling_from_dict(slot: str, raw: object) -> Filling:
-    """Build the filling that a JSON object describes; unknown kinds and keys are refused by name."""
-    known = _REGISTRY[slot]
-    if not isinstance(raw, dict) or not isinstance(raw.get("kind"), str):
-        raise InvalidRecipe(f"recipe.{slot}", "is not an object with a string `kind`", ", ".join(sorted(known)))
-    kind = raw["kind"]
-    if kind not in known:
-        raise InvalidRecipe(f"recipe.{slot}.kind", f"unknown kind {kind[:64]!r}", ", ".join(sorted(known)))
-    cls = known[kind]
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in raw:
-        if key != "kind" and key not in names:
-            raise InvalidRecipe(
-                f"recipe.{slot}", f"unknown key {str(key)[:64]!r}", ", ".join(sorted(names)) or "no keys"
-            )
-    try:
-        return cls(**{k: v for k, v in raw.items() if k != "kind"})
-    except TypeError as exc:
-        raise InvalidRecipe(f"recipe.{slot}", "a required key is missing", ", ".join(sorted(names))) from exc
-
-
-def check_int(where: str, value: object, low: int, high: int, optional: bool = False) -> None:
-    """Refuse anything but an integer in [low, high] (or None where it is optional)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRecipe(where, f"got {value!r}"[:96], f"an integer from {low} to {high}")
-
-
-def check_rate(where: str, value: object, optional: bool = False) -> None:
-    """Refuse anything but a finite number in (0, 1] (or None where it is optional)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1:
-        raise InvalidRecipe(where, f"got {value!r}"[:96], "a number above 0 and at most 1")
-
-
-def check_choice(where: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Refuse anything that is not one of the allowed values."""
-    if not any(value == a and type(value) is type(a) for a in allowed):
-        raise InvalidRecipe(where, f"got {value!r}"[:96], ", ".join(map(str, allowed)))
 
 
 # --- propagation: which rows enter the next layer ---------------------------------------------------------
 
 
+class PropagationFilling(Filling):
+    """What every way of propagation declares.
+
+    Attributes:
+        selects: some rows do not enter the deep layers.
+        recallable: rows that did not can be fetched back while decoding.
+        window: last rows that always go on, 0 = no such promise.
+        chunk_aligned: rows go on in whole position-aligned chunks of the retrieval's size.
+    """
+
+    selects: ClassVar[bool] = False
+    recallable: ClassVar[bool] = False
+    window: int = 0
+    chunk_aligned: bool = False
+
+    def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
+        """Rows of a prompt of `num_tokens` that pass `layer`."""
+        raise NotImplementedError
+
+    def too_short(self, num_tokens: int, chunk: int, sinks: int) -> bool:
+        """Whether a prompt is too short to select from."""
+        return False
+
+    def build(self, chunk: int, sinks: int) -> Propagation:
+        """The torch side."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FullPropagation(Filling):
+class FullPropagation(PropagationFilling):
     """Every row passes every layer."""
 
     slot = ("propagation",)
     kind = "full"
     recallable: ClassVar[bool] = True
 
-    def build(self, chunk: int) -> Propagation:
+    def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
+        return num_tokens
+
+    def build(self, chunk: int, sinks: int) -> Propagation:
         from .propagation import Full
 
         return Full()
 
 
 @dataclass(frozen=True)
-class TspPropagation(Filling):
+class TspPropagation(PropagationFilling):
     """Token-selective propagation (FastKV, arXiv 2502.01068 §3): after `layer` only selected rows go on.
 
     Attributes:
@@ -134,6 +91,7 @@ class TspPropagation(Filling):
 
     slot = ("propagation",)
     kind = "tsp"
+    selects: ClassVar[bool] = True
 
     layer: int | None = None
     rate: float | None = None
@@ -148,19 +106,57 @@ class TspPropagation(Filling):
         check_int("recipe.propagation.window", self.window, 1, 4096)
         check_int("recipe.propagation.kernel", self.kernel, 1, 255)
         check_choice("recipe.propagation.chunk_aligned", self.chunk_aligned, (True, False))
-        check_choice("recipe.propagation.recall", self.recall, (0.0,))
+        check_choice("recipe.propagation.recall", self.recall, (0.0, 0))
+        as_float(self, "rate", "recall")
 
-    def build(self, chunk: int) -> Propagation:
+    def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
+        assert self.layer is not None
+        if layer <= self.layer:
+            return num_tokens
+        begin = self.window_begin(num_tokens, chunk, sinks)
+        return sinks + self.num_selected(num_tokens, chunk, sinks) * chunk + num_tokens - begin
+
+    def window_begin(self, num_tokens: int, chunk: int, sinks: int) -> int:
+        """First position of the rows at the end that always go on: the window, extended to a chunk's start."""
+        return max(sinks, (num_tokens - self.window) // chunk * chunk)
+
+    def num_selected(self, num_tokens: int, chunk: int, sinks: int) -> int:
+        """Chunks that are selected by score, beside sinks and window."""
+        assert self.rate is not None
+        begin = self.window_begin(num_tokens, chunk, sinks)
+        free = int(num_tokens * self.rate) - (num_tokens - begin) - sinks
+        return min(max(0, free // chunk), (begin - sinks) // chunk)
+
+    def too_short(self, num_tokens: int, chunk: int, sinks: int) -> bool:
+        return self.num_selected(num_tokens, chunk, sinks) < 1
+
+    def build(self, chunk: int, sinks: int) -> Propagation:
         from .propagation import Tsp
 
-        return Tsp(self, chunk)
+        return Tsp(self, chunk, sinks)
 
 
 # --- scorer: how important a token is ----------------------------------------------------------------------
 
 
+class ScorerFilling(Filling):
+    """What every scorer declares.
+
+    Attributes:
+        scores: it ranks tokens, so that an evicting budget can stand beside it.
+        window: last rows whose queries it wants and which it ranks first.
+    """
+
+    scores: ClassVar[bool] = False
+    window: int = 0
+
+    def build(self) -> Scorer | None:
+        """The torch side."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class NoScorer(Filling):
+class NoScorer(ScorerFilling):
     """Nothing is scored, because nothing is evicted."""
 
     slot = ("scorer",)
@@ -171,11 +167,12 @@ class NoScorer(Filling):
 
 
 @dataclass(frozen=True)
-class SnapScorer(Filling):
+class SnapScorer(ScorerFilling):
     """Attention of the last `window` queries, pooled, summed over the GQA group (SnapKV, arXiv 2404.14469)."""
 
     slot = ("scorer",)
     kind = "snap"
+    scores: ClassVar[bool] = True
 
     window: int = 8
     kernel: int = 7
@@ -195,21 +192,39 @@ class SnapScorer(Filling):
 # --- budget: how many tokens each layer and head keeps -----------------------------------------------------
 
 
+class BudgetFilling(Filling):
+    """What every budget declares.
+
+    Attributes:
+        evicts: rows that reached a layer may be missing from its cache.
+        head_shared: all KV heads keep the same rows.
+    """
+
+    evicts: ClassVar[bool] = False
+    head_shared: ClassVar[bool] = True
+
+    def kept_rows(self, num_rows: int, num_tokens: int) -> int:
+        """Rows each KV head keeps of `num_rows` that reached a layer, in a prompt of `num_tokens`."""
+        return num_rows
+
+    def build(self) -> Budget | None:
+        """The torch side."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class KeepAll(Filling):
+class KeepAll(BudgetFilling):
     """Every row that reaches a layer is kept."""
 
     slot = ("budget",)
     kind = "all"
-    evicts: ClassVar[bool] = False
-    head_shared: ClassVar[bool] = True
 
     def build(self) -> Budget | None:
         return None
 
 
 @dataclass(frozen=True)
-class UniformBudget(Filling):
+class UniformBudget(BudgetFilling):
     """Every layer and KV head keeps the same number of rows, a share of the prompt, the scorer's window included."""
 
     slot = ("budget",)
@@ -221,146 +236,41 @@ class UniformBudget(Filling):
 
     def __post_init__(self) -> None:
         check_rate("recipe.budget.rate", self.rate)
+        as_float(self, "rate")
+
+    def kept_rows(self, num_rows: int, num_tokens: int) -> int:
+        return min(num_rows, int(num_tokens * self.rate))
 
     def build(self) -> Budget | None:
         from .budgets import Uniform
 
-        return Uniform(self)
+        return Uniform()
 
 
 # --- evicted: what happens to the rest ---------------------------------------------------------------------
 
 
+class EvictedFilling(Filling):
+    """What becomes of rows that a budget does not keep."""
+
+
 @dataclass(frozen=True)
-class Drop(Filling):
+class Drop(EvictedFilling):
     """Evicted rows are gone."""
 
     slot = ("evicted",)
     kind = "drop"
 
 
-# --- codecs: how rows are stored and sent ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Native(Filling):
-    """Rows in the dtype that the model computes in; post-RoPE for keys."""
-
-    slot = ("key_codec", "value_codec")
-    kind = "native"
-    domain: ClassVar[str] = "post_rope"
-    append_block: ClassVar[int] = 1
-    head_shared: ClassVar[bool] = False
-
-    def build(self, role: Literal["key", "value"]) -> Codec:
-        from .codecs import DenseCodec
-
-        return DenseCodec(role, None)
-
-
-@dataclass(frozen=True)
-class Dense(Filling):
-    """Rows in a given floating-point dtype; post-RoPE for keys."""
-
-    slot = ("key_codec", "value_codec")
-    kind = "dense"
-    domain: ClassVar[str] = "post_rope"
-    append_block: ClassVar[int] = 1
-    head_shared: ClassVar[bool] = False
-
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-
-    def __post_init__(self) -> None:
-        check_choice("recipe.codec.dtype", self.dtype, ("bfloat16", "float16", "float32"))
-
-    def build(self, role: Literal["key", "value"]) -> Codec:
-        from .codecs import DenseCodec
-
-        return DenseCodec(role, self.dtype)
-
-
-@dataclass(frozen=True)
-class Affine(Filling):
-    """Asymmetric integers with a float16 scale and minimum per group (KIVI, arXiv 2402.02750 §3).
-
-    Attributes:
-        bits: 8, 4 or 2, packed into bytes.
-        axis: `channel` groups `group` consecutive rows of one channel (keys); `token` groups `group` channels of one row (values).
-        group: elements that share a scale and minimum.
-    """
-
-    slot = ("key_codec", "value_codec")
-    kind = "affine"
-    domain: ClassVar[str] = "post_rope"
-    head_shared: ClassVar[bool] = False
-
-    bits: int = 4
-    axis: Literal["channel", "token"] = "token"
-    group: int = 32
-
-    def __post_init__(self) -> None:
-        check_choice("recipe.codec.bits", self.bits, (8, 4, 2))
-        check_choice("recipe.codec.axis", self.axis, ("channel", "token"))
-        check_choice("recipe.codec.group", self.group, (16, 32, 64, 128))
-
-    @property
-    def append_block(self) -> int:
-        """Rows that must be sealed together."""
-        return self.group if self.axis == "channel" else 1
-
-    def build(self, role: Literal["key", "value"]) -> Codec:
-        from .codecs import AffineCodec
-
-        return AffineCodec(role, self)
-
-
-@dataclass(frozen=True)
-class LowRank(Filling):
-    """Pre-RoPE keys of all heads as rows x basis, by truncated SVD (ShadowKV, arXiv 2410.21465 §4.1).
-
-    Attributes:
-        rank: columns kept. None = 0.156 x KV heads x head size, rounded to a multiple of 2.
-        bits: 16 keeps the factor rows in bfloat16; 8 or 4 packs them, one group a row.
-    """
-
-    slot = ("key_codec",)
-    kind = "lowrank"
-    domain: ClassVar[str] = "pre_rope"
-    append_block: ClassVar[int] = 1
-    head_shared: ClassVar[bool] = True
-
-    rank: int | None = None
-    bits: int = 16
-
-    def __post_init__(self) -> None:
-        check_int("recipe.key_codec.rank", self.rank, 1, 8192, optional=True)
-        check_choice("recipe.key_codec.bits", self.bits, (16, 8, 4))
-
-    def build(self, role: Literal["key", "value"]) -> Codec:
-        from .codecs import LowRankCodec
-
-        return LowRankCodec(self)
-
-
-@dataclass(frozen=True)
-class ProfileKeys(Filling):
-    """The key codec that the model's profile names; replaced when the recipe is resolved."""
-
-    slot = ("key_codec",)
-    kind = "profile"
-    domain: ClassVar[str] = "post_rope"
-    append_block: ClassVar[int] = 1
-    head_shared: ClassVar[bool] = True
-
-    def build(self, role: Literal["key", "value"]) -> Codec:
-        raise InvalidRecipe("recipe.key_codec", "is not resolved", "a recipe that went through resolve()")
-
-
 # --- sharing: what layers share ----------------------------------------------------------------------------
 
 
+class SharingFilling(Filling):
+    """What layers have in common in the cache."""
+
+
 @dataclass(frozen=True)
-class NoSharing(Filling):
+class NoSharing(SharingFilling):
     """Every layer stands alone."""
 
     slot = ("sharing",)
@@ -370,21 +280,45 @@ class NoSharing(Filling):
 # --- retrieval: what decode attends to ---------------------------------------------------------------------
 
 
+class RetrievalFilling(Filling):
+    """What every retrieval declares.
+
+    Attributes:
+        needs_grid: sealed rows must be whole position-aligned chunks, the same for all KV heads.
+        chunk: rows a chunk.
+        outliers: chunks a KV head that stay exact.
+    """
+
+    needs_grid: ClassVar[bool] = False
+    chunk: int = 1
+    outliers: int = 0
+
+    def selected_chunks(self, num_tokens: int) -> int:
+        """Chunks that a decode step attends to, a pure function of the prompt's length."""
+        raise NotImplementedError
+
+    def landmark_nbytes(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of what is scored instead of the chunks' keys."""
+        return 0
+
+    def build(self) -> Retrieval | None:
+        """The torch side."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class AttendAll(Filling):
+class AttendAll(RetrievalFilling):
     """Decode attends to every row that is kept."""
 
     slot = ("retrieval",)
     kind = "all"
-    chunk: ClassVar[int] = 1
-    needs_grid: ClassVar[bool] = False
 
     def build(self) -> Retrieval | None:
         return None
 
 
 @dataclass(frozen=True)
-class ChunkLandmarks(Filling):
+class ChunkLandmarks(RetrievalFilling):
     """Decode scores one landmark a chunk and attends to the best chunks of each KV head (ShadowKV §4.2).
 
     Attributes:
@@ -392,7 +326,7 @@ class ChunkLandmarks(Filling):
         outliers: chunks a KV head whose landmark describes them worst (least cosine); kept exact, never scored.
         budget_tokens: rows that a decode step attends to, at least.
         budget_rate: the same as a share of the prompt; the larger of both counts.
-        landmark_bits: 16 keeps landmarks in bfloat16, 8 in int8 with a scale each.
+        landmark_bits: 16 keeps landmarks in bfloat16, 8 in int8 with a float16 scale each.
     """
 
     slot = ("retrieval",)
@@ -402,7 +336,7 @@ class ChunkLandmarks(Filling):
     chunk: int = 8
     outliers: int = 48
     budget_tokens: int = 256
-    budget_rate: float = 0.0156
+    budget_rate: float = 0.015625
     landmark_bits: int = 16
 
     def __post_init__(self) -> None:
@@ -411,6 +345,13 @@ class ChunkLandmarks(Filling):
         check_int("recipe.retrieval.budget_tokens", self.budget_tokens, 1, 1 << 20)
         check_rate("recipe.retrieval.budget_rate", self.budget_rate)
         check_choice("recipe.retrieval.landmark_bits", self.landmark_bits, (16, 8))
+        as_float(self, "budget_rate")
+
+    def selected_chunks(self, num_tokens: int) -> int:
+        return -(-max(self.budget_tokens, int(self.budget_rate * num_tokens)) // self.chunk)
+
+    def landmark_nbytes(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> int:
+        return num_chunks * num_kv_heads * (head_dim + 2 if self.landmark_bits == 8 else 2 * head_dim)
 
     def build(self) -> Retrieval | None:
         from .retrieval import Landmarks
@@ -428,8 +369,9 @@ class ExactEnds(Filling):
     Attributes:
         sinks: first positions of the sequence.
         local: last rows of the sequence, at least.
-        seal_block: generated rows are sealed in blocks of this many, at positions that are multiples of it,
+        seal_block: generated rows are sealed in blocks of at least this many, at positions that are multiples of it,
             once at least `local` newer rows exist; 0 = generated rows stay exact for ever.
+        dtype: what exact rows are kept in: the model's compute dtype, or bfloat16.
     """
 
     slot = ("window",)
@@ -438,10 +380,10 @@ class ExactEnds(Filling):
     sinks: int = 0
     local: int = 0
     seal_block: int = 0
+    dtype: Literal["native", "bfloat16"] = "native"
 
     def __post_init__(self) -> None:
         check_int("recipe.window.sinks", self.sinks, 0, 4096)
         check_int("recipe.window.local", self.local, 0, 65536)
         check_int("recipe.window.seal_block", self.seal_block, 0, 4096)
-
-
+        check_choice("recipe.window.dtype", self.dtype, ("native", "bfloat16"))

@@ -1,0 +1,96 @@
+"""Which rows of a layer lie where, for a resolved recipe and a prompt's length. Free of torch.
+
+Everything goes by original position, on one grid for all layers (block = `Recipe.block`, B):
+
+    position  0        sinks                    sealed_end = floor((N - local) / B) * B      N
+              [ sinks  | sealed: packed by the codecs | tail: exact .......................... ] generated rows ...
+                exact    rows that are here and kept    later sealed in blocks [bB, (b+1)B)
+
+Below TSP's layer all N rows are here, above it the selected ones; a budget keeps some of the sealed rows, while
+sinks and tail are always whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import Recipe
+
+NEVER = 1 << 30  # rows until a seal that never comes
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Row counts of one layer of one prompt.
+
+    Attributes:
+        num_rows: rows that pass the layer.
+        num_sinks, num_sealed, num_tail: rows of its regions, `num_sealed` per KV head.
+        sealed_end: position at which the tail starts.
+        contiguous: the sealed rows are all positions of [sinks, sealed_end).
+        per_head: each KV head has sealed rows of its own.
+    """
+
+    num_rows: int
+    num_sinks: int
+    num_sealed: int
+    num_tail: int
+    sealed_end: int
+    contiguous: bool
+    per_head: bool
+
+
+def sealed_end(recipe: Recipe, next_position: int) -> int:
+    """Position up to which rows are sealed when the next row will have `next_position`."""
+    return max(0, (next_position - recipe.window.local) // recipe.block * recipe.block)
+
+
+def rows_until_seal(recipe: Recipe, num_tokens: int, position: int) -> int:
+    """Rows from `position` on that may be appended before a block is due to be sealed."""
+    if not recipe.window.seal_block:
+        return NEVER
+    block, local = recipe.block, recipe.window.local
+    first_end = sealed_end(recipe, num_tokens) + block
+    due = max((position - local) // block * block + block, first_end) + local
+    return max(1, due - position)
+
+
+def layer_layout(recipe: Recipe, num_tokens: int, layer: int) -> LayerLayout:
+    """Regions of one layer of a prompt of `num_tokens`."""
+    sinks, chunk = recipe.window.sinks, recipe.retrieval.chunk
+    end = sealed_end(recipe, num_tokens)
+    num_rows = recipe.propagation.rows_at(layer, num_tokens, chunk, sinks)
+    num_tail = num_tokens - end
+    kept = recipe.budget.kept_rows(num_rows, num_tokens)
+    num_sealed = max(0, kept - sinks - num_tail)
+    return LayerLayout(
+        num_rows=num_rows,
+        num_sinks=sinks,
+        num_sealed=num_sealed,
+        num_tail=num_tail,
+        sealed_end=end,
+        contiguous=num_sealed == end - sinks,
+        per_head=num_sealed < end - sinks and not recipe.budget.head_shared,
+    )
+
+
+def short_reason(recipe: Recipe, num_tokens: int) -> str | None:
+    """Why a prompt is too short for a recipe, or None."""
+    window, retrieval = recipe.window, recipe.retrieval
+    end = sealed_end(recipe, num_tokens)
+    if end <= window.sinks:
+        return f"{num_tokens} tokens are no more than the {window.sinks + window.local} exact ones at both ends"
+    for codec in (recipe.key_codec, recipe.value_codec):
+        if num_tokens < codec.min_rows():
+            return f"{num_tokens} tokens are fewer than the rank, {codec.min_rows()}"
+    if recipe.propagation.too_short(num_tokens, retrieval.chunk, window.sinks):
+        return f"{num_tokens} tokens leave nothing to select beside the window of {recipe.propagation.window}"
+    if recipe.budget.evicts:
+        kept = recipe.budget.kept_rows(num_tokens, num_tokens)
+        if kept <= max(recipe.scorer.window, num_tokens - end) + window.sinks:
+            return f"{num_tokens} tokens leave a budget of {kept}, no more than the window of {recipe.scorer.window}"
+    if retrieval.needs_grid:
+        attended = (retrieval.selected_chunks(num_tokens) + retrieval.outliers) * retrieval.chunk
+        if end - window.sinks <= attended:
+            return f"{num_tokens} tokens are no more than the {attended} that a step attends to"
+    return None

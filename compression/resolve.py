@@ -1,0 +1,106 @@
+"""From a recipe with open numbers to the one that runs: filled for the model, checked against it, or `exact`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..errors import InvalidRecipe
+from . import slots as s
+from .filling import filling_from_dict, shown
+from .layout import short_reason
+from .recipes.exact import EXACT
+from .spec import ModelShape, Recipe, Resolved
+
+RANK_SHARE = 0.156  # of KV heads x head size: the paper's 160 of 1,024
+DEFAULT_TSP_RATE = 0.2
+
+
+def resolve(recipe: Recipe, shape: ModelShape, num_tokens: int, profile: Mapping[str, Any]) -> Resolved:
+    """The recipe as it will run for a prompt of `num_tokens`.
+
+    Args:
+        profile: what is calibrated for the model: `tsp_layer` (chunk-aligned propagation), `fastkv_layer` (per token),
+            `tsp_rate`, `key_codec` (a slot as a dict). What it lacks is taken from the shape.
+
+    Raises:
+        InvalidRecipe: slots that do not fit the model.
+    """
+    filled = fill(recipe, shape, profile)
+    reason = short_reason(filled, num_tokens)
+    if reason is not None:
+        return Resolved(requested=recipe.name, recipe=EXACT, fallback_reason=reason)
+    return Resolved(requested=recipe.name, recipe=filled)
+
+
+def fill(recipe: Recipe, shape: ModelShape, profile: Mapping[str, Any]) -> Recipe:
+    """The recipe with every open number filled in, whatever the prompt's length.
+
+    Raises:
+        InvalidRecipe: slots that do not fit the model.
+    """
+    filled = replace(
+        recipe,
+        propagation=_fill_propagation(recipe.propagation, shape, profile),
+        key_codec=_fill_codec(recipe.key_codec, shape, profile),
+    )
+    _check_codec("key_codec", filled.key_codec, shape)
+    _check_codec("value_codec", filled.value_codec, shape)
+    return filled
+
+
+def default_rank(shape: ModelShape) -> int:
+    """0.156 x KV heads x head size, rounded to a multiple of 2, at least 2."""
+    return max(2, 2 * round(RANK_SHARE * shape.kv_width / 2))
+
+
+def neutral(recipe: Recipe) -> Recipe:
+    """A filled recipe with all rates 1, native codecs and full budgets: it must equal `exact`.
+
+    Parts without these fields are kept as they are.
+    """
+    changes: dict[str, Any] = {"key_codec": s.Native(), "value_codec": s.Native()}
+    if getattr(recipe.propagation, "rate", None) is not None:
+        changes["propagation"] = replace(recipe.propagation, rate=1.0)  # type: ignore[type-var]
+    if getattr(recipe.budget, "rate", None) is not None:
+        changes["budget"] = replace(recipe.budget, rate=1.0)  # type: ignore[type-var]
+    if getattr(recipe.retrieval, "budget_rate", None) is not None:
+        changes["retrieval"] = replace(recipe.retrieval, budget_rate=1.0)  # type: ignore[type-var]
+    changes["window"] = replace(recipe.window, dtype="native")
+    return replace(recipe, name=f"{recipe.name}-neutral"[-64:], **changes)
+
+
+def _fill_propagation(
+    filling: s.PropagationFilling, shape: ModelShape, profile: Mapping[str, Any]
+) -> s.PropagationFilling:
+    if not isinstance(filling, s.TspPropagation):
+        return filling
+    layer, rate = filling.layer, filling.rate
+    if layer is None:
+        key = "tsp_layer" if filling.chunk_aligned else "fastkv_layer"
+        layer = profile.get(key, shape.num_layers // 2 - 1)
+    if rate is None:
+        rate = profile.get("tsp_rate", DEFAULT_TSP_RATE)
+    if shape.num_layers < 2:
+        raise InvalidRecipe("recipe.propagation", f"selects after a layer, the model has {shape.num_layers}", "full")
+    if not isinstance(layer, int) or not 0 <= layer <= shape.num_layers - 2:
+        raise InvalidRecipe("recipe.propagation.layer", shown(layer), f"an integer from 0 to {shape.num_layers - 2}")
+    return replace(filling, layer=layer, rate=rate)
+
+
+def _fill_codec(filling: s.CodecFilling, shape: ModelShape, profile: Mapping[str, Any]) -> s.CodecFilling:
+    if isinstance(filling, s.ProfileKeys):
+        raw = profile.get("key_codec", {"kind": "lowrank", "bits": 8})
+        named = filling_from_dict("key_codec", raw)
+        if not isinstance(named, s.CodecFilling) or isinstance(named, s.ProfileKeys):
+            raise InvalidRecipe("recipe.key_codec", "the profile names no codec", "affine, dense, lowrank, native")
+        filling = named
+    if isinstance(filling, s.LowRank) and filling.rank is None:
+        return replace(filling, rank=default_rank(shape))
+    return filling
+
+
+def _check_codec(slot: str, codec: s.CodecFilling, shape: ModelShape) -> None:
+    if isinstance(codec, s.LowRank) and (codec.rank or 0) > shape.kv_width:
+        raise InvalidRecipe(f"recipe.{slot}.rank", shown(codec.rank), f"1 to {shape.kv_width} = KV heads x head size")
