@@ -1,0 +1,353 @@
+"""The decode engine: one token a step for every running choice.
+
+    open ──> Opened ──> add_layer (each layer) ──> commit ──> step, step, … ──> Finished
+                                                        any time: cancel, or a fault ──> Finished or Failed
+
+Everything that happens to a request is told by the events that `step` returns. Every request that `open` accepted ends
+in exactly one FinishedEvent or FailedEvent, and by then its memory is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compression import bound_nbytes, make_cache
+from ...compression.interfaces import EncodedLayer, Rope
+from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
+from ...models.forward import Rows, forward_rows
+from ...models.model import Model
+from ...models.sampling import Sampled, SamplerState
+from ..model_shape import model_shape
+from .pages import PagePool
+from .scheduler import Choice, Demand, Phase, Scheduler
+from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
+
+__all__ = [
+    "DecodeEngine",
+    "DecodeRequest",
+    "EmittedChoice",
+    "Event",
+    "FailedEvent",
+    "FinishedEvent",
+    "OpenedEvent",
+    "TokensEvent",
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a request."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class OpenedEvent(Event):
+    """Its memory is reserved: layers may come."""
+
+
+@dataclass(frozen=True)
+class TokensEvent(Event):
+    """New tokens of a choice. The last one's `finish_reason` says whether the choice has ended.
+
+    Attributes:
+        first_index: index of sampled[0] among the choice's emitted tokens.
+    """
+
+    choice: int
+    first_index: int
+    sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True)
+class FinishedEvent(Event):
+    """Every choice has ended and the request's memory is free.
+
+    Attributes:
+        resident_bytes: the most that its caches held when a choice ended, what choices share counted once.
+        bytes_read: bytes of cache that attention read, over all choices and steps.
+        steps: decode steps, over all choices.
+    """
+
+    resident_bytes: int
+    bytes_read: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class FailedEvent(Event):
+    """The request has failed or was cancelled, and its memory is free."""
+
+    error: KvsluiceError
+
+
+class DecodeEngine:
+    """Decodes requests whose prompts arrive as encoded layers. All methods are called from one thread.
+
+    Args:
+        capacity_bytes: what all caches together may hold.
+        max_num_seqs: choices that run in one step.
+        max_waiting: requests that may wait for memory.
+    """
+
+    def __init__(self, model: Model, capacity_bytes: int, max_num_seqs: int = 64, max_waiting: int = 64) -> None:
+        self.model = model
+        self.shape = model_shape(model.config)
+        self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting)
+        self._runs: dict[str, RequestRun] = {}
+        self._events: list[Event] = []
+
+    @property
+    def num_running(self) -> int:
+        """Choices that have started and not ended."""
+        return self.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for memory."""
+        return self.scheduler.num_waiting
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.scheduler.pool.capacity_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.scheduler.pool.free_bytes
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything or has something to tell."""
+        return bool(self._events) or self.scheduler.has_eligible()
+
+    def open(self, request: DecodeRequest) -> None:
+        """Reserve what a request may need, now or as soon as it is free; an OpenedEvent tells when.
+
+        Raises:
+            DuplicateRequest: a request of this id is here already.
+            InvalidRequest: it could never fit, or a number is out of range.
+            Overloaded: it would have to wait and the queue is full.
+        """
+        if request.num_prompt_tokens < 1:
+            raise InvalidRequest("num_prompt_tokens", f"got {request.num_prompt_tokens}", "at least 1")
+        if request.credits is not None and request.credits < 0:
+            raise InvalidRequest("credits", f"got {request.credits}", "at least 0")
+        demand = self.demand(request)
+        self.scheduler.enqueue(request.request_id, demand, request.credits)
+        self._runs[request.request_id] = RequestRun(request, demand)
+        self._admit()
+
+    def demand(self, request: DecodeRequest) -> Demand:
+        """What admission reserves for a request."""
+        n, max_tokens = request.sampling.n, request.sampling.max_tokens
+        prompt_bytes, total_bytes = (
+            bound_nbytes(request.recipe, self.shape, request.num_prompt_tokens, new, choices, self.model.dtype.itemsize)
+            for new, choices in ((0, 1), (max_tokens, n))
+        )
+        return Demand(prompt_bytes, -(-max(0, total_bytes - prompt_bytes) // n), n)
+
+    @torch.inference_mode()
+    def add_layer(self, request_id: str, encoded: EncodedLayer) -> None:
+        """Place an arrived layer. A fault ends the request and is raised as well.
+
+        Raises:
+            RequestCancelled: there is no such request (any more).
+            FrameMismatch: the layer does not fit; see `sequence.add_layer`.
+        """
+        run = self._receiving(request_id)
+        try:
+            add_layer(run, encoded, self.model.config.num_layers, self.model.device)
+        except Exception as exc:
+            raise self._fail(request_id, exc) from exc
+
+    @torch.inference_mode()
+    def commit(self, request_id: str, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
+        """Start a request whose layers are all here. A fault ends the request and is raised as well.
+
+        Args:
+            emitted: of every choice in order, the tokens sent so far. The first came from prefill; further ones are
+                replayed as decode steps and not sent again.
+
+        Raises:
+            RequestCancelled: there is no such request (any more).
+            FrameMismatch, InvalidRequest: see `sequence.check_start`.
+        """
+        run = self._receiving(request_id)
+        config = self.model.config
+        try:
+            check_start(run, prompt_ids, emitted, config.num_layers, config.vocab_size)
+            self._start(run, prompt_ids, emitted)
+        except Exception as exc:
+            raise self._fail(request_id, exc) from exc
+
+    def grant(self, request_id: str, tokens: int) -> None:
+        """Allow `tokens` ≥ 0 more to be sent. Without effect on a request that is gone or has no limit."""
+        if tokens < 0:
+            raise InvalidRequest("credits", f"got {tokens}", "at least 0")
+        self.scheduler.grant(request_id, tokens)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> bool:
+        """End a request with a FailedEvent, or one choice of it as if it had finished. False when it is not here."""
+        run = self._runs.get(request_id)
+        if run is None:
+            return False
+        if choice is None:
+            self._fail(request_id, RequestCancelled(f"request {request_id} was cancelled"))
+        elif choice in run.choices:
+            self._end_choice(run, choice)
+        elif self.scheduler.phase(request_id) is not Phase.RUNNING:
+            run.cancelled.add(choice)
+        else:
+            return False
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Let in what fits, run one step of the choices whose turn it is. Returns what happened since the last call."""
+        self._admit()
+        turns = self._prepare(self.scheduler.next_batch())
+        if turns:
+            try:
+                logits = self._forward(turns)
+            except Exception as exc:
+                for request_id in dict.fromkeys(turn.choice.request_id for turn in turns):
+                    self._fail(request_id, exc)
+            else:
+                self._advance(turns, logits)
+        events, self._events = self._events, []
+        return events
+
+    def check_integrity(self) -> None:
+        """Assert that states, ledger and the memory really held agree."""
+        self.scheduler.check_integrity()
+        sizes = self.scheduler.pool.regions()
+        for request_id, run in self._runs.items():
+            assert self.scheduler.phase(request_id) is not None, "every request has a state"
+            assert set(run.choices) == set(self.scheduler.live_choices(request_id)), "every choice has a turn"
+            reserved = sum(size for region, size in sizes.items() if region.request_id == request_id)
+            assert run.held_bytes() <= reserved, f"{request_id} holds {run.held_bytes()} of {reserved} bytes"
+        assert {region.request_id for region in sizes} <= set(self._runs), "no memory without a request"
+
+    def _rope(self, num_prompt_tokens: int) -> Rope:
+        return lambda x, positions: self.model.rotate(x, positions, num_prompt_tokens)
+
+    def _admit(self) -> None:
+        for request_id in self.scheduler.admit():
+            run = self._runs[request_id]
+            request = run.request
+            try:
+                rope = self._rope(request.num_prompt_tokens)
+                run.cache = make_cache(request.recipe, self.shape, request.num_prompt_tokens, rope)
+            except Exception as exc:
+                self._fail(request_id, exc)
+            else:
+                self._events.append(OpenedEvent(request_id, request.epoch))
+
+    def _receiving(self, request_id: str) -> RequestRun:
+        run = self._runs.get(request_id)
+        if run is None:
+            raise RequestCancelled(f"request {request_id} is not open here")
+        phase = self.scheduler.phase(request_id)
+        if phase is not Phase.RECEIVING:
+            assert phase is not None, "every request has a state"
+            raise FrameMismatch(f"request {request_id} takes no layers while it is {phase.value}")
+        return run
+
+    def _start(self, run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
+        request, cache, config = run.request, run.cache, self.model.config
+        assert cache is not None, "made when the request was let in"
+        choices = {}
+        for index, choice in enumerate(emitted):
+            if choice.finish_reason or index in run.cancelled:
+                continue
+            sampler = SamplerState(request.sampling, index, prompt_ids, config.vocab_size, config.eos_token_ids)
+            choices[index] = ChoiceRun(cache.fork(), sampler, request.num_prompt_tokens, choice.token_ids)
+        run.resident_bytes = cache.nbytes()
+        run.cache, run.choices = None, choices
+        self.scheduler.start(request.request_id, {i: len(emitted[i].token_ids) - 1 for i in choices})
+        if not choices:
+            self._finish(run)
+
+    def _prepare(self, choices: Sequence[Choice]) -> list[_Turn]:
+        turns = []
+        for choice in choices:
+            run = self._runs.get(choice.request_id)
+            if run is None:  # another choice of it failed just now
+                continue
+            state = run.choices[choice.index]
+            try:
+                turns.append(_Turn(choice, state, state.next_rows(self.model.device)))
+            except Exception as exc:
+                self._fail(choice.request_id, exc)
+        return [turn for turn in turns if turn.choice.request_id in self._runs]
+
+    def _forward(self, turns: Sequence[_Turn]) -> Tensor:
+        """Run one row of each turn. Returns logits float32 [those that sample, V]."""
+        hidden = forward_rows(self.model, [turn.rows for turn in turns])
+        sampling = [i for i, turn in enumerate(turns) if turn.state.samples_next]
+        if len(sampling) < len(turns):
+            hidden = hidden[sampling]
+        return self.model.logits(hidden)
+
+    def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:
+        rows = iter(zip(logits, torch.isfinite(logits).all(dim=1).tolist(), strict=True))
+        for turn in turns:
+            row = next(rows) if turn.state.samples_next else None
+            turn.state.stepped()
+            run = self._runs.get(turn.choice.request_id)
+            if run is None:  # another choice of it failed just now
+                continue
+            try:
+                if turn.state.error is not None:
+                    raise turn.state.error
+                if row is not None:
+                    self._sample(run, turn, *row)
+            except Exception as exc:
+                self._fail(turn.choice.request_id, exc)
+
+    def _sample(self, run: RequestRun, turn: _Turn, logits: Tensor, is_finite: bool) -> None:
+        if not is_finite:
+            raise InternalError("decoding gave logits that are not finite")
+        state, request = turn.state, run.request
+        sampled = state.sampler.sample(logits)
+        index = turn.choice.index
+        self._events.append(TokensEvent(request.request_id, request.epoch, index, state.num_emitted, (sampled,)))
+        state.emit(sampled.token_id)
+        if sampled.finish_reason:
+            self._end_choice(run, index)
+
+    def _end_choice(self, run: RequestRun, index: int) -> None:
+        run.drop_choice(index)
+        if self.scheduler.end_choice(Choice(run.request.request_id, index)):
+            self._finish(run)
+
+    def _finish(self, run: RequestRun) -> None:
+        request = run.request
+        del self._runs[request.request_id]
+        self._events.append(
+            FinishedEvent(request.request_id, request.epoch, run.resident_bytes, run.bytes_read, run.num_steps)
+        )
+
+    def _fail(self, request_id: str, exc: Exception) -> KvsluiceError:
+        """End a request that is here, free what it holds and tell. Returns the error that was told."""
+        run = self._runs.pop(request_id)
+        self.scheduler.end_request(request_id)
+        run.cache = None
+        run.choices.clear()
+        error = typed(exc, request_id)
+        self._events.append(FailedEvent(request_id, run.request.epoch, error))
+        return error
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One choice's part in a step."""
+
+    choice: Choice
+    state: ChoiceRun
+    rows: Rows

@@ -1,0 +1,245 @@
+"""What a request and each of its choices need to go on decoding.
+
+After step t the state of a choice is a function of (prompt and emitted token ids, recipe, seed) alone: the cache is
+sealed at positions that only the recipe fixes, a replayed token runs through the same step as a sampled one, and random
+numbers are a function of (seed, choice, position).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ...compression.interfaces import EncodedLayer, SequenceCache
+from ...compression.recipe import Recipe
+from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError
+from ...models.forward import Rows
+from ...models.sampling import SamplerState, SamplingParams
+from .scheduler import Demand
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What a decode worker must know to let a request in.
+
+    Attributes:
+        epoch: which attempt at the request this is.
+        recipe: resolved, no number open.
+        credits: tokens that may be sent before more are granted; None = without limit.
+    """
+
+    request_id: str
+    epoch: int
+    num_prompt_tokens: int
+    recipe: Recipe
+    sampling: SamplingParams
+    credits: int | None = None
+
+
+@dataclass(frozen=True)
+class EmittedChoice:
+    """What a choice has sent so far.
+
+    Attributes:
+        token_ids: at least one; the first comes from prefill, further ones are replayed.
+        finish_reason: "stop" or "length" when the choice has ended, else empty.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: str = ""
+
+
+class GuardedCache:
+    """A cache whose faults end its own sequence and not the batch: after one, attention gives zeros."""
+
+    def __init__(self, cache: SequenceCache) -> None:
+        self.cache = cache
+        self.error: Exception | None = None
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        self._guard(lambda: self.cache.append(layer, k_pre, k, v, positions))
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        out = self._guard(lambda: self.cache.attend(layer, q, positions))
+        return torch.zeros_like(q) if out is None else out
+
+    def _guard(self, action: Callable[[], T]) -> T | None:
+        if self.error is None:
+            try:
+                return action()
+            except Exception as exc:
+                self.error = exc
+        return None
+
+
+class ChoiceRun:
+    """One running choice.
+
+    Args:
+        cache: the choice's own fork of the prompt's cache.
+        emitted: at least one token; the last one has not been sampled from yet.
+    """
+
+    def __init__(
+        self, cache: SequenceCache, sampler: SamplerState, num_prompt_tokens: int, emitted: Sequence[int]
+    ) -> None:
+        self.cache = cache
+        self.sampler = sampler
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_emitted = len(emitted)
+        self.num_steps = 0
+        self._guarded = GuardedCache(cache)
+        self._ahead = list(emitted)  # emitted, not yet run; the last one is sampled from
+        self._rows_left = cache.rows_until_seal(num_prompt_tokens)
+        for token_id in emitted:
+            sampler.force(token_id)
+
+    @property
+    def samples_next(self) -> bool:
+        """Whether the next step gives a new token, rather than replay one."""
+        return len(self._ahead) == 1
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong in the cache during the last step."""
+        return self._guarded.error
+
+    def next_rows(self, device: torch.device) -> Rows:
+        """The next step's row, after sealing what is due before it."""
+        position = self.num_prompt_tokens + self.num_steps
+        if self._rows_left == 0:
+            self.cache.seal(position)
+            self._rows_left = self.cache.rows_until_seal(position)
+        return Rows(
+            ids=torch.tensor(self._ahead[:1], dtype=torch.int64, device=device),
+            positions=torch.tensor([position], dtype=torch.int64, device=device),
+            cache=self._guarded,
+            num_prompt_tokens=self.num_prompt_tokens,
+        )
+
+    def stepped(self) -> None:
+        """Count the step whose row `next_rows` gave."""
+        del self._ahead[0]
+        self._rows_left -= 1
+        self.num_steps += 1
+
+    def emit(self, token_id: int) -> None:
+        """A new token was sampled; it runs in the next step."""
+        self._ahead.append(token_id)
+        self.num_emitted += 1
+
+
+@dataclass
+class RequestRun:
+    """A request that was accepted.
+
+    Attributes:
+        demand: what is reserved for it when it is let in.
+        cache: the prompt's cache while its layers arrive.
+        layers: those that have arrived.
+        cancelled: choices that were cancelled before the start.
+        choices: index -> running choice.
+    """
+
+    request: DecodeRequest
+    demand: Demand
+    cache: SequenceCache | None = None
+    layers: set[int] = field(default_factory=set)
+    cancelled: set[int] = field(default_factory=set)
+    choices: dict[int, ChoiceRun] = field(default_factory=dict)
+    resident_bytes: int = 0
+    bytes_read: int = 0
+    num_steps: int = 0
+
+    def held_bytes(self) -> int:
+        """Bytes that the request's caches hold now; what choices share counts once."""
+        if self.choices:
+            caches = [run.cache for run in self.choices.values()]
+            return caches[0].shared_nbytes() + sum(cache.own_nbytes() for cache in caches)
+        return 0 if self.cache is None else self.cache.nbytes()
+
+    def drop_choice(self, index: int) -> None:
+        """Let go of a choice's cache and keep its counts."""
+        self.resident_bytes = max(self.resident_bytes, self.held_bytes())
+        run = self.choices.pop(index)
+        self.bytes_read += run.cache.counter.bytes_read
+        self.num_steps += run.num_steps
+
+
+def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: torch.device) -> None:
+    """Put an arrived layer into the request's cache.
+
+    Raises:
+        FrameMismatch: a layer that the model does not have, one that came before, one that does not fit the recipe, or
+            more bytes than the recipe can need.
+    """
+    request_id, layer, cache = run.request.request_id, encoded.layer, run.cache
+    assert cache is not None, "the cache is made when the request is let in"
+    if not 0 <= layer < num_layers:
+        raise FrameMismatch(f"request {request_id}: layer {layer} arrived, the model has {num_layers}")
+    if layer in run.layers:
+        raise FrameMismatch(f"request {request_id}: layer {layer} arrived twice")
+    try:
+        cache.add_layer(_on_device(encoded, device))
+    except KvsluiceError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
+        logger.warning("layer %d of request %s does not fit its recipe", layer, request_id, exc_info=exc)
+        raise FrameMismatch(f"request {request_id}: layer {layer} does not fit its recipe") from exc
+    run.layers.add(layer)
+    if cache.nbytes() > run.demand.prompt_bytes:
+        raise FrameMismatch(
+            f"request {request_id}: {len(run.layers)} layers take {cache.nbytes()} bytes, its recipe bounds all "
+            f"{num_layers} by {run.demand.prompt_bytes}"
+        )
+
+
+def check_start(
+    run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice], num_layers: int, vocab_size: int
+) -> None:
+    """Check that nothing is missing before a request starts.
+
+    Raises:
+        FrameMismatch: layers are missing or the prompt has another length than announced.
+        InvalidRequest: the emitted tokens are not what the choices need.
+    """
+    request = run.request
+    missing = sorted(set(range(num_layers)) - run.layers)
+    if missing:
+        raise FrameMismatch(f"request {request.request_id}: layers {missing[:8]} are missing, {len(missing)} in all")
+    if len(prompt_ids) != request.num_prompt_tokens:
+        raise FrameMismatch(
+            f"request {request.request_id}: {len(prompt_ids)} prompt tokens, {request.num_prompt_tokens} were announced"
+        )
+    if len(emitted) != request.sampling.n:
+        raise InvalidRequest("emitted", f"{len(emitted)} choices", f"{request.sampling.n}, one for each choice")
+    for choice in emitted:
+        most = request.sampling.max_tokens if choice.finish_reason else request.sampling.max_tokens - 1
+        if not 1 <= len(choice.token_ids) <= most:
+            raise InvalidRequest("emitted", f"{len(choice.token_ids)} tokens", f"1 to {most}, or a finish reason")
+        if min(choice.token_ids) < 0 or max(choice.token_ids) >= vocab_size:
+            raise InvalidRequest("emitted", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+
+
+def typed(exc: Exception, request_id: str) -> KvsluiceError:
+    """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside."""
+    if isinstance(exc, KvsluiceError):
+        return exc
+    logger.error("decoding of request %s failed", request_id, exc_info=exc)
+    return InternalError(f"decoding failed: {type(exc).__name__}")
+
+
+def _on_device(encoded: EncodedLayer, device: torch.device) -> EncodedLayer:
+    def moved(group: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in group.items()}
+
+    return replace(encoded, tensors={part: moved(group) for part, group in encoded.tensors.items()})

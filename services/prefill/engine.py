@@ -1,0 +1,241 @@
+"""The prefill engine: one pack of work items a step, all prompts interleaved.
+
+A step takes the items that the batcher planned (one layer, several prompts), runs the linear maps on all their rows at
+once and attention prompt by prompt, and hands every layer over that became final with it. What a row is computed from
+is fixed by its own prompt, so packing changes results by no more than the matrix library's rounding.
+
+Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows N x (hidden row + one layer's keys
+before and after RoPE, and values). See `state.py`; `benchmarks/prefill_memory.py` measures it.
+
+In the last layer only the last row goes on, so only that row's attention and MLP are computed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compression.recipe import Recipe
+from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
+from ...kernels.causal_attention import causal_attention
+from ...models.model import Model
+from ...models.sampling import SamplingParams
+from ..model_shape import model_shape
+from .batcher import Batcher, WorkItem
+from .state import PrefillSink, Prompt, sample_first
+
+__all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrefillJob:
+    """One prompt to run.
+
+    Attributes:
+        epoch: which attempt at the request this is.
+        prompt_ids: at least one token id.
+        recipe: resolved, no number open.
+    """
+
+    request_id: str
+    epoch: int
+    prompt_ids: tuple[int, ...]
+    recipe: Recipe
+    sampling: SamplingParams
+
+
+@dataclass
+class _Running:
+    job: PrefillJob
+    sink: PrefillSink
+    prompt: Prompt | None = None  # made when its first item runs
+
+
+class PrefillEngine:
+    """Runs prompts. All methods are called from one thread.
+
+    Args:
+        chunk_tokens: rows of a work item.
+        max_pack_tokens: rows of a step.
+        max_active_tokens: prompt rows that may hold memory at once (a longer prompt runs alone).
+        patience: how much a prompt may be overtaken, see `batcher.py`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        chunk_tokens: int = 512,
+        max_pack_tokens: int = 2048,
+        max_active_tokens: int = 262_144,
+        patience: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.shape = model_shape(model.config)
+        self._batcher = Batcher(model.config.num_layers, chunk_tokens, max_pack_tokens, max_active_tokens, patience)
+        self._running: dict[str, _Running] = {}
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Work left, in prompt tokens through the whole model."""
+        return self._batcher.num_pending_tokens
+
+    @property
+    def num_requests(self) -> int:
+        """Prompts that are queued or running."""
+        return len(self._running)
+
+    def submit(self, job: PrefillJob, sink: PrefillSink) -> None:
+        """Queue a prompt; from now on its sink gets exactly one `on_done` or `on_error`.
+
+        Raises:
+            DuplicateRequest: a prompt of this request is here already.
+            InvalidRequest: the prompt is empty or holds ids outside the vocabulary.
+        """
+        if job.request_id in self._running:
+            raise DuplicateRequest(f"request {job.request_id} is already running")
+        if not job.prompt_ids:
+            raise InvalidRequest("prompt", "is empty", "at least one token")
+        vocab_size = self.model.config.vocab_size
+        if min(job.prompt_ids) < 0 or max(job.prompt_ids) >= vocab_size:
+            raise InvalidRequest("prompt", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+        self._batcher.add(job.request_id, len(job.prompt_ids))
+        self._running[job.request_id] = _Running(job, sink)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a prompt before its next item. False when it is not here (any more)."""
+        if request_id not in self._running:
+            return False
+        self._fail(request_id, RequestCancelled(f"request {request_id} was cancelled"))
+        return True
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Run one pack. False when nothing can run: no prompts, or all are held back by their sinks."""
+        planned = self._batcher.plan(self._is_ready)
+        if not planned:
+            return False
+        items = [item for item in planned if self._begin(item)]
+        try:
+            self._run(items)
+        except Exception as exc:
+            for request_id in dict.fromkeys(item.request_id for item in items):
+                self._fail(request_id, exc)
+            return True
+        for request_id in self._batcher.advance(items):
+            try:
+                self._finish_layer(request_id)
+            except Exception as exc:
+                self._fail(request_id, exc)
+        return True
+
+    def _is_ready(self, request_id: str) -> bool:
+        try:
+            return self._running[request_id].sink.ready()
+        except Exception as exc:
+            self._fail(request_id, exc)
+            return False
+
+    def _begin(self, item: WorkItem) -> bool:
+        """Prepare what the first item of a layer needs. False when the prompt failed or ended over it."""
+        running = self._running.get(item.request_id)
+        if running is None:
+            return False
+        if item.begin > 0:
+            return True
+        try:
+            if running.prompt is None:
+                running.prompt = Prompt(self.model, self.shape, running.job.prompt_ids, running.job.recipe)
+            running.prompt.begin_layer()
+            running.sink.on_layer_start(item.layer)
+        except Exception as exc:
+            self._fail(item.request_id, exc)
+        return item.request_id in self._running
+
+    def _run(self, items: Sequence[WorkItem]) -> None:
+        """Take the rows of a pack through their layer, into the prompts' KV buffers and hidden rows."""
+        if not items:
+            return
+        layer = items[0].layer
+        prompts = [self._prompt(item.request_id) for item in items]
+        x = _join([prompt.hidden[item.begin : item.end] for prompt, item in zip(prompts, items, strict=True)])
+        sizes = [item.num_rows for item in items]
+        rows_in: list[Tensor] = []
+        attended: list[Tensor] = []
+        rows_out: list[Tensor] = []
+        parts = zip(*(t.split(sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
+        for prompt, item, (x_rows, q, k_pre, v) in zip(prompts, items, parts, strict=True):
+            q = prompt.write(item.begin, item.end, q, k_pre, v)
+            first = self._first_row_on(item, prompt)
+            if first < item.end:
+                rows_in.append(x_rows[first - item.begin :])
+                attended.append(self._attend(prompt, q[first - item.begin :], first, item.end))
+                rows_out.append(prompt.hidden[first : item.end])
+        if rows_out:
+            y = self.model.finish_layer(layer, _join(rows_in), _join(attended))
+            for target, rows in zip(rows_out, y.split([len(t) for t in rows_out]), strict=True):
+                target.copy_(rows)
+
+    def _first_row_on(self, item: WorkItem, prompt: Prompt) -> int:
+        """The first row of the item whose output anything depends on."""
+        if item.layer + 1 < self.model.config.num_layers:
+            return item.begin
+        return max(item.begin, prompt.num_rows - 1)
+
+    def _attend(self, prompt: Prompt, q: Tensor, begin: int, end: int) -> Tensor:
+        """Attention of rows [begin, end) over the layer's rows up to `end`."""
+        obs = prompt.obs
+        positions = prompt.positions[:end]
+        window = self.model.config.layer_windows[prompt.layer]
+        return causal_attention(q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True)
+
+    def _finish_layer(self, request_id: str) -> None:
+        running = self._running[request_id]
+        prompt = self._prompt(request_id)
+        is_last = prompt.layer + 1 == self.model.config.num_layers
+        if is_last:
+            job = running.job
+            sampled = sample_first(self.model, prompt.hidden[-1:], job.prompt_ids, job.sampling)
+            running.sink.on_first_tokens(sampled)
+            if all(token.finish_reason for token in sampled):
+                self._end(request_id, lambda sink: sink.on_done())
+                return
+        running.sink.on_layer(prompt.finish_layer())
+        if is_last:
+            self._end(request_id, lambda sink: sink.on_done())
+        elif request_id in self._running:  # the sink may have cancelled it
+            prompt.layer += 1
+            self._batcher.next_layer(request_id, prompt.num_rows)
+
+    def _prompt(self, request_id: str) -> Prompt:
+        prompt = self._running[request_id].prompt
+        assert prompt is not None, "made with the prompt's first item"
+        return prompt
+
+    def _fail(self, request_id: str, exc: Exception) -> None:
+        if isinstance(exc, KvsluiceError):
+            error = exc
+        else:
+            logger.error("prefill of request %s failed", request_id, exc_info=exc)
+            error = InternalError(f"prefill failed: {type(exc).__name__}")
+        self._end(request_id, lambda sink: sink.on_error(error))
+
+    def _end(self, request_id: str, last_call: Callable[[PrefillSink], None]) -> None:
+        """Forget a prompt, then make its sink's last call. Without effect when it has ended already."""
+        running = self._running.pop(request_id, None)
+        if running is None:
+            return
+        self._batcher.remove(request_id)
+        try:
+            last_call(running.sink)
+        except Exception:
+            logger.exception("the receiver of request %s failed in its last call", request_id)
+
+
+def _join(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

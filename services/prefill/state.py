@@ -1,0 +1,151 @@
+"""One prompt on its way through the layers: its rows and one layer's KV, nothing of other layers.
+
+    hidden    [n, D]        all rows, overwritten chunk by chunk as the layer runs
+    positions [n]           original positions of the rows
+    k_pre, k, v [n, Hkv, d] this layer's keys before and after RoPE, and values; handed over when the layer is final
+    q_window  [w, H, d]     queries of the last w rows, as far as the recipe asks for them
+
+So a prompt of N rows holds N x (hidden row + k_pre + k + v), and a few rows more. There is no N x layers term. n
+shrinks when a layer's recipe lets only some rows go on.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...compression import make_compressor
+from ...compression.interfaces import EncodedLayer, LayerObs
+from ...compression.recipe import ModelShape, Recipe
+from ...errors import InternalError, KvsluiceError
+from ...kernels.rope import apply_rope
+from ...models.model import Model
+from ...models.sampling import Sampled, SamplerState, SamplingParams
+
+
+class PrefillSink(Protocol):
+    """Where the results of one prompt go. Called from the engine's thread, so no method may block for long.
+
+    Order: `on_layer_start(0)`, `on_layer(0)`, `on_layer_start(1)`, … For the last layer the first tokens come before
+    `on_layer`, so that nobody waits for its encoding. When every choice ends with its first token the last layer is not
+    encoded at all: nobody will decode.
+    """
+
+    def ready(self) -> bool:
+        """False holds this prompt back: its next item waits until this is true again."""
+        ...
+
+    def on_layer_start(self, layer: int) -> None:
+        """The first item of a layer is about to run."""
+        ...
+
+    def on_layer(self, encoded: EncodedLayer) -> None:
+        """A layer is final; the receiver owns the tensors."""
+        ...
+
+    def on_first_tokens(self, sampled: list[Sampled]) -> None:
+        """The first token of every choice, in the choices' order."""
+        ...
+
+    def on_done(self) -> None:
+        """All is handed over. The last call, unless `on_error` is."""
+        ...
+
+    def on_error(self, error: KvsluiceError) -> None:
+        """The prompt has failed or was cancelled. The last call, unless `on_done` is."""
+        ...
+
+
+class Prompt:
+    """The tensors of one prompt.
+
+    Args:
+        ids: token ids of the prompt, at least one, each in the vocabulary.
+    """
+
+    def __init__(self, model: Model, shape: ModelShape, ids: tuple[int, ...], recipe: Recipe) -> None:
+        self.model = model
+        self.num_prompt_tokens = len(ids)
+        self.compressor = make_compressor(recipe, shape, self.rotate)
+        self.layer = 0
+        self.hidden = model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+        self.positions = torch.arange(len(ids), dtype=torch.int64, device=model.device)
+        self._obs: LayerObs | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """RoPE bound to this prompt's length: x [n, heads, d] at int64 positions [n] or [n, heads]."""
+        return self.model.rotate(x, positions, self.num_prompt_tokens)
+
+    def begin_layer(self) -> None:
+        """Make room for this layer's KV. Fresh buffers each time: an encoded layer may own the last ones."""
+        config = self.model.config
+        window = min(self.compressor.query_window(self.layer), self.num_rows)
+
+        def room(rows: int, heads: int) -> Tensor:
+            return self.hidden.new_empty(rows, heads, config.head_dim)
+
+        self._obs = LayerObs(
+            layer=self.layer,
+            positions=self.positions,
+            num_prompt_tokens=self.num_prompt_tokens,
+            k_pre=room(self.num_rows, config.num_kv_heads),
+            k=room(self.num_rows, config.num_kv_heads),
+            v=room(self.num_rows, config.num_kv_heads),
+            q_window=room(window, config.num_heads),
+        )
+
+    @property
+    def obs(self) -> LayerObs:
+        assert self._obs is not None, "begin_layer comes first"
+        return self._obs
+
+    def write(self, begin: int, end: int, q: Tensor, k_pre: Tensor, v: Tensor) -> Tensor:
+        """Keep keys and values [end - begin, Hkv, d] of rows [begin, end), and queries as far as the window wants.
+
+        Returns:
+            the queries q [end - begin, H, d] after RoPE.
+        """
+        obs = self.obs
+        cos, sin = self.model.rope_tables(self.positions[begin:end], self.num_prompt_tokens)
+        q = apply_rope(q, cos, sin)
+        obs.k_pre[begin:end] = k_pre
+        obs.k[begin:end] = apply_rope(k_pre, cos, sin)
+        obs.v[begin:end] = v
+        first = self.num_rows - obs.q_window.shape[0]
+        if end > first:
+            low = max(begin, first)
+            obs.q_window[low - first : end - first] = q[low - begin :]
+        return q
+
+    def finish_layer(self) -> EncodedLayer:
+        """Encode the layer whose rows have all run, let go of its KV and drop the rows that go no further."""
+        encoded, selected = self.compressor.finish_layer(self.obs)
+        self._obs = None
+        if selected is not None:
+            if selected.numel() == 0 or int(selected[-1]) != self.num_rows - 1:
+                raise InternalError(f"layer {self.layer} let go of the last row, which the answer starts from")
+            self.hidden = self.hidden.index_select(0, selected)
+            self.positions = self.positions.index_select(0, selected)
+        return encoded
+
+
+def sample_first(model: Model, last_row: Tensor, ids: tuple[int, ...], params: SamplingParams) -> list[Sampled]:
+    """The first token of every choice, from the last row [1, D] behind the last layer.
+
+    Raises:
+        InternalError: the logits are not finite.
+    """
+    logits = model.logits(last_row)[0]
+    if not bool(torch.isfinite(logits).all()):
+        raise InternalError("prefill gave logits that are not finite")
+    config = model.config
+    return [
+        SamplerState(params, choice, ids, config.vocab_size, config.eos_token_ids).sample(logits)
+        for choice in range(params.n)
+    ]
