@@ -1,0 +1,7 @@
+"""The gated activation of the feed-forward block."""
+
+from __future__ import annotations
+
+from .op import swiglu
+
+__all__ = ["swiglu"]

@@ -1,0 +1,105 @@
+"""Whole passes through a model: the dense reference, and rows that attend to caches of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.causal_attention import causal_attention
+from ..kernels.rope import apply_rope
+from .model import Model
+
+
+class AttendCache(Protocol):
+    """What the forward pass asks of a sequence's cache; compressed or not."""
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Add rows [q, Hkv, d] (k_pre before RoPE, k after) at positions int64 [q]."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        """Attention of q [Q, H, d] (after RoPE) at positions int64 [Q] over rows at positions <= their own."""
+        ...
+
+
+@dataclass
+class Rows:
+    """Rows of one sequence in a batch.
+
+    Attributes:
+        ids: int64 [q] token ids, q >= 1.
+        positions: int64 [q], ascending.
+        cache: the sequence's cache; the pass appends these rows to it.
+        num_prompt_tokens: length of the sequence's prompt, for dynamic RoPE.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    cache: AttendCache
+    num_prompt_tokens: int
+
+
+def forward_hidden(model: Model, ids: Tensor) -> Tensor:
+    """Dense causal pass over one sequence: ids int64 [n] -> hidden rows [n, D] after the last layer."""
+    x = model.embed(ids)
+    positions = torch.arange(len(ids), device=ids.device)
+    cos, sin = model.rope_tables(positions, len(ids))
+    for layer, window in enumerate(model.config.layer_windows):
+        q, k, v = model.qkv(layer, x)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        attn = causal_attention(q, k, v, positions, positions, window, last_rows=True)
+        x = model.finish_layer(layer, x, attn)
+    return x
+
+
+def forward_tokens(model: Model, ids: Tensor) -> Tensor:
+    """Dense causal pass over one sequence, the oracle of tests and perplexity.
+
+    Args:
+        model: the model.
+        ids: int64 [n], on the model's device.
+
+    Returns:
+        Logits float32 [n, V]: 4 n V bytes.
+    """
+    return model.logits(forward_hidden(model, ids))
+
+
+def forward_rows(model: Model, batch: Sequence[Rows]) -> Tensor:
+    """Pass the rows of several sequences, each over its own cache, which grows by them.
+
+    Linear layers and norms run over all rows at once, appending and attention per sequence.
+
+    Args:
+        model: the model.
+        batch: at least one entry.
+
+    Returns:
+        [sum q, D] hidden rows after the last layer, in the order of the batch.
+    """
+    sizes = [len(rows.ids) for rows in batch]
+    x = model.embed(torch.cat([rows.ids for rows in batch]))
+    positions = torch.cat([rows.positions for rows in batch])
+    cos, sin = model.rope_tables(positions, _prompt_lengths(model, batch, sizes))
+    for layer in range(model.config.num_layers):
+        q, k_pre, v = model.qkv(layer, x)
+        q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
+        attn = []
+        parts = zip(batch, q.split(sizes), k_pre.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        for rows, q_rows, k_pre_rows, k_rows, v_rows in parts:
+            rows.cache.append(layer, k_pre_rows, k_rows, v_rows, rows.positions)
+            attn.append(rows.cache.attend(layer, q_rows, rows.positions))
+        x = model.finish_layer(layer, x, torch.cat(attn))
+    return x
+
+
+def _prompt_lengths(model: Model, batch: Sequence[Rows], sizes: list[int]) -> int | Tensor:
+    """Prompt length of every row; a tensor only where it matters and differs, because building one costs a copy."""
+    if model.config.rope.kind != "dynamic" or len({rows.num_prompt_tokens for rows in batch}) == 1:
+        return batch[0].num_prompt_tokens
+    lengths = [rows.num_prompt_tokens for rows, size in zip(batch, sizes, strict=True) for _ in range(size)]
+    return torch.tensor(lengths, device=model.device)

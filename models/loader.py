@@ -1,0 +1,82 @@
+"""From a name or a path to a `Model`."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from .checkpoint import Checkpoint, locate, read_hf_config
+from .config import SHAPES, ModelConfig, config_from_hf
+from .gguf_config import config_of_gguf
+from .gguf_file import GgufFile
+from .model import Model
+from .sources import AdapterSource, GgufSource, SafetensorsSource
+from .weights import TensorSource, fill_weights
+from .weights import random_weights as draw_weights
+
+
+def load_config(name_or_path: str, *, random_weights: bool = False) -> ModelConfig:
+    """The configuration of a model without its weights; arguments and errors as those of `load_model`."""
+    if random_weights and name_or_path in SHAPES:
+        return SHAPES[name_or_path]
+    checkpoint = locate(name_or_path)
+    return _read_config(checkpoint, GgufFile(checkpoint.path) if checkpoint.is_gguf else None)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    random_weights: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Load a model.
+
+    Args:
+        name_or_path: a Hugging Face folder, a `.gguf` file, a built-in name, or with `random_weights` also a name of
+            `SHAPES`.
+        dtype: of the weights and of all computation; None = float32 on a CPU, bfloat16 elsewhere.
+        device: where the weights go.
+        random_weights: draw weights of the model's shape instead of reading any.
+        seed: of random weights.
+
+    Raises:
+        UnknownModel: nothing by that name.
+        UnsupportedModel: a checkpoint that the forward pass does not cover.
+        BrokenCheckpoint: a checkpoint that is incomplete or contradicts itself.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if random_weights:
+        config = load_config(name_or_path, random_weights=True)
+        return _random_model(config, dtype, device, seed)
+    checkpoint = locate(name_or_path)
+    file = GgufFile(checkpoint.path) if checkpoint.is_gguf else None
+    config = _read_config(checkpoint, file)
+    source: TensorSource
+    if file is None:
+        source = SafetensorsSource(checkpoint.path)
+    else:
+        source = GgufSource(file, config.num_layers, config.num_heads, config.num_kv_heads)
+    if checkpoint.adapter is not None:
+        source = AdapterSource(source, checkpoint.adapter)
+    weights = fill_weights(config, source, dtype, device)
+    return Model(config, weights, _fingerprint(config, dtype, source.digest()))
+
+
+def _random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
+    # a CPU and a CUDA generator draw different numbers from one seed
+    identity = f"random {seed} {device.type}"
+    return Model(config, draw_weights(config, dtype, device, seed), _fingerprint(config, dtype, identity))
+
+
+def _read_config(checkpoint: Checkpoint, file: GgufFile | None) -> ModelConfig:
+    raw = read_hf_config(checkpoint.path) if file is None else config_of_gguf(file)
+    return config_from_hf(raw | dict(checkpoint.overrides))
+
+
+def _fingerprint(config: ModelConfig, dtype: torch.dtype, weights: str) -> str:
+    """32 hex digits over all that a model's logits depend on."""
+    return hashlib.sha256(f"{config.digest} {dtype} {weights}".encode()).hexdigest()[:32]

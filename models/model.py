@@ -1,0 +1,108 @@
+"""One decoder layer at a time: the pieces of the forward pass that prefill and decode put together."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rope import apply_rope
+from ..kernels.swiglu import swiglu
+from .hf_config import ModelConfig
+from .rope import RotaryEmbedding
+from .weights import LayerWeights, Weights
+
+# bounds the feed-forward block's largest intermediate, whatever the number of rows
+MLP_CHUNK_BYTES = 128 << 20
+
+
+class Model:
+    """Weights and the operations on rows of hidden states; it holds no KV and no state between calls.
+
+    Letters: n rows, D hidden size, H query heads, Hkv KV heads, d head size, V vocabulary size.
+
+    Args:
+        config: the model's shape.
+        weights: its tensors, all of one dtype on one device.
+        fingerprint: hex digits that name configuration, weights and dtype.
+
+    Attributes:
+        dtype, device: of the weights and of all hidden rows.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, fingerprint: str) -> None:
+        self.config = config
+        self.weights = weights
+        self.fingerprint = fingerprint
+        self.dtype = weights.embed.dtype
+        self.device = weights.embed.device
+        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self.device)
+        row_bytes = 2 * config.intermediate_size * weights.embed.element_size()
+        self._mlp_rows = max(64, MLP_CHUNK_BYTES // row_bytes)
+        q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._qkv_sizes = (q, k, k)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n] -> hidden rows [n, D]."""
+        return F.embedding(ids, self.weights.embed)
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input norm, projections, biases and per-head norms; before RoPE.
+
+        Args:
+            layer: index of the layer.
+            x: [n, D].
+
+        Returns:
+            q [n, H, d], k [n, Hkv, d], v [n, Hkv, d]. They may be views of one buffer.
+        """
+        w, config = self.weights.layers[layer], self.config
+        fused = F.linear(rms_norm(x, w.input_norm, config.rms_norm_eps), w.qkv, w.qkv_bias)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in fused.split(self._qkv_sizes, dim=-1))
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
+        return q, k, v
+
+    def rope_tables(self, positions: Tensor, num_prompt_tokens: int | Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [..., d], for positions int64 [...]; what `rotate` uses, for callers that rotate often.
+
+        Args:
+            positions: int64 [n] or [n, heads].
+            num_prompt_tokens: length of the prompt, or int64 like positions where rows belong to several prompts.
+                Matters for dynamic RoPE only: a row at p uses the base for length max(num_prompt_tokens, p + 1).
+        """
+        return self._rotary.tables(positions, num_prompt_tokens)
+
+    def rotate(self, x: Tensor, positions: Tensor, num_prompt_tokens: int) -> Tensor:
+        """Apply RoPE to x [n, heads, d] at positions int64 [n] or [n, heads]; see `rope_tables`."""
+        cos, sin = self.rope_tables(positions, num_prompt_tokens)
+        return apply_rope(x, cos, sin)
+
+    def finish_layer(self, layer: int, x: Tensor, attn: Tensor) -> Tensor:
+        """Output projection, residual, post-attention norm, feed-forward block, residual.
+
+        Args:
+            layer: index of the layer.
+            x: [n, D], the layer's input rows.
+            attn: [n, H, d], attention's output for them.
+
+        Returns:
+            [n, D], the next layer's input. The feed-forward block runs in bounded chunks of rows.
+        """
+        w = self.weights.layers[layer]
+        x = x + F.linear(attn.flatten(1), w.o, w.o_bias)
+        if len(x) <= self._mlp_rows:
+            return self._mlp(w, x)
+        out = torch.empty_like(x)
+        for start in range(0, len(x), self._mlp_rows):
+            out[start : start + self._mlp_rows] = self._mlp(w, x[start : start + self._mlp_rows])
+        return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head: rows [n, D] after the last layer -> float32 [n, V]."""
+        return F.linear(rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
+
+    def _mlp(self, w: LayerWeights, x: Tensor) -> Tensor:
+        gate, up = F.linear(rms_norm(x, w.post_norm, self.config.rms_norm_eps), w.gate_up, w.gate_up_bias).chunk(2, -1)
+        return x + F.linear(swiglu(gate, up), w.down, w.down_bias)

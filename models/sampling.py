@@ -1,0 +1,236 @@
+"""From logits to tokens: penalties, filters, a counter-based random number, and when a choice ends.
+
+The order is vLLM's (v1 sampler): log-probabilities of the model's own distribution are read first; then min_tokens masks
+the ids that would end the choice, logit_bias is added, penalties are applied; greedy choices take the largest logit;
+others are divided by the temperature and filtered by min_p, top_k and top_p, each over what the ones before it left.
+
+A random number is a hash of (seed, choice, position), so that every worker and every batch draws the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import InternalError, InvalidRequest
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks of sampling; names and meanings as in the OpenAI API and vLLM.
+
+    Attributes:
+        max_tokens: most tokens of a choice.
+        temperature: 0 = greedy.
+        top_p, top_k, min_p: filters; 1, 0 and 0 = off.
+        repetition_penalty: divides positive and multiplies negative logits of ids in the prompt or the output; 1 = off.
+        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for ids in the output.
+        logit_bias: added to the logits of ids.
+        seed: of the random numbers.
+        stop_token_ids: ids that end a choice besides the model's own.
+        min_tokens: ids that end a choice are masked until it has so many tokens.
+        ignore_eos: whether the model's own end-of-text ids do not end a choice.
+        logprobs: how many of the likeliest alternatives to report beside the sampled token; None = no log-probabilities.
+        n: number of choices.
+
+    Raises:
+        InvalidRequest: a value out of range.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range("max_tokens", self.max_tokens, 1, math.inf)
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("top_p", self.top_p, 0, 1, open_low=True)
+        _check_range("top_k", self.top_k, 0, math.inf)
+        _check_range("min_p", self.min_p, 0, 1)
+        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _check_range("presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_range("n", self.n, 1, math.inf)
+        _check_range("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for bias in self.logit_bias.values():
+            _check_range("logit_bias", bias, -100, 100)
+
+
+def _check_range(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bound = "above" if open_low else "from"
+        limit = f"{bound} {low}" + ("" if high == math.inf else f" to {high}")
+        raise InvalidRequest(f"sampling.{name}", f"got {value!r}"[:64], f"a number {limit}")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled token.
+
+    Attributes:
+        token_id: its id.
+        logprob: natural log of its probability under the model, before temperature, penalties and filters; None when no
+            log-probabilities were asked for.
+        top: the likeliest (id, logprob) pairs, likeliest first, under the same distribution.
+        finish_reason: "" while the choice goes on, else "stop" or "length".
+        stop_token: the id that ended the choice, whose text is not part of the answer; None otherwise.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_token: int | None = None
+
+
+class SamplerState:
+    """Sampling of one choice; a function of its parameters and of the ids so far, nothing else.
+
+    Args:
+        params: the request's parameters.
+        choice: index of the choice, from 0 to n - 1.
+        prompt_ids: the prompt.
+        vocab_size: width of the logits.
+        eos_token_ids: the model's own end-of-text ids.
+
+    Raises:
+        InvalidRequest: an id of `logit_bias` or `stop_token_ids` is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        choice: int,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if any(not 0 <= i < vocab_size for i in ids):
+                raise InvalidRequest(
+                    f"sampling.{name}", "a token id is out of range", f"ids from 0 to {vocab_size - 1}"
+                )
+        self.params = params
+        self.choice = choice
+        self._start = len(prompt_ids)
+        self._seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
+        self._counts: Counter[int] = Counter()
+        self._num_sampled = 0
+        self._stops = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        )
+        self._masked = sorted({i for i in (*params.stop_token_ids, *eos_token_ids) if i < vocab_size})
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the choice so far, forced ones included."""
+        return self._num_sampled
+
+    def sample(self, logits: Tensor) -> Sampled:
+        """Draw the next token and move on.
+
+        Args:
+            logits: float32 [V]; not changed.
+
+        Raises:
+            InternalError: the logits hold NaN, or no token has a positive probability.
+        """
+        scores = self._process(logits)
+        token_id = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
+        if not math.isfinite(float(scores[token_id])):
+            raise InternalError("the model's logits are not finite")
+        logprob, top = self._logprobs(logits, token_id)
+        self.force(token_id)
+        if token_id in self._stops:
+            return Sampled(token_id, logprob, top, "stop", token_id)
+        return Sampled(token_id, logprob, top, "length" if self._num_sampled >= self.params.max_tokens else "")
+
+    def force(self, token_id: int) -> None:
+        """Move on as if `token_id` had been sampled: replay."""
+        params = self.params
+        if params.repetition_penalty != 1:
+            self._seen.add(token_id)
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts[token_id] += 1
+        self._num_sampled += 1
+
+    def _process(self, logits: Tensor) -> Tensor:
+        """The logits that the choice is made from: masked, biased, penalised."""
+        params, device = self.params, logits.device
+        scores = logits.float().clone()
+        if self._num_sampled < params.min_tokens and self._masked:
+            scores[torch.tensor(self._masked, device=device)] = float("-inf")
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=device)
+            scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        if self._seen:
+            ids = torch.tensor(sorted(self._seen), device=device)
+            values = scores[ids]
+            penalty = params.repetition_penalty
+            scores[ids] = torch.where(values > 0, values / penalty, values * penalty)
+        if self._counts:
+            ids = torch.tensor(list(self._counts), device=device)
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=device)
+            scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
+        return scores
+
+    def _draw(self, scores: Tensor) -> int:
+        """Inverse of the cumulative distribution, in order of token ids, at the counter's random number."""
+        params = self.params
+        scores = scores / params.temperature
+        if params.min_p:
+            probabilities = scores.softmax(-1)
+            scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
+        if 0 < params.top_k < len(scores):
+            scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], float("-inf"))
+        if params.top_p < 1:
+            scores = _keep_nucleus(scores, params.top_p)
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        # scaled by the sum, which rounding may leave beside 1
+        threshold = cumulative[-1] * uniform(params.seed, self.choice, self._start + self._num_sampled)
+        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(scores) - 1))
+
+    def _logprobs(self, logits: Tensor, token_id: int) -> tuple[float | None, list[tuple[int, float]]]:
+        if self.params.logprobs is None:
+            return None, []
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(self.params.logprobs, len(logprobs)))
+        return float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _keep_nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Mask all but the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    ascending, order = scores.sort()
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[-1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter_(0, order, drop), float("-inf"))
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The random number in [0, 1) of a position of a choice, 53 bits, alike on every machine."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed % (1 << 64), choice, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
