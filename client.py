@@ -1,0 +1,223 @@
+"""Python clients of a running service, sync and async.
+
+    with Client("127.0.0.1:8033") as client:
+        print(client.generate("Once upon a time", max_tokens=32).text)
+        for chunk in client.stream("Once upon a time", recipe="fast"):
+            print(chunk.text, end="")
+
+Every failure raises an error of `kvsluice.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Unpack
+
+import grpc
+import grpc.aio
+
+from .protos import generation_pb2 as pb
+from .protos.generation_pb2_grpc import GenerationStub
+from .services.api import (
+    Choice,
+    Chunk,
+    Collector,
+    Completion,
+    ModelInfo,
+    Options,
+    Prompt,
+    RecipeReport,
+    Timing,
+    TokenLogprob,
+    Usage,
+    build_request,
+    parse_info,
+)
+from .services.status import error_from_rpc
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Completion",
+    "ModelInfo",
+    "Options",
+    "Prompt",
+    "RecipeReport",
+    "Stream",
+    "Timing",
+    "TokenLogprob",
+    "Usage",
+]
+
+DEFAULT_ADDRESS = "127.0.0.1:8033"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+class Stream(Iterator[Chunk]):
+    """Chunks of a running request. `cancel` ends it, from any thread; `completion` holds the result once it is read."""
+
+    def __init__(self, call: Any, request_id: str) -> None:
+        self._call = call
+        self._collector = Collector(request_id)
+
+    @property
+    def request_id(self) -> str:
+        return self._collector.request_id
+
+    @property
+    def completion(self) -> Completion:
+        return self._collector.completion
+
+    def cancel(self) -> None:
+        """End the request; iteration then raises `RequestCancelled`."""
+        self._call.cancel()
+
+    def __next__(self) -> Chunk:
+        try:
+            chunk = self._collector.take(next(self._call))
+            if chunk is None:
+                # the status is part of the result
+                next(self._call, None)
+                raise StopIteration
+            return chunk
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+
+class AsyncStream(AsyncIterator[Chunk]):
+    """Chunks of a running request. `cancel` ends it; `completion` holds the result once it is read."""
+
+    def __init__(self, call: Any, request_id: str) -> None:
+        self._call = call
+        self._collector = Collector(request_id)
+
+    @property
+    def request_id(self) -> str:
+        return self._collector.request_id
+
+    @property
+    def completion(self) -> Completion:
+        return self._collector.completion
+
+    def cancel(self) -> None:
+        """End the request; iteration then raises `RequestCancelled`."""
+        self._call.cancel()
+
+    async def __anext__(self) -> Chunk:
+        try:
+            response = await self._call.read()
+            if response is grpc.aio.EOF:
+                raise StopAsyncIteration
+            chunk = self._collector.take(response)
+            if chunk is None:
+                await self._call.read()
+                raise StopAsyncIteration
+            return chunk
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Client:
+    """A connection to a service. Safe to share between threads.
+
+    Args:
+        address: host:port of the generate API.
+        timeout_s: deadline of requests that bring none; None = the server's.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = GenerationStub(self._channel)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """Start a request and return its chunks as they come."""
+        request = build_request(prompt, options)
+        call = self._stub.Generate(request, timeout=options.get("timeout_s", self._timeout_s))
+        return Stream(call, request.request_id)
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Run a request to its end."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request by its id. Returns whether it was running."""
+        try:
+            return bool(self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=self._timeout_s).found)
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+    def model_info(self) -> ModelInfo:
+        """What is served."""
+        try:
+            return parse_info(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=self._timeout_s))
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """As `Client`, for asyncio. Belongs to the event loop that it is first used in."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = GenerationStub(self._channel)
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """Start a request and return its chunks as they come."""
+        request = build_request(prompt, options)
+        call = self._stub.Generate(request, timeout=options.get("timeout_s", self._timeout_s))
+        return AsyncStream(call, request.request_id)
+
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Run a request to its end."""
+        stream = self.stream(prompt, **options)
+        async for _ in stream:
+            pass
+        return stream.completion
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request by its id. Returns whether it was running."""
+        try:
+            reply = await self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=self._timeout_s)
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+        return bool(reply.found)
+
+    async def model_info(self) -> ModelInfo:
+        """What is served."""
+        try:
+            return parse_info(await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=self._timeout_s))
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()

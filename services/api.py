@@ -1,0 +1,294 @@
+"""The public API's messages as Python values: requests are built from options, results are parsed. For clients."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from ..errors import InternalError, InvalidRequest
+from ..protos import generation_pb2 as pb
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages ({"role": ..., "content": ...})."""
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`; names and meanings as in the OpenAI API.
+
+    `slots` replaces single slots of the recipe. `timeout_s` is the deadline of the whole request.
+    """
+
+    model: str
+    request_id: str
+    recipe: str
+    slots: Mapping[str, Any]
+    timeout_s: float | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    logprobs: int
+    n: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its log-probability and, where asked for, its most likely alternatives."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What became final of one choice.
+
+    Attributes:
+        index: which of the n choices.
+        text: may be empty while tokens could still become part of a stop string or of a character.
+        finish_reason: `stop` or `length` on the choice's last chunk, else None.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a finished request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class RecipeReport:
+    """What was done to the prompt's KV cache; sizes in bytes."""
+
+    requested: str
+    effective: str
+    fingerprint: str
+    fallback_reason: str
+    handoff_bytes: int
+    handoff_bf16_bytes: int
+    resident_bytes: int
+    bytes_read_per_step: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, as the gateway saw it; seconds."""
+
+    queue_s: float
+    prefill_s: float
+    time_to_first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One finished choice.
+
+    Attributes:
+        stop_match: the stop string or the stop token's text that ended it, else empty.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str
+    stop_match: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request."""
+
+    request_id: str
+    choices: tuple[Choice, ...]
+    usage: Usage
+    recipe: RecipeReport
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids of the first choice."""
+        return self.choices[0].token_ids
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The served model."""
+
+    model: str
+    fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    recipes: tuple[str, ...]
+    default_recipe: str
+    version: str
+
+
+def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
+    """The message for a prompt and its options. Raises `InvalidRequest` where a value does not fit its field."""
+    given = dict(options)
+    given.pop("timeout_s", None)
+    request = pb.GenerateRequest(request_id=given.pop("request_id", "") or uuid.uuid4().hex)
+    try:
+        request.model = given.pop("model", "")
+        _set_input(request, prompt)
+        request.recipe.name = given.pop("recipe", "")
+        slots = given.pop("slots", None)
+        if slots:
+            request.recipe.slots_json = json.dumps(slots)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest("prompt", "does not fit its field", "text, token ids or chat messages") from exc
+    stop = given.pop("stop", ())
+    request.sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+    for name, value in given.items():
+        _set_sampling(request.sampling, name, value)
+    return request
+
+
+def _set_input(request: pb.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.prompt = prompt
+    elif all(isinstance(item, int) for item in prompt):
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+    else:
+        for message in prompt:
+            request.chat.messages.add(role=message["role"], content=message["content"])  # type: ignore[index,call-overload]
+
+
+def _set_sampling(sampling: pb.SamplingParams, name: str, value: Any) -> None:
+    try:
+        if name == "logit_bias":
+            sampling.logit_bias.update(value)
+        elif name == "stop_token_ids":
+            sampling.stop_token_ids.extend(value)
+        elif name in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+            setattr(sampling, name, value)
+        else:
+            known = ", ".join(sorted(Options.__annotations__))
+            raise InvalidRequest(name[:64], "is not an option", known)
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise InvalidRequest(f"sampling.{name}", f"got {value!r}"[:96], "a number that fits the field") from exc
+
+
+def _parse_logprobs(items: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(i.token_id, i.token, i.logprob, _parse_logprobs(i.top)) for i in items)
+
+
+def _parse_chunk(chunk: pb.Chunk) -> Chunk:
+    return Chunk(
+        chunk.index,
+        chunk.text,
+        tuple(chunk.token_ids),
+        _parse_logprobs(chunk.logprobs),
+        chunk.finish_reason or None,
+    )
+
+
+def parse_info(info: pb.GetModelInfoResponse) -> ModelInfo:
+    return ModelInfo(
+        model=info.model,
+        fingerprint=info.fingerprint,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        recipes=tuple(info.recipes),
+        default_recipe=info.default_recipe,
+        version=info.version,
+    )
+
+
+@dataclass
+class _Parts:
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Collector:
+    """Gathers a stream's chunks, and the completion once it has come. Shared by the sync and the async stream."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._parts: dict[int, _Parts] = {}
+        self._completion: Completion | None = None
+
+    def take(self, response: pb.GenerateResponse) -> Chunk | None:
+        """The chunk that a message holds; None when it is the last message."""
+        if response.HasField("complete"):
+            self._completion = self._complete(response.complete)
+            return None
+        chunk = _parse_chunk(response.chunk)
+        parts = self._parts.setdefault(chunk.index, _Parts())
+        parts.text.append(chunk.text)
+        parts.token_ids.extend(chunk.token_ids)
+        parts.logprobs.extend(chunk.logprobs)
+        return chunk
+
+    @property
+    def completion(self) -> Completion:
+        """The finished request. Raises `InternalError` while the stream has not been read to its end."""
+        if self._completion is None:
+            raise InternalError("the stream has not been read to its end")
+        return self._completion
+
+    def _complete(self, complete: pb.Complete) -> Completion:
+        usage, recipe, timing = complete.usage, complete.recipe, complete.timing
+        choices = []
+        for choice in complete.choices:
+            parts = self._parts.get(choice.index, _Parts())
+            choices.append(
+                Choice(
+                    choice.index,
+                    "".join(parts.text),
+                    tuple(parts.token_ids),
+                    tuple(parts.logprobs),
+                    choice.finish_reason,
+                    choice.stop_match,
+                )
+            )
+        return Completion(
+            request_id=self.request_id,
+            choices=tuple(choices),
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
+            recipe=RecipeReport(
+                recipe.requested,
+                recipe.effective,
+                recipe.fingerprint,
+                recipe.fallback_reason,
+                recipe.handoff_bytes,
+                recipe.handoff_bf16_bytes,
+                recipe.resident_bytes,
+                recipe.bytes_read_per_step,
+            ),
+            timing=Timing(timing.queue_s, timing.prefill_s, timing.time_to_first_token_s, timing.decode_s),
+        )

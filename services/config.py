@@ -1,0 +1,137 @@
+"""The one frozen configuration object of a process: YAML file < environment (KVSLUICE_*) < flags."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import ConfigError
+
+ENV_PREFIX = "KVSLUICE_"
+MIB = 1024 * 1024
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ServeConfig(BaseModel):
+    """Everything that a process of the service is told. Workers get it serialized, never from their own environment.
+
+    Lengths are in tokens, sizes in bytes, times in seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+    model: str = Field("smollm2-135m-longctx", min_length=1, description="built-in name, Hugging Face folder or GGUF")
+    served_model_name: str | None = Field(None, min_length=1, max_length=256, description="name that clients use")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    random_weights: bool = Field(False, description="random weights of the model's shape")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="seed of weights and of requests that bring none")
+    max_model_len: int | None = Field(None, ge=8, description="prompt and answer together; None = the model's own")
+    max_new_tokens: Positive = Field(4096, description="answer length when a request names none, at most")
+    max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
+    kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, description="KV cache of each decode worker")
+    chunk_tokens: int = Field(512, ge=16, le=65536, description="rows of one prefill work item")
+    default_recipe: str = Field("balanced", min_length=1, description="recipe of requests that name none")
+    torch_threads: Positive | None = Field(None, description="threads of each worker's torch; None = cores / workers")
+
+    host: str = Field("127.0.0.1", min_length=1, description="address that the gateway listens on")
+    port: int = Field(8033, ge=0, le=65535, description="port that the gateway listens on; 0 = any free one")
+    role: Literal["split", "both"] = Field("split", description="prefill and decode apart, or both in each worker")
+    prefill_workers: int = Field(1, ge=1, le=64)
+    decode_workers: int = Field(1, ge=1, le=64)
+
+    max_queue: int = Field(64, ge=0, description="requests that may wait for room")
+    max_message_bytes: int = Field(16 * MIB, ge=64 * 1024, le=512 * MIB, description="largest message of a client")
+    max_frame_bytes: int = Field(8 * MIB, ge=5 * MIB, le=512 * MIB, description="largest message between workers")
+    default_deadline_s: Seconds = Field(600.0, description="deadline of requests that bring none")
+    worker_wait_s: Seconds = Field(30.0, description="how long a request waits for a worker to (re)appear")
+    stream_credits: int = Field(64, ge=2, description="tokens a choice may run ahead of its client")
+    handoff_window: int = Field(8, ge=1, le=1024, description="frames under way from prefill to decode, per request")
+    grace_s: Seconds = Field(30.0, description="how long running requests may take to finish on shutdown")
+    start_timeout_s: Seconds = Field(300.0, description="how long the workers may take to come up")
+    object_store_bytes: int = Field(80 * MIB, ge=76 * MIB, description="Ray's object store; no KV goes through it")
+    dashboard: bool = Field(False, description="Ray's dashboard, on loopback")
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        return value
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_model_name or self.model
+
+    @property
+    def num_decode_workers(self) -> int:
+        return self.decode_workers
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> ServeConfig:
+        return cls.model_validate_json(text)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"config: cannot read {path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"config: {path} is not YAML") from exc
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise ConfigError(f"config: {path} is not a mapping from keys to values")
+    return {key.replace("-", "_"): value for key, value in raw.items()}
+
+
+def _check_keys(source: str, values: Mapping[str, Any], spelled: Mapping[str, str]) -> None:
+    for key in values:
+        if key not in ServeConfig.model_fields:
+            known = ", ".join(sorted(ServeConfig.model_fields))
+            raise ConfigError(f"{spelled.get(key, key)}: unknown key in {source}; known: {known}")
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: str | Path | None = None,
+) -> ServeConfig:
+    """Build a process's configuration.
+
+    Args:
+        flags: keys given on the command line; `None` values count as not given.
+        environ: the environment; every `KVSLUICE_` variable must name a key. `KVSLUICE_CONFIG` names the YAML file.
+        file: the YAML file; wins over `KVSLUICE_CONFIG`.
+
+    Raises:
+        ConfigError: names the key that is unknown or whose value is not allowed.
+    """
+    env = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in (environ or {}).items() if k.startswith(ENV_PREFIX)}
+    path = file or env.pop("config", None)
+    env.pop("config", None)
+    from_file = _read_yaml(Path(path)) if path else {}
+    given = {k: v for k, v in (flags or {}).items() if v is not None}
+    _check_keys("the file", from_file, {})
+    _check_keys("the environment", env, {key: ENV_PREFIX + key.upper() for key in env})
+    _check_keys("the flags", given, {})
+    try:
+        return ServeConfig.model_validate(from_file | env | given)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "config"
+        source = "flag" if key in given else f"environment {ENV_PREFIX}{key.upper()}" if key in env else "file"
+        raise ConfigError(f"{key}: {first['msg']} (from the {source}, got {str(first['input'])[:64]!r})") from exc

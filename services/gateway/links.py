@@ -1,0 +1,262 @@
+"""Connections from a gateway to the workers. A link reconnects for as long as its member is in the membership."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from asyncio import CancelledError, Queue, Task
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ...compression.recipe import ModelShape
+from ...errors import KvsluiceError, WorkerLost
+from ...protos import worker_pb2 as wpb
+from ...protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
+from ..rpc import make_channel
+from ..status import build_error
+from .membership import Member
+from .routing import DecodeLoad, PrefillLoad
+
+log = logging.getLogger("kvsluice.gateway")
+
+INFO_PERIOD_S = 1.0
+INFO_TIMEOUT_S = 5.0
+RECONNECT_S = 0.2
+
+Event = wpb.Opened | wpb.TokenEntry | wpb.Finished | wpb.FirstTokens | wpb.Shipped
+
+
+@dataclass(frozen=True)
+class WorkerModel:
+    """The model that a worker serves."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    shape: ModelShape
+    profile: dict[str, Any]
+
+    @classmethod
+    def from_info(cls, info: wpb.WorkerInfo) -> WorkerModel:
+        return cls(
+            name=info.model,
+            fingerprint=info.model_fingerprint,
+            vocab_size=info.vocab_size,
+            shape=ModelShape.from_json(info.model_shape_json),
+            profile=json.loads(info.profile_json),
+        )
+
+
+class Inbox:
+    """What workers report of one request. Its length is bounded by the credits that the request has given."""
+
+    def __init__(self, on_error: Callable[[KvsluiceError], None]) -> None:
+        self._queue: Queue[Event] = Queue()
+        self.fail = on_error
+
+    def post(self, event: Event) -> None:
+        self._queue.put_nowait(event)
+
+    async def take(self) -> list[Event]:
+        """All events that have arrived, at least one."""
+        events = [await self._queue.get()]
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
+
+
+async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
+    """Run jobs together until one of them ends; end the others; raise what the first one raised."""
+    tasks: list[Task[None]] = [asyncio.create_task(job) for job in jobs]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Link:
+    """What both kinds of links share: the loop that connects, and the worker's own account of itself."""
+
+    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
+        self.member = member
+        self.model: WorkerModel | None = None
+        self.info = wpb.WorkerInfo()
+        self.up = False
+        self._max_message_bytes = max_message_bytes
+        self._on_change = on_change
+        self._task: Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"link-{self.member.worker_id}")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with make_channel(self.member.address, self._max_message_bytes) as channel:
+                    await self._session(channel)
+            except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError) as exc:
+                log.debug("link to %s ended: %s", self.member.worker_id, type(exc).__name__)
+            finally:
+                self._set_up(False)
+            await asyncio.sleep(RECONNECT_S)
+
+    def _set_up(self, up: bool) -> None:
+        if up == self.up:
+            return
+        self.up = up
+        log.info("%s worker %s is %s", self.member.role, self.member.worker_id, "up" if up else "lost")
+        if not up:
+            self._lost()
+        self._on_change()
+
+    async def _greet(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
+        self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S, wait_for_ready=True)
+        self.model = WorkerModel.from_info(self.info)
+
+    async def _refresh(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
+        while True:
+            await asyncio.sleep(INFO_PERIOD_S)
+            # a slow answer is no loss: the connection itself tells when the worker is gone
+            with contextlib.suppress(grpc.RpcError):
+                self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S)
+
+    async def _session(self, channel: grpc.aio.Channel) -> None:
+        raise NotImplementedError
+
+    def _lost(self) -> None:
+        """Tell everyone who depends on the connection."""
+
+
+class PrefillLink(Link):
+    """Watches the connection to a prefill worker and starts prompts on it."""
+
+    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
+        super().__init__(member, max_message_bytes, on_change)
+        self._stub: PrefillWorkerStub | None = None
+        self._ours: dict[tuple[str, int], int] = {}
+
+    def load(self) -> PrefillLoad:
+        return PrefillLoad(self.member.worker_id, max(sum(self._ours.values()), self.info.pending_tokens))
+
+    def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
+        """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
+        if self._stub is None or not self.up:
+            raise WorkerLost("the prefill worker was lost")
+        self._ours[request.request_id, request.epoch] = len(request.prompt_ids)
+        return self._stub.Prefill(request, timeout=timeout_s)
+
+    def done(self, request_id: str, epoch: int) -> None:
+        """The prompt no longer counts as pending."""
+        self._ours.pop((request_id, epoch), None)
+
+    async def _session(self, channel: grpc.aio.Channel) -> None:
+        self._stub = PrefillWorkerStub(channel)
+        await self._greet(self._stub)
+        self._set_up(True)
+        await run_until_first(self._watch(channel), self._refresh(self._stub))
+
+    async def _watch(self, channel: grpc.aio.Channel) -> None:
+        ready = grpc.ChannelConnectivity.READY
+        while (state := channel.get_state(try_to_connect=True)) is ready:
+            await channel.wait_for_state_change(state)
+
+    def _lost(self) -> None:
+        self._stub = None
+        self._ours.clear()
+
+
+class DecodeLink(Link):
+    """The multiplexed stream to a decode worker. It is always drained: every entry goes to its request's inbox."""
+
+    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
+        super().__init__(member, max_message_bytes, on_change)
+        self._outbox: Queue[wpb.ToDecode] = Queue()
+        self._inboxes: dict[tuple[str, int], Inbox] = {}
+
+    def load(self) -> DecodeLoad:
+        info = self.info
+        return DecodeLoad(
+            self.member.worker_id,
+            info.free_bytes,
+            info.capacity_bytes,
+            info.running,
+            info.waiting,
+            len(self._inboxes),
+        )
+
+    def open(self, message: wpb.Open, inbox: Inbox) -> None:
+        """Ask for room for a request; answers and tokens go to `inbox` until `close`."""
+        if not self.up:
+            raise WorkerLost("the decode worker was lost")
+        self._inboxes[message.request_id, message.epoch] = inbox
+        self._outbox.put_nowait(wpb.ToDecode(open=message))
+
+    def credit(self, request_id: str, epoch: int, tokens: int) -> None:
+        self._send(wpb.ToDecode(credit=wpb.Credit(request_id=request_id, epoch=epoch, tokens=tokens)))
+
+    def cancel_choice(self, request_id: str, epoch: int, choice: int) -> None:
+        self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch, choice=choice)))
+
+    def close(self, request_id: str, epoch: int, finished: bool) -> None:
+        """Forget a request; unless the worker has finished it, tell the worker to do so too."""
+        if self._inboxes.pop((request_id, epoch), None) is not None and not finished:
+            self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch)))
+
+    def _send(self, message: wpb.ToDecode) -> None:
+        if self.up:
+            self._outbox.put_nowait(message)
+
+    async def _session(self, channel: grpc.aio.Channel) -> None:
+        stub = DecodeWorkerStub(channel)
+        await self._greet(stub)
+        self._outbox = Queue()
+        call = stub.Attach()
+        await call.initial_metadata()
+        self._set_up(True)
+        await run_until_first(self._read(call), self._write(call), self._refresh(stub))
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await call.write(await self._outbox.get())
+
+    async def _read(self, call: Any) -> None:
+        async for message in call:
+            kind = message.WhichOneof("message")
+            if kind == "tokens":
+                for entry in message.tokens.entries:
+                    self._deliver(entry.request_id, entry.epoch, entry)
+            elif kind == "failed":
+                failed = message.failed
+                inbox = self._inboxes.pop((failed.request_id, failed.epoch), None)
+                if inbox is not None:
+                    inbox.fail(build_error(failed.error_type, failed.message))
+            elif kind is not None:
+                event = getattr(message, kind)
+                self._deliver(event.request_id, event.epoch, event)
+
+    def _deliver(self, request_id: str, epoch: int, event: Event) -> None:
+        # entries of requests and epochs that are over have no inbox and are dropped here
+        inbox = self._inboxes.get((request_id, epoch))
+        if inbox is not None:
+            inbox.post(event)
+
+    def _lost(self) -> None:
+        inboxes, self._inboxes = self._inboxes, {}
+        for inbox in inboxes.values():
+            inbox.fail(WorkerLost("the decode worker was lost while it worked on the request"))

@@ -1,0 +1,46 @@
+"""Which worker takes a request. Pure policy over numbers: no transport, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecodeLoad:
+    """What is known of a decode worker's load; `ours` counts what its own numbers cannot hold yet."""
+
+    worker_id: str
+    free_bytes: int
+    capacity_bytes: int
+    running: int
+    waiting: int
+    ours: int
+
+
+@dataclass(frozen=True)
+class PrefillLoad:
+    """What is known of a prefill worker's load, in prompt tokens that have not run."""
+
+    worker_id: str
+    pending_tokens: int
+
+
+def pick_decode(loads: Sequence[DecodeLoad]) -> str | None:
+    """The worker with no queue, then the most free cache, then the fewest sequences; ties go to the smaller id."""
+    if not loads:
+        return None
+
+    def order(load: DecodeLoad) -> tuple[int, int, float, str]:
+        free = load.free_bytes / max(1, load.capacity_bytes)
+        # sixteenths: workers that are about equally full are told apart by how many sequences they run
+        return (load.waiting, -round(free * 16), max(load.ours, load.running), load.worker_id)
+
+    return min(loads, key=order).worker_id
+
+
+def pick_prefill(loads: Sequence[PrefillLoad]) -> str | None:
+    """The worker with the fewest prompt tokens to run; ties go to the smaller id."""
+    if not loads:
+        return None
+    return min(loads, key=lambda load: (load.pending_tokens, load.worker_id)).worker_id

@@ -1,0 +1,158 @@
+"""Threads and loops of a process: an engine on its own thread, a service's event loop on another, worker hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from asyncio import AbstractEventLoop
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import grpc.aio
+
+from .rpc import bind, make_server
+from .telemetry import where
+
+log = logging.getLogger("kvsluice.lifecycle")
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Calls an engine from one thread only. Sleeps while there is nothing to do.
+
+    Args:
+        step: one step of the engine; returns whether another one may have work.
+        setup: runs first on the thread, for settings that belong to it.
+        on_crash: called on the thread with an exception that `step` let out, after which the thread ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: Callable[[], bool],
+        setup: Callable[[], None] | None = None,
+        on_crash: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._step = step
+        self._setup = setup
+        self._on_crash = on_crash
+        self._commands: deque[Callable[[], None]] = deque()
+        self._condition = threading.Condition()
+        self._woken = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after its current step."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Run a command on the thread before its next step; commands keep their order."""
+        with self._condition:
+            self._commands.append(command)
+            self._condition.notify()
+
+    def wake(self) -> None:
+        """Have the thread look for work again."""
+        with self._condition:
+            self._woken = True
+            self._condition.notify()
+
+    async def call(self, command: Callable[[], T]) -> T:
+        """Run a command on the thread and return what it returns or raises."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(command())
+            except Exception as exc:
+                done.set_exception(exc)
+
+        self.post(run)
+        return await asyncio.wrap_future(done)
+
+    def _run(self) -> None:
+        try:
+            if self._setup is not None:
+                self._setup()
+            busy = False
+            while (commands := self._next(busy)) is not None:
+                for command in commands:
+                    command()
+                busy = self._step()
+        except BaseException as exc:
+            log.error("the engine thread crashed: %s", where(exc))
+            if self._on_crash is not None:
+                self._on_crash(exc)
+
+    def _next(self, busy: bool) -> list[Callable[[], None]] | None:
+        """The commands to run before the next step, once there is a reason for one; None when the thread shall end."""
+        with self._condition:
+            while not (busy or self._commands or self._woken or self._stopping):
+                self._condition.wait()
+            if self._stopping:
+                return None
+            self._woken = False
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands
+
+
+class LoopThread:
+    """An event loop on a thread of its own, for processes whose main thread belongs to someone else."""
+
+    def __init__(self, name: str) -> None:
+        self._loop: AbstractEventLoop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, job: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+        """Run a coroutine on the loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(job, self._loop).result(timeout_s)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10.0)
+
+
+class WorkerService(Protocol):
+    """One role of a worker process."""
+
+    def add_to(self, server: grpc.aio.Server) -> None: ...
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+class WorkerHost:
+    """A worker's gRPC server with the services of its roles."""
+
+    def __init__(self, services: Sequence[WorkerService], max_message_bytes: int) -> None:
+        self._services = tuple(services)
+        self._server = make_server(max_message_bytes)
+
+    async def start(self, host: str, port: int = 0) -> str:
+        """Listen on `host`. Returns the address, host:port."""
+        for service in self._services:
+            service.add_to(self._server)
+            await service.start()
+        bound = bind(self._server, host, port)
+        await self._server.start()
+        return f"{host}:{bound}"
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        await self._server.stop(grace_s)
+        for service in self._services:
+            await service.stop()

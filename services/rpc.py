@@ -1,0 +1,138 @@
+"""gRPC servers and channels as every process of the system makes them: bounds, keepalive, errors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from ..errors import ConfigError, InternalError, InvalidRequest, KvsluiceError
+from .status import ERROR_METADATA_KEY, error_info, status_code
+from .telemetry import where
+
+log = logging.getLogger("kvsluice.rpc")
+
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
+"""Set by a handler once it knows the request's id, so that the error it ends with can name it."""
+
+_OWN_METHODS = "/kvsluice."
+
+
+def _common_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+
+
+def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options of a server; a port is never shared with another process."""
+    return [
+        *_common_options(max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options of a channel; reconnects quickly, because a restarted worker is a common case."""
+    return [
+        *_common_options(max_message_bytes),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def make_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
+    """A channel to another process of the system."""
+    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+
+
+def make_server(max_message_bytes: int) -> grpc.aio.Server:
+    """A server whose own methods end with errors of the tree alone."""
+    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
+
+
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Listen on exactly `host`. Returns the port; raises `ConfigError` where it cannot listen."""
+    literal = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{literal}:{port}")
+    except RuntimeError as exc:
+        raise ConfigError(f"host, port: cannot listen on {host} port {port}") from exc
+    if bound == 0:
+        raise ConfigError(f"host, port: cannot listen on {host} port {port}")
+    return bound
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: KvsluiceError) -> None:
+    """End a call with a typed error. Never returns."""
+    info = error_info(error, current_request_id.get())
+    await context.abort(
+        status_code(error), error.message, trailing_metadata=((ERROR_METADATA_KEY, info.SerializeToString()),)
+    )
+
+
+Handler = Callable[[Any, Any], Awaitable[Any]]
+
+
+def _guard(inner: Handler, parse: Callable[[bytes], Any] | None, method: str) -> Handler:
+    async def handler(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            if parse is not None:
+                try:
+                    request = parse(request)
+                except DecodeError as exc:
+                    raise InvalidRequest(
+                        "message", "cannot be parsed", "a protobuf message whose strings are valid UTF-8"
+                    ) from exc
+            return await inner(request, context)
+        except KvsluiceError as exc:
+            await abort(context, exc)
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            raise
+        except Exception as exc:
+            log.error("unexpected error in %s: %s", method, where(exc))
+            await abort(context, InternalError("internal error"))
+
+    return handler
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps what handlers raise to a status and an `ErrorInfo`; anything foreign is INTERNAL with a closed message.
+
+    Handlers are coroutines that write through the context: an async generator would be left suspended when its call
+    is cancelled during a write, and clean up only when it is collected.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OWN_METHODS):
+            return handler
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        parse = None if handler.request_streaming else handler.request_deserializer
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(  # type: ignore[no-any-return]
+            _guard(getattr(handler, kind), parse, method),
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )

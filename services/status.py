@@ -1,0 +1,69 @@
+"""The error tree on gRPC calls: `ErrorInfo` trailers one way, typed errors the other."""
+
+from __future__ import annotations
+
+import grpc
+
+from .. import errors
+from ..errors import InvalidRequest, KvsluiceError
+from ..protos import generation_pb2 as pb
+
+ERROR_METADATA_KEY = "kvsluice-error-bin"
+
+_CODES = {code.name: code for code in grpc.StatusCode}
+
+_BY_CODE: dict[grpc.StatusCode, tuple[type[KvsluiceError], str]] = {
+    grpc.StatusCode.UNAVAILABLE: (errors.WorkerLost, "the server cannot be reached"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (errors.DeadlineExceeded, "the deadline passed before the request was finished"),
+    grpc.StatusCode.CANCELLED: (errors.RequestCancelled, "the request was cancelled"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Overloaded, "the server has no room for the request"),
+    grpc.StatusCode.DATA_LOSS: (errors.CorruptFrame, "data were damaged on their way"),
+}
+
+
+def _subclasses(cls: type[KvsluiceError]) -> dict[str, type[KvsluiceError]]:
+    found = {cls.__name__: cls}
+    for sub in cls.__subclasses__():
+        found |= _subclasses(sub)
+    return found
+
+
+ERROR_TYPES = _subclasses(KvsluiceError)
+"""Class name -> class, for all of `kvsluice.errors`."""
+
+
+def status_code(error: KvsluiceError) -> grpc.StatusCode:
+    """The gRPC status that an error ends a call with."""
+    return _CODES[error.status]
+
+
+def error_info(error: KvsluiceError, request_id: str = "") -> pb.ErrorInfo:
+    """The public form of an error."""
+    info = pb.ErrorInfo(
+        type=type(error).__name__, message=error.message, retryable=error.retryable, request_id=request_id
+    )
+    if isinstance(error, InvalidRequest):
+        info.field, info.allowed = error.field, error.allowed
+    return info
+
+
+def build_error(type_name: str, message: str, field: str = "", allowed: str = "") -> KvsluiceError:
+    """Rebuild an error of the tree; a type that this version does not know becomes `InternalError`."""
+    cls = ERROR_TYPES.get(type_name, errors.InternalError)
+    if issubclass(cls, InvalidRequest):
+        problem = message.removeprefix(f"{field}: ").removesuffix(f"; allowed: {allowed}")
+        return cls(field, problem, allowed)
+    return cls(message)
+
+
+def error_from_rpc(error: grpc.RpcError) -> KvsluiceError:
+    """The typed error behind a failed call: from its `ErrorInfo`, else from what gRPC itself reported."""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_METADATA_KEY and isinstance(value, bytes):
+            info = pb.ErrorInfo.FromString(value)
+            return build_error(info.type, info.message, info.field, info.allowed)
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return InvalidRequest("message", "is larger than what one side accepts", "a smaller message")
+    cls, message = _BY_CODE.get(code, (errors.InternalError, f"the call failed with status {code.name}"))
+    return cls(message)

@@ -1,0 +1,63 @@
+"""What prefill and decode workers have in common: who they are, and sampling settings off the wire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..compression.recipe import ModelShape
+from ..protos import worker_pb2 as wpb
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """What a worker says of itself, besides its load.
+
+    Attributes:
+        role: prefill, decode or both.
+        model_fingerprint: over configuration and weights; only workers that agree on it exchange frames.
+    """
+
+    worker_id: str
+    role: str
+    model: str
+    model_fingerprint: str
+    vocab_size: int
+    shape: ModelShape
+    profile: Mapping[str, Any]
+
+    def info(self, **load: int) -> wpb.WorkerInfo:
+        """The answer to an `Info` call; `load` fills the fields that change."""
+        return wpb.WorkerInfo(
+            worker_id=self.worker_id,
+            role=self.role,
+            model=self.model,
+            model_fingerprint=self.model_fingerprint,
+            vocab_size=self.vocab_size,
+            model_shape_json=self.shape.to_json(),
+            profile_json=json.dumps(dict(self.profile), sort_keys=True),
+            **load,
+        )
+
+
+def sampling_fields(sampling: wpb.Sampling) -> dict[str, Any]:
+    """Keyword arguments of `models.sampling.SamplingParams`."""
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "logit_bias": dict(sampling.logit_bias),
+        "seed": sampling.seed,
+        "stop_token_ids": tuple(sampling.stop_token_ids),
+        "min_tokens": sampling.min_tokens,
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": sampling.logprobs if sampling.HasField("logprobs") else None,
+        "n": sampling.n,
+    }

@@ -1,0 +1,248 @@
+"""A gateway over small workers that speak the real protocol over real gRPC and answer from a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kvsluice.client import AsyncClient
+from kvsluice.compression.recipe import ModelShape
+from kvsluice.protos import frame_pb2 as fpb
+from kvsluice.protos import worker_pb2 as wpb
+from kvsluice.protos import worker_pb2_grpc
+from kvsluice.services.config import ServeConfig, load_config
+from kvsluice.services.gateway.membership import Member, MembershipTable
+from kvsluice.services.gateway.server import Gateway
+from kvsluice.services.lifecycle import WorkerHost
+from kvsluice.services.telemetry import MemoryRecorder
+from kvsluice.services.worker import WorkerIdentity
+
+SHAPE = ModelShape(
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    layer_windows=(None,) * 4,
+)
+VOCAB_SIZE = 256
+
+
+class CharTokenizer:
+    """One token a character; ids are code points below 256."""
+
+    has_chat_template = True
+
+    class Decoder:
+        def push(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+        def finish(self) -> str:
+            return ""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [min(ord(c), 255) for c in text]
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def stream(self) -> Decoder:
+        return self.Decoder()
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+
+@dataclass
+class Script:
+    """What the workers answer.
+
+    Attributes:
+        text: tokens of every choice, one a character, the first from prefill.
+        eos: whether its last token ends the choice, else `max_tokens` does.
+        gate: what decode waits for before each token after the first.
+        prefill: what prefill does before its first token.
+    """
+
+    text: str = "Hello, world"
+    eos: bool = True
+    gate: Callable[[], Awaitable[Any]] | None = None
+    prefill: Callable[[wpb.PrefillRequest], Awaitable[Any]] | None = None
+    opens: list[wpb.Open] = field(default_factory=list)
+    cancels: list[wpb.Cancel] = field(default_factory=list)
+    prefills: list[wpb.PrefillRequest] = field(default_factory=list)
+    ended_prefills: int = 0
+    sent_tokens: int = 0
+
+    def token(self, index: int, max_tokens: int) -> tuple[fpb.SampledToken, str]:
+        token = fpb.SampledToken(token_id=ord(self.text[index % len(self.text)]), logprob=-0.5)
+        token.top_logprobs.add(token_id=65, logprob=-1.5)
+        if self.eos and index == len(self.text) - 1:
+            return token, "stop"
+        return token, "length" if index + 1 == max_tokens else ""
+
+
+class _Service:
+    def __init__(self, worker_id: str, script: Script) -> None:
+        self.script = script
+        self._identity = WorkerIdentity(worker_id, "decode", "chars", "f" * 32, VOCAB_SIZE, SHAPE, {})
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+    async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
+        return self._identity.info(capacity_bytes=1000, free_bytes=1000)
+
+
+class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
+    def add_to(self, server: Any) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
+
+    async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
+        script = self.script
+        script.prefills.append(request)
+        try:
+            await context.send_initial_metadata(())
+            if script.prefill is not None:
+                await script.prefill(request)
+            choices = []
+            for index in range(request.sampling.n):
+                token, reason = script.token(0, request.sampling.max_tokens)
+                choices.append(fpb.ChoiceState(index=index, emitted=[token], finish_reason=reason))
+            first = wpb.FirstTokens(choices=choices, queue_s=0.001, prefill_s=0.002)
+            await context.write(wpb.PrefillEvent(first_tokens=first))
+            if all(choice.finish_reason for choice in choices):
+                return
+            STARTED[request.request_id, request.epoch].set()
+            await context.write(wpb.PrefillEvent(shipped=wpb.Shipped(payload_bytes=1234, frames=2)))
+        finally:
+            script.ended_prefills += 1
+
+
+STARTED: dict[tuple[str, int], asyncio.Event] = {}
+
+
+class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
+    def add_to(self, server: Any) -> None:
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
+
+    async def Attach(self, requests: Any, context: Any) -> None:
+        await context.send_initial_metadata(())
+        runs: dict[tuple[str, int], tuple[asyncio.Task[None], asyncio.Semaphore]] = {}
+        ended: set[tuple[str, int, int]] = set()
+        try:
+            async for message in requests:
+                kind = message.WhichOneof("message")
+                body = getattr(message, kind)
+                key = (body.request_id, body.epoch)
+                if kind == "open":
+                    self.script.opens.append(body)
+                    STARTED[key] = asyncio.Event()
+                    credit = asyncio.Semaphore(body.credits)
+                    runs[key] = (asyncio.create_task(self._decode(body, credit, ended, context)), credit)
+                elif kind == "credit" and key in runs:
+                    for _ in range(body.tokens):
+                        runs[key][1].release()
+                elif kind == "cancel":
+                    self.script.cancels.append(body)
+                    if body.HasField("choice"):
+                        ended.add((*key, body.choice))
+                    elif key in runs:
+                        runs.pop(key)[0].cancel()
+        finally:
+            for task, _ in runs.values():
+                task.cancel()
+
+    async def _decode(self, body: wpb.Open, credit: asyncio.Semaphore, ended: set[Any], context: Any) -> None:
+        ident = {"request_id": body.request_id, "epoch": body.epoch}
+        await context.write(wpb.FromDecode(opened=wpb.Opened(**ident)))
+        await STARTED[body.request_id, body.epoch].wait()
+        live = set(range(body.sampling.n))
+        index = 0
+        while live:
+            index += 1
+            for choice in sorted(live):
+                if self.script.gate is not None:
+                    await self.script.gate()
+                if (*ident.values(), choice) in ended:
+                    live.discard(choice)
+                    continue
+                await credit.acquire()
+                token, reason = self.script.token(index, body.sampling.max_tokens)
+                entry = wpb.TokenEntry(**ident, choice=choice, first_index=index, tokens=[token], finish_reason=reason)
+                self.script.sent_tokens += 1
+                await context.write(wpb.FromDecode(tokens=wpb.TokenBatch(entries=[entry])))
+                if reason:
+                    live.discard(choice)
+            await asyncio.sleep(0)
+        finished = wpb.Finished(**ident, resident_bytes=777, bytes_read=30, steps=3)
+        await context.write(wpb.FromDecode(finished=finished))
+
+
+@dataclass
+class Fleet:
+    """A running gateway and what tests need to steer it."""
+
+    gateway: Gateway
+    client: AsyncClient
+    address: str
+    config: ServeConfig
+    script: Script
+    recorder: MemoryRecorder
+    members: MembershipTable
+    hosts: dict[str, WorkerHost] = field(default_factory=dict)
+
+    async def add_worker(self, worker_id: str, role: str) -> None:
+        service = (ScriptedPrefill if role == "prefill" else ScriptedDecode)(worker_id, self.script)
+        host = self.hosts[worker_id] = WorkerHost([service], self.config.max_frame_bytes)
+        address = await host.start("127.0.0.1")
+        await self.members.register(Member(worker_id, role, address, "first"))  # type: ignore[arg-type]
+
+    async def kill_worker(self, worker_id: str) -> None:
+        await self.hosts.pop(worker_id).stop()
+
+    async def until_ready(self) -> None:
+        while not self.gateway.ready:
+            await self.gateway.pool.changed.wait()
+
+
+@pytest.fixture
+async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
+    """Starts a gateway with one scripted worker of each role; keyword arguments are configuration keys."""
+    async with AsyncExitStack() as stack:
+
+        async def make(workers: bool = True, **settings: Any) -> Fleet:
+            config = load_config(
+                {"model": "chars", "port": 0, "default_recipe": "exact", "worker_wait_s": 5.0} | settings
+            )
+            members, recorder, script = MembershipTable(), MemoryRecorder(), Script()
+            gateway = Gateway(config, CharTokenizer(), members, recorder)
+            address = await gateway.start()
+            client = AsyncClient(address, timeout_s=20.0)
+            fleet = Fleet(gateway, client, address, config, script, recorder, members)
+
+            async def close() -> None:
+                await client.close()
+                await gateway.stop()
+                for host in fleet.hosts.values():
+                    await host.stop()
+
+            stack.push_async_callback(close)
+            if workers:
+                await fleet.add_worker("prefill-0", "prefill")
+                await fleet.add_worker("decode-0", "decode")
+                await fleet.until_ready()
+
+            return fleet
+
+        yield make
+
+
+@pytest.fixture
+async def fleet(make_fleet: Callable[..., Awaitable[Fleet]]) -> Fleet:
+    return await make_fleet()
