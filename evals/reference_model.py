@@ -34,7 +34,8 @@ def load_base(dtype: torch.dtype = torch.float32) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         str(weights.parent), gguf_file=weights.name, dtype=dtype, attn_implementation="sdpa"
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def extend_context(model: Any, theta: float = LONG_CONTEXT_THETA) -> None:

@@ -147,16 +147,19 @@ class TaskMaker:
         self, random: Random, num_tokens: int, hay: Haystack, facts: Sequence[list[int]], question: Question
     ) -> Sample:
         """A sample of `num_tokens` tokens with its answer; longer when the facts alone take more."""
-        intro, asked = self._encode(question.intro), self._encode("\n" + question.question)
-        prefix = self._encode(question.answer_prefix)
-        answer = self._encode(" " + question.answer) + self._end_of_turn
-        around = (self._before_user, intro, asked, self._before_answer, prefix, answer)
+        before, after, answer = self.frame(question)
         if hay == "needles":
             body = [token for fact in facts for token in fact]
         else:
-            room = num_tokens - sum(map(len, around)) - sum(map(len, facts))
+            room = num_tokens - len(before) - len(after) - len(answer) - sum(map(len, facts))
             body = self.weave(random, self.haystack(random, max(room, LEAST_HAYSTACK), hay), facts)
-        return Sample(self._before_user + intro + body + asked + self._before_answer + prefix, answer)
+        return Sample(before + body + after, answer)
+
+    def frame(self, question: Question) -> tuple[list[int], list[int], list[int]]:
+        """Token ids that stand before the text, after it, and in the answer."""
+        before = self._before_user + self._encode(question.intro)
+        asked, prefix = self._encode("\n" + question.question), self._encode(question.answer_prefix)
+        return before, asked + self._before_answer + prefix, self._encode(" " + question.answer) + self._end_of_turn
 
     def needles(
         self,
@@ -269,7 +272,8 @@ def training_sample(maker: TaskMaker, random: Random, num_tokens: int) -> Sample
     if share < 0.45:
         return _training_needles(maker, random, num_tokens, hay)
     if share < 0.58:
-        num_keys, kind = random.choice([1, 4, 8]), random.choice(["number", "word"])
+        num_keys = random.choice([1, 4, 8])
+        kind: ValueKind = random.choice(["number", "word"])
         return maker.needles(random, num_tokens, hay, num_keys, kind, random.choice([2, 4]), 1)
     if share < 0.74:
         num_chains = random.choice([1, 1, 2, 4])
