@@ -66,10 +66,12 @@ class Question:
 
 
 def random_key(random: Random) -> str:
+    """An adjective and a noun, such as `brisk-anchor`."""
     return f"{random.choice(ADJECTIVES)}-{random.choice(NOUNS)}"
 
 
 def random_value(random: Random, kind: ValueKind) -> str:
+    """Seven digits, a UUID-like string, or another key."""
     if kind == "number":
         return str(random.randint(1_000_000, 9_999_999))
     if kind == "uuid":
@@ -88,6 +90,7 @@ def distinct(make: Callable[[], str], count: int) -> list[str]:
 
 
 def needle_text(kind: ValueKind, key: str, value: str) -> str:
+    """One fact, as the adapter was trained to read it."""
     return f" One of the special magic {kind}s for {key} is: {value}. "
 
 

@@ -233,6 +233,7 @@ def accuracy(model: Any, maker: TaskMaker, task: str, num_tokens: int, num_sampl
 
 
 def main() -> None:
+    """Train, save, and report the accuracy on held-out text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter and report.json")
     parser.add_argument("--texts", type=Path, default=DEFAULT_FOLDER, help="what scripts/fetch_texts.sh filled")
