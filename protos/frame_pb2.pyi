@@ -48,7 +48,7 @@ FLOAT32: DType
 FLOAT8_E4M3: DType
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "offset", "kind", "layer", "begin", "total")
+    __slots__ = ("name", "dtype", "shape", "offset", "kind", "layer", "begin", "total", "index", "layer_tensors")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,8 @@ class TensorSpec(_message.Message):
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    LAYER_TENSORS_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
@@ -65,7 +67,9 @@ class TensorSpec(_message.Message):
     layer: int
     begin: int
     total: int
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., layer: _Optional[int] = ..., begin: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+    index: int
+    layer_tensors: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., layer: _Optional[int] = ..., begin: _Optional[int] = ..., total: _Optional[int] = ..., index: _Optional[int] = ..., layer_tensors: _Optional[int] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
     __slots__ = ("format_version", "request_id", "epoch", "model_fingerprint", "recipe_fingerprint", "kind", "layer_begin", "layer_end", "token_begin", "token_end", "tensors", "payload_bytes", "tenant")
