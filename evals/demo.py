@@ -1,0 +1,232 @@
+"""`kvsluice demo`: a document with hidden facts goes through the running service under several recipes.
+
+Each recipe answers the same questions over the same document; the table says how many values came back right, what
+that took, and what was shipped from prefill to decode. Wrong answers stay in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..client import Client, Completion
+from ..models.tokenizer import load_tokenizer
+from .demo_prompt import NUM_FACTS, NUM_TOKENS, SEED, DemoQuestion, demo_questions
+from .report import write_results
+from .service_process import running_service
+
+MODEL = "smollm2-135m-longctx"
+RECIPES = ("exact", "fastkv", "sluice")
+MAX_TOKENS = 48
+REQUEST_TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question.
+
+    Attributes:
+        num_right: asked values that stand in their place.
+        time_to_first_token_s: from sending the request to its first token.
+        decode_s: from the first token to the last.
+    """
+
+    question: str
+    expected: list[str]
+    text: str
+    num_right: int
+    num_prompt_tokens: int
+    num_tokens: int
+    time_to_first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """All questions under one recipe; sizes are those of the last question's prompt, in bytes."""
+
+    recipe: str
+    effective: str
+    fallback_reason: str
+    answers: list[Answer]
+    handoff_bytes: int
+    handoff_bf16_bytes: int
+    resident_bytes: int
+
+    @property
+    def num_right(self) -> int:
+        return sum(answer.num_right for answer in self.answers)
+
+    @property
+    def num_asked(self) -> int:
+        return sum(len(answer.expected) for answer in self.answers)
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return statistics.median(answer.time_to_first_token_s for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens after the first, which prefill samples, over the time that they took."""
+        spent = sum(answer.decode_s for answer in self.answers)
+        return sum(answer.num_tokens - 1 for answer in self.answers) / spent if spent > 0 else 0.0
+
+    @property
+    def shipped_share(self) -> float:
+        """Bytes that went from prefill to decode, over what the whole cache takes in bf16."""
+        return self.handoff_bytes / self.handoff_bf16_bytes if self.handoff_bf16_bytes else 0.0
+
+
+def ask(client: Client, recipe: str, question: DemoQuestion) -> tuple[Answer, Completion]:
+    """Send one question and wait for its answer."""
+    began = time.monotonic()
+    first = last = None
+    stream = client.stream(
+        question.prompt_ids, recipe=recipe, max_tokens=MAX_TOKENS, temperature=0.0, timeout_s=REQUEST_TIMEOUT_S
+    )
+    for chunk in stream:
+        if chunk.token_ids:
+            last = time.monotonic()
+            first = first or last
+    completion = stream.completion
+    done = last or time.monotonic()
+    text = completion.choices[0].text.strip()
+    answer = Answer(
+        question=question.text,
+        expected=question.values,
+        text=text,
+        num_right=question.num_right(text),
+        num_prompt_tokens=completion.usage.prompt_tokens,
+        num_tokens=completion.usage.completion_tokens,
+        time_to_first_token_s=(first or done) - began,
+        decode_s=done - (first or done),
+    )
+    return answer, completion
+
+
+def run_recipe(
+    client: Client, recipe: str, questions: Sequence[DemoQuestion], asked: Callable[[], None] = lambda: None
+) -> RecipeRun:
+    """Ask all questions under one recipe; `asked` is called after each."""
+    answers = []
+    for question in questions:
+        answer, completion = ask(client, recipe, question)
+        answers.append(answer)
+        asked()
+    report = completion.recipe
+    return RecipeRun(
+        recipe=recipe,
+        effective=report.effective,
+        fallback_reason=report.fallback_reason,
+        answers=answers,
+        handoff_bytes=report.handoff_bytes,
+        handoff_bf16_bytes=report.handoff_bf16_bytes,
+        resident_bytes=report.resident_bytes,
+    )
+
+
+def table(runs: Sequence[RecipeRun]) -> Table:
+    """The comparison that the demo ends with."""
+    shown = Table(title="One document, three ways to keep its KV cache", title_justify="left")
+    shown.add_column("recipe")
+    for column in ("right", "first token", "tokens/s", "shipped to decode", "of bf16", "held by decode"):
+        shown.add_column(column, justify="right")
+    for run in runs:
+        shown.add_row(
+            run.recipe,
+            f"{run.num_right} of {run.num_asked}",
+            f"{run.time_to_first_token_s:.1f} s",
+            f"{run.tokens_per_s:.1f}",
+            f"{run.handoff_bytes / 1e6:.1f} MB",
+            f"{run.shipped_share:.3f}",
+            f"{run.resident_bytes / 1e6:.1f} MB",
+        )
+    return shown
+
+
+def answer_lines(runs: Sequence[RecipeRun]) -> Iterator[str]:
+    """Every question with what each recipe answered."""
+    for number, answer in enumerate(runs[0].answers):
+        yield f"\n{escape(answer.question)}"
+        yield f"  hidden in the text: {escape(', '.join(answer.expected))}"
+        for run in runs:
+            given = run.answers[number]
+            right = given.num_right == len(given.expected)
+            mark = "[green]right[/green]" if right else "[red]wrong[/red]"
+            yield f"  {run.recipe:<8} {mark}  {escape(given.text)}"
+
+
+def to_json(runs: Sequence[RecipeRun]) -> dict[str, Any]:
+    """The runs with the numbers of the table."""
+    derived = ("num_right", "num_asked", "time_to_first_token_s", "tokens_per_s", "shipped_share")
+    return {
+        "model": MODEL,
+        "seed": SEED,
+        "num_facts": NUM_FACTS,
+        "recipes": [asdict(run) | {name: getattr(run, name) for name in derived} for run in runs],
+    }
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@contextlib.contextmanager
+def _service(address: str | None, console: Console) -> Iterator[str]:
+    if address is not None:
+        yield address
+        return
+    with contextlib.ExitStack() as stack:
+        with console.status("starting a gateway, a prefill worker and a decode worker"):
+            service = stack.enter_context(running_service("--prefill-workers", "1", "--decode-workers", "1"))
+        console.print(f"A gateway, a prefill and a decode worker run in processes of their own, at {service.address}.")
+        yield service.address
+
+
+def run_demo(address: str | None = None, json_path: Path | None = None, console: Console | None = None) -> int:
+    """Run the demo and print its results.
+
+    Args:
+        address: host:port of a running service with the default model; None starts one for the demo.
+        json_path: where to write the results, too.
+        console: where to print.
+
+    Returns:
+        A process exit status: 0 when every request was answered, rightly or not.
+
+    Raises:
+        KvsluiceError: a request failed.
+        ServiceFailed: the service did not start.
+    """
+    console = console or Console()
+    questions = demo_questions(load_tokenizer(MODEL).encode)
+    console.print(
+        f"A document of about {NUM_TOKENS} tokens from Python's own reference, with {NUM_FACTS} facts hidden in it; "
+        f"{len(questions)} questions, asked under each of {', '.join(RECIPES)}."
+    )
+    runs = []
+    with _service(address, console) as where, Client(where) as client, _progress(console) as progress:
+        for recipe in RECIPES:
+            task = progress.add_task(f"{recipe:<8}", total=len(questions))
+            runs.append(run_recipe(client, recipe, questions, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+    for line in answer_lines(runs):
+        console.print(line, highlight=False)
+    console.print()
+    console.print(table(runs))
+    for run in runs:
+        if run.fallback_reason:
+            console.print(f"{run.recipe} ran as {run.effective}: {run.fallback_reason}")
+    if json_path is not None:
+        write_results(json_path, to_json(runs))
+    return 0

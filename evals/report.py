@@ -1,0 +1,52 @@
+"""What a file of results says about where it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NAMED_LIBRARIES = ("torch", "transformers", "grpcio", "ray")
+
+
+def commit() -> str:
+    """The commit of the checkout, with `+changes` when files differ from it; "unknown" outside a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    return {
+        "commit": commit(),
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in NAMED_LIBRARIES},
+    }
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results with the environment that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1, ensure_ascii=False) + "\n")
