@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,13 +12,32 @@ from .filling import Filling, check_choice, check_int
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .codecs import Codec
 
-_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-SCALE_PAIR_BYTES = 4  # a float16 scale and a float16 minimum
+_ITEM_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def affine_nbytes(num_rows: int, width: int, bits: int, num_groups: int) -> int:
-    """Bytes of `num_rows` packed rows of `width` codes and of their scale groups."""
-    return num_rows * -(-width * bits // 8) + num_groups * SCALE_PAIR_BYTES
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype, as torch names it, and shape of one tensor of an encoded layer."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+Specs = dict[str, TensorSpec]
+
+
+def affine_specs(codes: tuple[int, ...], bits: int, groups: tuple[int, ...]) -> Specs:
+    """Specs of what `kernels.quantize` makes of a tensor of shape `codes` with scales of shape `groups`."""
+    packed = (*codes[:-1], -(-codes[-1] * bits // 8))
+    return {
+        "codes": TensorSpec("uint8", packed),
+        "scale": TensorSpec("float16", groups),
+        "minimum": TensorSpec("float16", groups),
+    }
 
 
 class CodecFilling(Filling):
@@ -40,13 +60,13 @@ class CodecFilling(Filling):
         """The torch side."""
         raise NotImplementedError
 
-    def encoded_nbytes(self, num_rows: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-        """Bytes of `num_rows` encoded rows; `itemsize` is that of the compute dtype."""
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        """The tensors of `num_rows` encoded rows; axis 0 is rows or groups of rows. `native` is the compute dtype."""
         raise NotImplementedError
 
-    def basis_nbytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of what all rows of a layer share."""
-        return 0
+    def basis_specs(self, num_kv_heads: int, head_dim: int) -> Specs:
+        """The tensors that all rows of a layer share."""
+        return {}
 
     def min_rows(self) -> int:
         """Rows below which encoding makes no sense."""
@@ -65,8 +85,8 @@ class Native(CodecFilling):
 
         return DenseCodec(role, None)
 
-    def encoded_nbytes(self, num_rows: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-        return num_rows * num_kv_heads * head_dim * itemsize
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        return {"rows": TensorSpec(native, (num_rows, num_kv_heads, head_dim))}
 
 
 @dataclass(frozen=True)
@@ -86,8 +106,8 @@ class Dense(CodecFilling):
 
         return DenseCodec(role, self.dtype)
 
-    def encoded_nbytes(self, num_rows: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-        return num_rows * num_kv_heads * head_dim * _SIZES[self.dtype]
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        return {"rows": TensorSpec(self.dtype, (num_rows, num_kv_heads, head_dim))}
 
 
 @dataclass(frozen=True)
@@ -122,12 +142,12 @@ class Affine(CodecFilling):
 
         return AffineCodec(role, self)
 
-    def encoded_nbytes(self, num_rows: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
         if self.axis == "channel":
-            num_groups = -(-num_rows // self.group) * head_dim
+            groups = (-(-num_rows // self.group), num_kv_heads, head_dim)
         else:
-            num_groups = num_rows * -(-head_dim // self.group)
-        return num_kv_heads * affine_nbytes(num_rows, head_dim, self.bits, num_groups)
+            groups = (num_rows, num_kv_heads, -(-head_dim // self.group))
+        return affine_specs((num_rows, num_kv_heads, head_dim), self.bits, groups)
 
 
 @dataclass(frozen=True)
@@ -156,12 +176,14 @@ class LowRank(CodecFilling):
 
         return LowRankCodec(self)
 
-    def encoded_nbytes(self, num_rows: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
         rank = self.rank or 0
-        return num_rows * rank * 2 if self.bits == 16 else affine_nbytes(num_rows, rank, self.bits, num_rows)
+        if self.bits == 16:
+            return {"rows": TensorSpec("bfloat16", (num_rows, rank))}
+        return affine_specs((num_rows, rank), self.bits, (num_rows, 1))
 
-    def basis_nbytes(self, num_kv_heads: int, head_dim: int) -> int:
-        return (self.rank or 0) * num_kv_heads * head_dim * 2
+    def basis_specs(self, num_kv_heads: int, head_dim: int) -> Specs:
+        return {"basis": TensorSpec("bfloat16", (self.rank or 0, num_kv_heads, head_dim))}
 
     def min_rows(self) -> int:
         return self.rank or 1

@@ -93,6 +93,12 @@ def check_int(where: str, value: object, low: int, high: int, optional: bool = F
         raise InvalidRecipe(where, shown(value), f"an integer from {low} to {high}")
 
 
+def check_odd(where: str, value: object, high: int) -> None:
+    """Refuse anything but an odd integer in [1, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high or value % 2 == 0:
+        raise InvalidRecipe(where, shown(value), f"an odd integer from 1 to {high}")
+
+
 def check_rate(where: str, value: object, optional: bool = False) -> None:
     """Refuse anything but a finite number in (0, 1] (or None where it is optional)."""
     if value is None and optional:

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 from torch import Tensor
 
-from .recipe import ModelShape, Recipe
-
-
-class Part(IntEnum):
-    """Which part of a layer's cache a tensor belongs to; the numbers are those of `frame.proto`'s Kind."""
-
-    KEYS = 1
-    VALUES = 2
-    BASIS = 3
-    OUTLIERS = 4
-    POSITIONS = 5
-    HIDDEN = 6
-    TAIL = 7
-
+from .layout import Part as Part
+from .spec import ModelShape, Recipe
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 """rope(x [n, heads, d], positions int64 [n] or [n, heads]) -> rotated x, bound to one sequence's prompt length."""

@@ -13,10 +13,24 @@ sinks and tail are always whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
-from .spec import Recipe
+from .codec_slots import Specs, TensorSpec
+from .spec import ModelShape, Recipe
 
 NEVER = 1 << 30  # rows until a seal that never comes
+
+
+class Part(IntEnum):
+    """Which part of a layer's cache a tensor belongs to; the numbers are those of `frame.proto`'s Kind."""
+
+    KEYS = 1
+    VALUES = 2
+    BASIS = 3
+    OUTLIERS = 4
+    POSITIONS = 5
+    HIDDEN = 6
+    TAIL = 7
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,34 @@ def layer_layout(recipe: Recipe, num_tokens: int, layer: int) -> LayerLayout:
         contiguous=num_sealed == end - sinks,
         per_head=num_sealed < end - sinks and not recipe.budget.head_shared,
     )
+
+
+def layer_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str) -> dict[Part, Specs]:
+    """Every tensor of one encoded layer, in the order in which it is sent. `native` is the compute dtype."""
+    at = layer_layout(recipe, num_tokens, layer)
+    heads, dim, chunk = shape.num_kv_heads, shape.head_dim, recipe.retrieval.chunk
+    exact = native if recipe.window.dtype == "native" else recipe.window.dtype
+    specs: dict[Part, Specs] = {}
+    if at.num_sealed:
+        specs[Part.BASIS] = recipe.key_codec.basis_specs(heads, dim)
+        specs[Part.KEYS] = recipe.key_codec.tensor_specs(at.num_sealed, heads, dim, native)
+        specs[Part.VALUES] = recipe.value_codec.tensor_specs(at.num_sealed, heads, dim, native)
+        if at.per_head:
+            specs[Part.POSITIONS] = {"rows": TensorSpec("int32", (at.num_sealed, heads))}
+        elif not at.contiguous:
+            specs[Part.POSITIONS] = {"chunks": TensorSpec("int32", (at.num_sealed // chunk,))}
+        outliers = min(recipe.retrieval.outliers, at.num_sealed // chunk)
+        if outliers:
+            rows = TensorSpec(exact, (outliers * chunk, heads, dim))
+            specs[Part.OUTLIERS] = {"chunks": TensorSpec("int32", (outliers, heads)), "k": rows, "v": rows}
+    ends = (("sink_k", at.num_sinks), ("sink_v", at.num_sinks), ("k", at.num_tail), ("v", at.num_tail))
+    specs[Part.TAIL] = {name: TensorSpec(exact, (rows, heads, dim)) for name, rows in ends if rows}
+    return {part: group for part, group in specs.items() if group}
+
+
+def tail_is_unrotated(recipe: Recipe) -> bool:
+    """Whether the tail holds keys before RoPE, because they will be sealed by a codec of that domain."""
+    return recipe.window.seal_block > 0 and recipe.key_codec.domain == "pre_rope"
 
 
 def short_reason(recipe: Recipe, num_tokens: int) -> str | None:

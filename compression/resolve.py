@@ -66,7 +66,7 @@ def neutral(recipe: Recipe) -> Recipe:
     if getattr(recipe.budget, "rate", None) is not None:
         changes["budget"] = replace(recipe.budget, rate=1.0)  # type: ignore[type-var]
     if getattr(recipe.retrieval, "budget_rate", None) is not None:
-        changes["retrieval"] = replace(recipe.retrieval, budget_rate=1.0)  # type: ignore[type-var]
+        changes["retrieval"] = replace(recipe.retrieval, budget_rate=1.0, budget_tokens=1 << 20)  # type: ignore[type-var]
     changes["window"] = replace(recipe.window, dtype="native")
     return replace(recipe, name=f"{recipe.name}-neutral"[-64:], **changes)
 

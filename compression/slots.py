@@ -19,7 +19,8 @@ from .codec_slots import Dense as Dense
 from .codec_slots import LowRank as LowRank
 from .codec_slots import Native as Native
 from .codec_slots import ProfileKeys as ProfileKeys
-from .filling import Filling, as_float, check_choice, check_int, check_rate
+from .codec_slots import Specs, TensorSpec
+from .filling import Filling, as_float, check_choice, check_int, check_odd, check_rate
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .budgets import Budget
@@ -104,7 +105,7 @@ class TspPropagation(PropagationFilling):
         check_int("recipe.propagation.layer", self.layer, 0, 1023, optional=True)
         check_rate("recipe.propagation.rate", self.rate, optional=True)
         check_int("recipe.propagation.window", self.window, 1, 4096)
-        check_int("recipe.propagation.kernel", self.kernel, 1, 255)
+        check_odd("recipe.propagation.kernel", self.kernel, 255)
         check_choice("recipe.propagation.chunk_aligned", self.chunk_aligned, (True, False))
         check_choice("recipe.propagation.recall", self.recall, (0.0, 0))
         as_float(self, "rate", "recall")
@@ -180,7 +181,7 @@ class SnapScorer(ScorerFilling):
 
     def __post_init__(self) -> None:
         check_int("recipe.scorer.window", self.window, 1, 4096)
-        check_int("recipe.scorer.kernel", self.kernel, 1, 255)
+        check_odd("recipe.scorer.kernel", self.kernel, 255)
         check_choice("recipe.scorer.pool", self.pool, ("max", "avg"))
 
     def build(self) -> Scorer | None:
@@ -297,9 +298,9 @@ class RetrievalFilling(Filling):
         """Chunks that a decode step attends to, a pure function of the prompt's length."""
         raise NotImplementedError
 
-    def landmark_nbytes(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of what is scored instead of the chunks' keys."""
-        return 0
+    def landmark_specs(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> Specs:
+        """The tensors that are scored instead of the chunks' keys."""
+        return {}
 
     def build(self) -> Retrieval | None:
         """The torch side."""
@@ -350,8 +351,11 @@ class ChunkLandmarks(RetrievalFilling):
     def selected_chunks(self, num_tokens: int) -> int:
         return -(-max(self.budget_tokens, int(self.budget_rate * num_tokens)) // self.chunk)
 
-    def landmark_nbytes(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> int:
-        return num_chunks * num_kv_heads * (head_dim + 2 if self.landmark_bits == 8 else 2 * head_dim)
+    def landmark_specs(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> Specs:
+        shape = (num_chunks, num_kv_heads, head_dim)
+        if self.landmark_bits == 16:
+            return {"means": TensorSpec("bfloat16", shape)}
+        return {"codes": TensorSpec("int8", shape), "scale": TensorSpec("float16", shape[:2])}
 
     def build(self) -> Retrieval | None:
         from .retrieval import Landmarks

@@ -1,0 +1,123 @@
+"""The KV of one choice of one sequence on a decode worker. Region diagrams: `interfaces.SequenceCache`, `layout`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..errors import FrameMismatch
+from .codecs import compact
+from .interfaces import EncodedLayer, ReadCounter, Rope, SequenceCache
+from .layer_cache import LayerCache
+from .layout import layer_specs, rows_until_seal, sealed_end
+from .segment import Kit
+from .spec import ModelShape, Recipe
+
+_NATIVE = ("float32", "bfloat16", "float16")
+
+
+def make_cache(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope) -> SequenceCache:
+    """An empty cache for a prompt of `num_prompt_tokens`; layers are added as they arrive.
+
+    Args:
+        recipe: resolved for the model and the prompt's length.
+        rope: the prompt's rotation.
+    """
+    kit = Kit(
+        recipe=recipe,
+        shape=shape,
+        rope=rope,
+        num_prompt_tokens=num_prompt_tokens,
+        key_codec=recipe.key_codec.build("key"),
+        value_codec=recipe.value_codec.build("value"),
+        retrieval=recipe.retrieval.build(),
+    )
+    return RecipeCache(kit)
+
+
+class RecipeCache:
+    """See `SequenceCache`."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.recipe = kit.recipe
+        self.counter = ReadCounter()
+        self._kit = kit
+        self._layers: dict[int, LayerCache] = {}
+
+    def add_layer(self, encoded: EncodedLayer) -> None:
+        """Take over a layer's tensors.
+
+        Raises:
+            FrameMismatch: a layer that is here already, or tensors other than the recipe's.
+        """
+        if encoded.layer in self._layers or not 0 <= encoded.layer < self._kit.shape.num_layers:
+            raise FrameMismatch(f"layer {encoded.layer} is here already or is none of the model's")
+        check_tensors(encoded, self._kit)
+        held = {part: {name: compact(t) for name, t in group.items()} for part, group in encoded.tensors.items()}
+        self._layers[encoded.layer] = LayerCache(self._kit, encoded.layer, held)
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """See `SequenceCache`."""
+        self._layers[layer].append(k_pre, k, v)
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        """See `SequenceCache`."""
+        return self._layers[layer].attend(q, positions, self.counter)
+
+    def rows_until_seal(self, position: int) -> int:
+        """See `SequenceCache`."""
+        return rows_until_seal(self.recipe, self._kit.num_prompt_tokens, position)
+
+    def seal(self, next_position: int) -> None:
+        """See `SequenceCache`."""
+        if self.recipe.window.seal_block:
+            for layer in self._layers.values():
+                layer.seal(sealed_end(self.recipe, next_position))
+
+    def fork(self) -> SequenceCache:
+        """See `SequenceCache`."""
+        twin = RecipeCache(self._kit)
+        twin._layers = {index: layer.fork() for index, layer in self._layers.items()}
+        return twin
+
+    def shared_nbytes(self) -> int:
+        """Bytes of what the prompt made."""
+        return storage_nbytes(t for layer in self._layers.values() for t in layer.shared_tensors())
+
+    def own_nbytes(self) -> int:
+        """Bytes of the tail, spare capacity included, and of blocks sealed here."""
+        return storage_nbytes(t for layer in self._layers.values() for t in layer.own_tensors())
+
+    def nbytes(self) -> int:
+        """See `SequenceCache`."""
+        return self.shared_nbytes() + self.own_nbytes()
+
+
+def storage_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
+    """Refuse a layer whose tensors are not those that the recipe makes.
+
+    Raises:
+        FrameMismatch: names the tensor.
+    """
+    expected = layer_specs(kit.recipe, kit.shape, kit.num_prompt_tokens, encoded.layer, "native")
+    wanted = {(part, name): spec for part, group in expected.items() for name, spec in group.items()}
+    got = {(part, name): tensor for part, group in encoded.tensors.items() for name, tensor in group.items()}
+    if wanted.keys() != got.keys():
+        odd = ", ".join(f"{part.name}.{name}" for part, name in sorted(wanted.keys() ^ got.keys()))
+        raise FrameMismatch(f"layer {encoded.layer}: missing or unexpected {odd}")
+    for (part, name), spec in wanted.items():
+        tensor = got[part, name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        allowed = _NATIVE if spec.dtype == "native" else (spec.dtype,)
+        if tuple(tensor.shape) != spec.shape or dtype not in allowed:
+            raise FrameMismatch(
+                f"layer {encoded.layer}: {part.name}.{name} is {dtype} {tuple(tensor.shape)}, "
+                f"expected {' or '.join(allowed)} {spec.shape}"
+            )

@@ -1,0 +1,154 @@
+"""Codecs: rows of keys or values to packed tensors, and readers that decode chosen chunks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.quantize import dequantize, dequantize_chunks, quantize
+from .slots import Affine
+
+Tensors = Mapping[str, Tensor]
+Role = Literal["key", "value"]
+
+
+class Reader(Protocol):
+    """Packed rows of one layer, decoded on demand.
+
+    Attributes:
+        chunk_nbytes: bytes that decoding one chunk of one KV head touches, what all chunks share not included.
+        basis_nbytes: bytes of what all chunks share.
+    """
+
+    chunk_nbytes: int
+    basis_nbytes: int
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        """heads, chunks int64 [M] -> float32 [M, chunk, d]; touches those entries only."""
+        ...
+
+    def read_all(self) -> Tensor:
+        """[n, Hkv, d], all rows; may be a view."""
+        ...
+
+
+class Codec(Protocol):
+    """One way of packing rows. Tensors have rows, or groups of rows, on axis 0 and are named as in the slot's specs."""
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """What all rows of a layer share, from its sealed prompt rows [n, Hkv, d]; empty for most codecs."""
+        ...
+
+    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+        """Pack rows [n, Hkv, d]; the tensors own their storage."""
+        ...
+
+    def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
+        """Decode what `encode` made."""
+        ...
+
+
+def compact(x: Tensor) -> Tensor:
+    """x, or a contiguous copy when it keeps more storage alive than it shows."""
+    if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def owned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A compact copy of x in a dtype, sharing nothing with it."""
+    out = x.to(dtype)
+    return out.clone(memory_format=torch.contiguous_format) if out.data_ptr() == x.data_ptr() else compact(out)
+
+
+def chunk_rows(chunks: Tensor, chunk: int) -> Tensor:
+    """Row indices int64 [M, chunk] of chunks [M]."""
+    return chunks[:, None] * chunk + torch.arange(chunk, device=chunks.device)
+
+
+class DenseCodec:
+    """Rows in a floating-point dtype, or in the one they come in."""
+
+    def __init__(self, role: Role, dtype: str | None) -> None:
+        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """See `Codec`."""
+        return {}
+
+    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+        """See `Codec`."""
+        return {"rows": owned(rows, self._dtype or rows.dtype)}
+
+    def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
+        """See `Codec`."""
+        return DenseReader(tensors["rows"], chunk)
+
+
+class DenseReader:
+    """Reads rows [n, Hkv, d] as they lie."""
+
+    basis_nbytes = 0
+
+    def __init__(self, rows: Tensor, chunk: int) -> None:
+        self._rows = rows
+        self._chunk = chunk
+        self.chunk_nbytes = chunk * rows.shape[2] * rows.element_size()
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        """See `Reader`."""
+        rows = chunk_rows(chunks, self._chunk)
+        return self._rows[rows, heads[:, None]].float()
+
+    def read_all(self) -> Tensor:
+        """See `Reader`."""
+        return self._rows
+
+
+class AffineCodec:
+    """Integers with a scale and a minimum per group."""
+
+    def __init__(self, role: Role, spec: Affine) -> None:
+        self._spec = spec
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """See `Codec`."""
+        return {}
+
+    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+        """See `Codec`."""
+        packed = quantize(rows, self._spec.bits, self._spec.group, self._spec.axis)
+        return {name: compact(tensor) for name, tensor in zip(("codes", "scale", "minimum"), packed, strict=True)}
+
+    def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
+        """See `Codec`."""
+        return AffineReader(tensors, self._spec, head_dim, chunk)
+
+
+class AffineReader:
+    """Reads packed integers [n, Hkv, bytes]."""
+
+    basis_nbytes = 0
+
+    def __init__(self, tensors: Tensors, spec: Affine, head_dim: int, chunk: int) -> None:
+        self._packed = (tensors["codes"], tensors["scale"], tensors["minimum"])
+        self._spec = spec
+        self._head_dim = head_dim
+        self._chunk = chunk
+        code_bytes = chunk * self._packed[0].shape[-1]
+        pairs = self._packed[1].shape[-1] * (1 if spec.axis == "channel" else chunk)
+        self.chunk_nbytes = code_bytes + pairs * 2 * self._packed[1].element_size()
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        """See `Reader`."""
+        spec = self._spec
+        return dequantize_chunks(
+            *self._packed, heads, chunks, self._chunk, spec.bits, spec.group, spec.axis, self._head_dim
+        )
+
+    def read_all(self) -> Tensor:
+        """See `Reader`."""
+        return dequantize(*self._packed, self._spec.bits, self._spec.group, self._spec.axis, self._head_dim)

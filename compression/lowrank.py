@@ -1,0 +1,74 @@
+"""The low-rank key codec: pre-RoPE keys of all heads as factor rows x one basis a layer (ShadowKV §4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.quantize import dequantize, quantize
+from ..kernels.sparse_reconstruct import low_rank_chunks
+from .codecs import Reader, Tensors, chunk_rows, compact, owned
+from .slots import LowRank
+
+
+class LowRankCodec:
+    """K ~ (K V) V^T with V the leading right singular vectors of K [n, Hkv * d].
+
+    V comes from the eigenvectors of the Gram matrix in float64, so that its columns are orthonormal whatever the
+    spectrum: at full rank only the bfloat16 rounding of rows and basis remains (a relative error of about 2^-8).
+    The sign of a singular vector is arbitrary; its largest entry is made positive.
+    """
+
+    def __init__(self, spec: LowRank) -> None:
+        assert spec.rank is not None
+        self._spec = spec
+        self._rank = spec.rank
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        """See `Codec`: {"basis": bfloat16 [rank, Hkv, d]}."""
+        flat = rows.flatten(1).double()
+        vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, : self._rank]
+        peak = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+        basis = (vectors * torch.where(peak < 0, -1.0, 1.0)).T
+        return {"basis": owned(basis.unflatten(1, rows.shape[1:]), torch.bfloat16)}
+
+    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+        """See `Codec`."""
+        factors = rows.flatten(1).float() @ basis["basis"].float().flatten(1).T
+        if self._spec.bits == 16:
+            return {"rows": owned(factors, torch.bfloat16)}
+        codes, scale, minimum = quantize(factors, self._spec.bits, self._rank, "token")
+        return {"codes": compact(codes), "scale": compact(scale), "minimum": compact(minimum)}
+
+    def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
+        """See `Codec`."""
+        return LowRankReader(tensors, basis["basis"], self._spec.bits, chunk)
+
+
+class LowRankReader:
+    """Reads factor rows [n, rank] and multiplies them by one head's part of the basis; keys come out before RoPE."""
+
+    def __init__(self, tensors: Tensors, basis: Tensor, bits: int, chunk: int) -> None:
+        self._tensors = dict(tensors)
+        self._basis = basis
+        self._bits = bits
+        self._chunk = chunk
+        row_nbytes = sum(t.element_size() * t.shape[1] for t in self._tensors.values())
+        self.chunk_nbytes = chunk * row_nbytes
+        self.basis_nbytes = basis.nbytes
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        """See `Reader`."""
+        rows = chunk_rows(chunks, self._chunk).flatten()
+        factors = self._factors({name: t[rows] for name, t in self._tensors.items()})
+        return low_rank_chunks(factors.view(len(chunks), self._chunk, -1), self._basis, heads)
+
+    def read_all(self) -> Tensor:
+        """See `Reader`."""
+        return (self._factors(self._tensors) @ self._basis.float().flatten(1)).unflatten(1, self._basis.shape[1:])
+
+    def _factors(self, tensors: Tensors) -> Tensor:
+        rank = self._basis.shape[0]
+        if self._bits == 16:
+            return tensors["rows"].float()
+        return dequantize(tensors["codes"], tensors["scale"], tensors["minimum"], self._bits, rank, "token", rank)

@@ -1,0 +1,65 @@
+"""Retrieval: which sealed chunks a decode step attends to, and what it scores to find them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.landmarks import chunk_means, min_cosine_outliers, score_landmarks, select_chunks
+from .codecs import Tensors, owned
+from .slots import ChunkLandmarks
+
+
+class Retrieval(Protocol):
+    """Scores chunks for a query."""
+
+    def outliers(self, k: Tensor) -> Tensor | None:
+        """Chunks of the sealed post-RoPE prompt keys [n * chunk, Hkv, d] that stay exact: int64 [O, Hkv] or None."""
+        ...
+
+    def summarize(self, k: Tensor) -> dict[str, Tensor]:
+        """What is scored instead of decoded post-RoPE keys [n * chunk, Hkv, d]; axis 0 is chunks."""
+        ...
+
+    def score(self, q: Tensor, summary: Tensors) -> Tensor:
+        """q [Q, H, d] -> float32 [Q, H, n]."""
+        ...
+
+    def select(self, scores: Tensor, hidden: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """scores [Q, H, n], hidden bool [Q, Hkv, n] -> chunks int64 and valid bool [Q, Hkv, K]."""
+        ...
+
+
+class Landmarks:
+    """Means of chunks, in bfloat16 or in int8 with a float16 scale each."""
+
+    def __init__(self, spec: ChunkLandmarks) -> None:
+        self._spec = spec
+
+    def outliers(self, k: Tensor) -> Tensor | None:
+        """See `Retrieval`."""
+        if not self._spec.outliers or not len(k):
+            return None
+        return min_cosine_outliers(k, self._spec.chunk, self._spec.outliers)
+
+    def summarize(self, k: Tensor) -> dict[str, Tensor]:
+        """See `Retrieval`."""
+        means = chunk_means(k, self._spec.chunk)
+        if self._spec.landmark_bits == 16:
+            return {"means": owned(means, torch.bfloat16)}
+        # the scale is rounded to float16 first, and away from 0, so that codes fit what they are multiplied by
+        scale = (means.abs().amax(dim=-1) * ((1 + 2.0**-10) / 127)).clamp(2.0**-24, 65504.0).half()
+        codes = (means / scale.float()[..., None]).round_().clamp_(-127, 127)
+        return {"codes": codes.to(torch.int8), "scale": scale}
+
+    def score(self, q: Tensor, summary: Tensors) -> Tensor:
+        """See `Retrieval`."""
+        if self._spec.landmark_bits == 16:
+            return score_landmarks(q, summary["means"])
+        return score_landmarks(q, summary["codes"], summary["scale"])
+
+    def select(self, scores: Tensor, hidden: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """See `Retrieval`."""
+        return select_chunks(scores, hidden.shape[1], self._spec.selected_chunks(num_tokens), hidden)

@@ -1,0 +1,71 @@
+"""How many bytes a request will hold, known before any of it exists."""
+
+from __future__ import annotations
+
+from .codec_slots import Specs
+from .layout import Part, layer_layout, layer_specs, sealed_end
+from .segment import TAIL_ROWS
+from .spec import ModelShape, Recipe
+
+_NATIVE = {2: "bfloat16", 4: "float32"}
+
+
+def bound_nbytes(
+    recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, num_new: int, num_choices: int, itemsize: int
+) -> int:
+    """Upper bound of what the caches of a request will ever hold; what admission reserves.
+
+    Args:
+        num_new: rows that a choice will append, at most.
+        num_choices: caches over the same prompt.
+        itemsize: bytes of one number in the compute dtype, 2 or 4.
+
+    It holds when rows are appended in runs of at most `rows_until_seal`.
+    """
+    native = _NATIVE[itemsize]
+    return sum(
+        _shared_nbytes(recipe, shape, num_prompt_tokens, layer, native)
+        + num_choices * _own_nbytes(recipe, shape, num_prompt_tokens, layer, num_new, native)
+        for layer in range(shape.num_layers)
+    )
+
+
+def encoded_nbytes(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, itemsize: int) -> int:
+    """Bytes of all encoded layers of a prompt: what is sent, without headers."""
+    return sum(
+        _nbytes(group)
+        for layer in range(shape.num_layers)
+        for group in layer_specs(recipe, shape, num_prompt_tokens, layer, _NATIVE[itemsize]).values()
+    )
+
+
+def _shared_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str) -> int:
+    specs = layer_specs(recipe, shape, num_tokens, layer, native)
+    tail = specs.pop(Part.TAIL, {})
+    sinks = {name: spec for name, spec in tail.items() if name.startswith("sink_")}
+    num_chunks = layer_layout(recipe, num_tokens, layer).num_sealed // recipe.retrieval.chunk
+    landmarks = recipe.retrieval.landmark_specs(num_chunks, shape.num_kv_heads, shape.head_dim)
+    return _nbytes(sinks) + _nbytes(landmarks) + sum(_nbytes(group) for group in specs.values())
+
+
+def _own_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, num_new: int, native: str) -> int:
+    heads, dim, window = shape.num_kv_heads, shape.head_dim, recipe.window
+    begin = sealed_end(recipe, num_tokens)
+    num_tail, num_grown = num_tokens - begin + num_new, 0
+    grown: list[Specs] = []
+    if window.seal_block:
+        num_tail = min(num_tail, window.local + recipe.block)
+        num_grown = sealed_end(recipe, num_tokens + num_new) - begin
+    if num_grown:
+        grown = [
+            recipe.key_codec.tensor_specs(num_grown, heads, dim, native),
+            recipe.value_codec.tensor_specs(num_grown, heads, dim, native),
+            recipe.retrieval.landmark_specs(num_grown // recipe.retrieval.chunk, heads, dim),
+        ]
+    capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS
+    itemsize = 2 if window.dtype == "bfloat16" or native == "bfloat16" else 4
+    return 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
+
+
+def _nbytes(specs: Specs) -> int:
+    return sum(spec.nbytes for spec in specs.values())

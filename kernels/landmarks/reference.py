@@ -1,0 +1,54 @@
+"""The landmark ops in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def chunk_means(k: Tensor, chunk: int) -> Tensor:
+    """See `op.chunk_means`."""
+    return k.unflatten(0, (-1, chunk)).float().mean(dim=1)
+
+
+def min_cosine_outliers(k: Tensor, chunk: int, num_outliers: int) -> Tensor:
+    """See `op.min_cosine_outliers`."""
+    keys = k.unflatten(0, (-1, chunk)).float()
+    means = keys.mean(dim=1, keepdim=True)
+    worst = F.cosine_similarity(keys, means, dim=-1).amin(dim=1)
+    order = torch.sort(worst, dim=0, stable=True).indices[:num_outliers]
+    return order.sort(dim=0).values
+
+
+def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tensor:
+    """See `op.score_landmarks`."""
+    num_rows, num_heads, d = q.shape
+    n, num_kv_heads, _ = landmarks.shape
+    grouped = (q.float() / math.sqrt(d)).view(num_rows, num_kv_heads, -1, d)
+    columns = landmarks.float().permute(1, 2, 0)
+    scores = torch.stack([torch.bmm(row, columns) for row in grouped])
+    if scale is not None:
+        scores *= scale.float().T[None, :, None]
+    return scores.view(num_rows, num_heads, n)
+
+
+def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `op.select_chunks`."""
+    num_rows, num_heads, n = scores.shape
+    grouped = scores.view(num_rows, num_kv_heads, num_heads // num_kv_heads, n)
+    if hidden is not None:
+        grouped = grouped.masked_fill(hidden[:, :, None], -torch.inf)
+    best = torch.softmax(grouped, dim=-1).amax(dim=2)
+    if hidden is not None:
+        # softmax underflows to 0 and a row without any chunk gives NaN: both must rank above, not among, the hidden
+        best = best.masked_fill(hidden, -1.0)
+    order = torch.sort(best, dim=-1, descending=True, stable=True).indices[..., :num_chunks]
+    valid = torch.ones_like(order, dtype=torch.bool)
+    if hidden is not None:
+        valid = ~hidden.expand_as(best).gather(-1, order)
+        order = torch.where(valid, order, n)
+    order, rank = order.sort(dim=-1)
+    return order.clamp(max=max(0, n - 1)), valid.gather(-1, rank)

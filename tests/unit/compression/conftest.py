@@ -1,0 +1,157 @@
+"""A model-free prompt with realistic keys, run through a recipe layer by layer as prefill would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvsluice.compression import make_cache, make_compressor
+from kvsluice.compression.interfaces import EncodedLayer, LayerObs, SequenceCache
+from kvsluice.compression.recipe import ModelShape, Recipe
+
+PROFILE = {"tsp_layer": 1, "fastkv_layer": 1, "tsp_rate": 0.3}
+
+
+def rope(x: Tensor, positions: Tensor) -> Tensor:
+    """Half-split RoPE, theta 10,000, on x [n, heads, d] at positions [n] or [n, heads]."""
+    half = x.shape[-1] // 2
+    inverse = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angles = positions.double()[..., None] * inverse
+    if positions.dim() == 1:
+        angles = angles[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    low, high = x.double().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+@dataclass
+class Prompt:
+    """Queries, keys and values of every layer for num_tokens + num_new positions, as random numbers.
+
+    Keys have what real ones have: a few channels with a large offset, and low rank before RoPE.
+    """
+
+    shape: ModelShape
+    num_tokens: int
+    q: list[Tensor]
+    k_pre: list[Tensor]
+    k: list[Tensor]
+    v: list[Tensor]
+
+    def obs(self, layer: int, rows: Tensor, query_window: int) -> LayerObs:
+        last = rows[len(rows) - query_window :]
+        return LayerObs(
+            layer=layer,
+            positions=rows,
+            num_prompt_tokens=self.num_tokens,
+            k_pre=self.k_pre[layer][rows],
+            k=self.k[layer][rows],
+            v=self.v[layer][rows],
+            q_window=self.q[layer][last],
+        )
+
+
+def make_shape(heads: int = 4, kv_heads: int = 2, dim: int = 16, layers: int = 4, windows=None) -> ModelShape:
+    return ModelShape(layers, heads, kv_heads, dim, 8192, tuple(windows or (None,) * layers))
+
+
+def make_prompt(shape: ModelShape, num_tokens: int, num_new: int = 0, seed: int = 0, dtype=torch.float32) -> Prompt:
+    generator = torch.Generator().manual_seed(seed)
+    n = num_tokens + num_new
+    positions = torch.arange(n)
+    prompt = Prompt(shape, num_tokens, [], [], [], [])
+    for _ in range(shape.num_layers):
+        width = shape.kv_width
+        rank = max(2, width // 6)
+        low = torch.randn(n, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+        k_pre = low / rank**0.5 + 0.1 * torch.randn(n, width, generator=generator)
+        k_pre[:, :: max(2, width // 4)] += 4.0
+        k_pre = k_pre.view(n, shape.num_kv_heads, shape.head_dim).to(dtype)
+        q = torch.randn(n, shape.num_heads, shape.head_dim, generator=generator)
+        prompt.q.append(rope(2 * q, positions).to(dtype))
+        prompt.k_pre.append(k_pre)
+        prompt.k.append(rope(k_pre, positions))
+        prompt.v.append(torch.randn(n, shape.num_kv_heads, shape.head_dim, generator=generator).to(dtype))
+    return prompt
+
+
+def prefill(recipe: Recipe, prompt: Prompt) -> tuple[list[EncodedLayer], list[Tensor]]:
+    """Encoded layers, and the positions that passed each layer."""
+    compressor = make_compressor(recipe, prompt.shape, rope)
+    rows, encoded, passed = torch.arange(prompt.num_tokens), [], []
+    for layer in range(prompt.shape.num_layers):
+        passed.append(rows)
+        one, selected = compressor.finish_layer(prompt.obs(layer, rows, compressor.query_window(layer)))
+        encoded.append(one)
+        rows = rows if selected is None else rows[selected]
+    return encoded, passed
+
+
+def load(recipe: Recipe, prompt: Prompt, encoded: list[EncodedLayer]) -> SequenceCache:
+    cache = make_cache(recipe, prompt.shape, prompt.num_tokens, rope)
+    for one in encoded:
+        cache.add_layer(one)
+    return cache
+
+
+def step(cache: SequenceCache, prompt: Prompt, begin: int, end: int) -> list[Tensor]:
+    """Append and attend rows [begin, end) in every layer; no sealing."""
+    at = torch.arange(begin, end)
+    outs = []
+    for layer in range(prompt.shape.num_layers):
+        cache.append(layer, prompt.k_pre[layer][at], prompt.k[layer][at], prompt.v[layer][at], at)
+        outs.append(cache.attend(layer, prompt.q[layer][at], at))
+    return outs
+
+
+def decode(cache: SequenceCache, prompt: Prompt, begin: int, end: int, run: int = 1) -> list[Tensor]:
+    """Rows [begin, end) in runs of at most `run`, sealing when due: per layer [end - begin, H, d]."""
+    steps = []
+    while begin < end:
+        stop = min(end, begin + min(run, cache.rows_until_seal(begin)))
+        steps.append(step(cache, prompt, begin, stop))
+        cache.seal(stop)
+        begin = stop
+    return [torch.cat(layer) for layer in zip(*steps, strict=True)]
+
+
+def dense(prompt: Prompt, layer: int, rows: Tensor, position: int) -> Tensor:
+    """Plain attention of the query at `position` over the given rows and all later ones up to it: [H, d]."""
+    rows = torch.cat((rows, torch.arange(prompt.num_tokens, position + 1)))
+    window = prompt.shape.layer_windows[layer]
+    if window is not None:
+        rows = rows[rows > position - window]
+    q = prompt.q[layer][position].float()
+    group = prompt.shape.num_heads // prompt.shape.num_kv_heads
+    k = prompt.k[layer][rows].float().repeat_interleave(group, dim=1)
+    v = prompt.v[layer][rows].float().repeat_interleave(group, dim=1)
+    weights = torch.softmax(torch.einsum("hd,mhd->hm", q, k) / q.shape[-1] ** 0.5, dim=-1)
+    return torch.einsum("hm,mhd->hd", weights, v)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def lab() -> SimpleNamespace:
+    """The functions above."""
+    return SimpleNamespace(
+        PROFILE=PROFILE,
+        rope=rope,
+        make_shape=make_shape,
+        make_prompt=make_prompt,
+        prefill=prefill,
+        load=load,
+        step=step,
+        decode=decode,
+        dense=dense,
+        replace=replace,
+    )
