@@ -16,6 +16,7 @@ from ..compression.interfaces import EncodedLayer
 from ..compression.layout import layer_layout
 from ..compression.recipe import ModelShape, Recipe, Resolved, get_recipe, resolve
 from ..errors import InternalError, InvalidRequest, KvsluiceError
+from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ..models.model import Model
 from ..models.sampling import Sampled, SamplingParams
 from ..services.decode.engine import (
@@ -28,6 +29,7 @@ from ..services.decode.engine import (
     OpenedEvent,
     TokensEvent,
 )
+from ..services.framing import FramePacker, LayerAssembler
 from ..services.prefill.engine import PrefillEngine, PrefillJob
 
 EPOCH = 1
@@ -38,7 +40,7 @@ class PipelineStats:
     """What a request cost.
 
     Attributes:
-        payload_bytes: bytes of encoded layers that went from prefill to decode.
+        payload_bytes: bytes of the frames that went from prefill to decode.
         bf16_bytes: what the whole KV cache of the prompt takes in bf16, for comparison.
         kept_rows: rows of the prompt that each layer keeps per KV head, exact and packed ones.
         resident_bytes, bytes_read, steps: see `FinishedEvent`; 0 when the first tokens ended the request.
@@ -80,6 +82,8 @@ class _Call:
     decode: DecodeEngine
     job: PrefillJob
     resolved: Resolved
+    packer: FramePacker
+    assembler: LayerAssembler
     is_open: bool = False
     payload_bytes: int = 0
     sampled: list[list[Sampled]] = field(default_factory=list)
@@ -94,8 +98,13 @@ class _Call:
         """Nothing to do: layers are handed over by call."""
 
     def on_layer(self, encoded: EncodedLayer) -> None:
-        self.payload_bytes += encoded.nbytes()
-        self.decode.add_layer(self.job.request_id, encoded)
+        self._send(self.packer.add(encoded))
+
+    def _send(self, frames: list[bytes]) -> None:
+        for frame in frames:
+            self.payload_bytes += len(frame)
+            for encoded in self.assembler.add(frame):
+                self.decode.add_layer(self.job.request_id, encoded)
 
     def on_first_tokens(self, sampled: list[Sampled]) -> None:
         self.sampled = [[token] for token in sampled]
@@ -105,6 +114,7 @@ class _Call:
             self.decode.cancel(self.job.request_id)
             self.done = True
             return
+        self._send(self.packer.flush())
         emitted = [EmittedChoice((c[0].token_id,), c[0].finish_reason) for c in self.sampled]
         self.decode.commit(self.job.request_id, self.job.prompt_ids, emitted)
 
@@ -167,7 +177,22 @@ class LocalPipeline:
 
     def generate_many(self, requests: Sequence[tuple[Sequence[int], Recipe | str, SamplingParams]]) -> list[Generation]:
         """Answer several prompts at once, interleaved as the engines see fit. Raises the first error when all ended."""
-        calls = [self._open(*request) for request in requests]
+        calls: list[_Call] = []
+        try:
+            for request in requests:
+                calls.append(self._open(*request))
+            self._run(calls)
+        finally:
+            for call in calls:
+                self.prefill.cancel(call.job.request_id)
+                self.decode.cancel(call.job.request_id)
+            self.decode.step()  # nobody is left to tell
+        for call in calls:
+            if call.error is not None:
+                raise call.error
+        return [self._result(call) for call in calls]
+
+    def _run(self, calls: Sequence[_Call]) -> None:
         by_id = {call.job.request_id: call for call in calls}
         while not all(call.done for call in calls):
             progressed = self.prefill.step()
@@ -176,12 +201,6 @@ class LocalPipeline:
                 by_id[event.request_id].on_event(event)
             if not (progressed or events or self.decode.has_work):
                 raise InternalError("the engines stand still")
-        for event in self.decode.step():  # what a cancelled request leaves to be told
-            by_id[event.request_id].on_event(event)
-        for call in calls:
-            if call.error is not None:
-                raise call.error
-        return [self._result(call) for call in calls]
 
     def check_integrity(self) -> None:
         """Assert that nothing is left of past calls."""
@@ -197,9 +216,23 @@ class LocalPipeline:
         resolved = resolve(recipe, self.shape, len(prompt_ids), self.profile)
         self._calls += 1
         job = PrefillJob(f"local-{self._calls}", EPOCH, tuple(prompt_ids), resolved.recipe, sampling)
-        call = _Call(self.decode, job, resolved)
-        self.decode.open(DecodeRequest(job.request_id, EPOCH, len(prompt_ids), resolved.recipe, sampling))
-        self.prefill.submit(job, call)
+        request = DecodeRequest(job.request_id, EPOCH, len(prompt_ids), resolved.recipe, sampling)
+        ident = FrameIdent(
+            request_id=RequestId(job.request_id),
+            epoch=EPOCH,
+            tenant=TenantId("local"),
+            model_fingerprint=ModelFingerprint(self.model.fingerprint),
+            recipe_fingerprint=RecipeFingerprint(resolved.recipe.fingerprint),
+        )
+        packer = FramePacker(ident, len(prompt_ids))
+        max_bytes = self.decode.demand(request).total_bytes
+        call = _Call(self.decode, job, resolved, packer, LayerAssembler(ident, self.shape.num_layers, max_bytes))
+        self.decode.open(request)
+        try:
+            self.prefill.submit(job, call)
+        except KvsluiceError:
+            self.decode.cancel(job.request_id)
+            raise
         return call
 
     def _result(self, call: _Call) -> Generation:
