@@ -29,7 +29,7 @@ class ManifestLimits:
     """What a decoder is willing to look at.
 
     Attributes:
-        max_bytes: the whole manifest.
+        max_bytes: the whole manifest. Parsing one of tiny fields takes up to about 32 times its size.
         max_prompt_ids: tokens of the prompt.
         max_choices: choices of the request.
         max_emitted: tokens that all choices together have emitted.
@@ -40,13 +40,13 @@ class ManifestLimits:
         max_id_bytes: request id, tenant, each fingerprint in UTF-8.
     """
 
-    max_bytes: int = 8 * 1024 * 1024
+    max_bytes: int = 4 * 1024 * 1024
     max_prompt_ids: int = 1 << 20
     max_choices: int = 128
     max_emitted: int = 1 << 20
     max_top_logprobs: int = 64
     max_recipe_bytes: int = 64 * 1024
-    max_frames: int = 1 << 16
+    max_frames: int = 1 << 15
     max_frame_bytes: int = DEFAULT_LIMITS.max_frame_bytes
     max_id_bytes: int = DEFAULT_LIMITS.max_id_bytes
 
