@@ -144,12 +144,15 @@ class DecodeEngine:
 
     def demand(self, request: DecodeRequest) -> Demand:
         """What admission reserves for a request."""
-        n, max_tokens = request.sampling.n, request.sampling.max_tokens
-        prompt_bytes, total_bytes = (
-            bound_nbytes(request.recipe, self.shape, request.num_prompt_tokens, new, choices, self.model.dtype.itemsize)
-            for new, choices in ((0, 1), (max_tokens, n))
+        sampling, itemsize = request.sampling, self.model.dtype.itemsize
+        one, two = (
+            bound_nbytes(
+                request.recipe, self.shape, request.num_prompt_tokens, sampling.max_tokens, num_choices, itemsize
+            )
+            for num_choices in (1, 2)
         )
-        return Demand(prompt_bytes, -(-max(0, total_bytes - prompt_bytes) // n), n)
+        tail_bytes = two - one
+        return Demand(one - tail_bytes, tail_bytes, sampling.n)
 
     @torch.inference_mode()
     def add_layer(self, request_id: str, encoded: EncodedLayer) -> None:
@@ -204,6 +207,7 @@ class DecodeEngine:
             run.cancelled.add(choice)
         else:
             return False
+        self._admit()
         return True
 
     @torch.inference_mode()
@@ -219,6 +223,7 @@ class DecodeEngine:
                     self._fail(request_id, exc)
             else:
                 self._advance(turns, logits)
+        self._admit()  # what ended may have made room, and the caller may wait until there is work
         events, self._events = self._events, []
         return events
 
@@ -261,12 +266,12 @@ class DecodeEngine:
     def _start(self, run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
         request, cache, config = run.request, run.cache, self.model.config
         assert cache is not None, "made when the request was let in"
+        live = [i for i, c in enumerate(emitted) if not c.finish_reason and i not in run.cancelled]
         choices = {}
-        for index, choice in enumerate(emitted):
-            if choice.finish_reason or index in run.cancelled:
-                continue
+        for index in live:
             sampler = SamplerState(request.sampling, index, prompt_ids, config.vocab_size, config.eos_token_ids)
-            choices[index] = ChoiceRun(cache.fork(), sampler, request.num_prompt_tokens, choice.token_ids)
+            own = cache if index == live[-1] else cache.fork()
+            choices[index] = ChoiceRun(own, sampler, request.num_prompt_tokens, emitted[index].token_ids)
         run.resident_bytes = cache.nbytes()
         run.cache, run.choices = None, choices
         self.scheduler.start(request.request_id, {i: len(emitted[i].token_ids) - 1 for i in choices})

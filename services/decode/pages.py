@@ -9,6 +9,8 @@
     tail of a        admission of the        the choice alone                 the choice ends, or at the start if it
     choice           request                                                  had ended by then
 
+While layers arrive, their exact rows at the end of the prompt, which every choice copies, lie in the tails.
+
 A region's size is the upper bound of what its tensors may ever take, so a running sequence never waits for memory.
 """
 

@@ -85,7 +85,7 @@ class ChoiceRun:
     """One running choice.
 
     Args:
-        cache: the choice's own fork of the prompt's cache.
+        cache: the choice's own, over the prompt that it shares with the others.
         emitted: at least one token; the last one has not been sampled from yet.
     """
 
@@ -196,10 +196,11 @@ def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: t
         logger.warning("layer %d of request %s does not fit its recipe", layer, request_id, exc_info=exc)
         raise FrameMismatch(f"request {request_id}: layer {layer} does not fit its recipe") from exc
     run.layers.add(layer)
-    if cache.nbytes() > run.demand.prompt_bytes:
+    most = run.demand.prompt_bytes + run.demand.tail_bytes
+    if cache.nbytes() > most:
         raise FrameMismatch(
             f"request {request_id}: {len(run.layers)} layers take {cache.nbytes()} bytes, its recipe bounds all "
-            f"{num_layers} by {run.demand.prompt_bytes}"
+            f"{num_layers} by {most}"
         )
 
 

@@ -23,7 +23,7 @@ from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
-from ...models.sampling import SamplingParams
+from ...models.sampling import SamplerState, SamplingParams
 from ..model_shape import model_shape
 from .batcher import Batcher, WorkItem
 from .state import PrefillSink, Prompt, sample_first
@@ -54,6 +54,7 @@ class PrefillJob:
 class _Running:
     job: PrefillJob
     sink: PrefillSink
+    samplers: list[SamplerState]
     prompt: Prompt | None = None  # made when its first item runs
 
 
@@ -95,17 +96,22 @@ class PrefillEngine:
 
         Raises:
             DuplicateRequest: a prompt of this request is here already.
-            InvalidRequest: the prompt is empty or holds ids outside the vocabulary.
+            InvalidRequest: the prompt is empty, or an id in the prompt or in the sampling parameters is outside the
+                vocabulary.
         """
         if job.request_id in self._running:
             raise DuplicateRequest(f"request {job.request_id} is already running")
         if not job.prompt_ids:
             raise InvalidRequest("prompt", "is empty", "at least one token")
-        vocab_size = self.model.config.vocab_size
+        config, params = self.model.config, job.sampling
+        vocab_size = config.vocab_size
         if min(job.prompt_ids) < 0 or max(job.prompt_ids) >= vocab_size:
             raise InvalidRequest("prompt", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+        samplers = [
+            SamplerState(params, choice, job.prompt_ids, vocab_size, config.eos_token_ids) for choice in range(params.n)
+        ]
         self._batcher.add(job.request_id, len(job.prompt_ids))
-        self._running[job.request_id] = _Running(job, sink)
+        self._running[job.request_id] = _Running(job, sink, samplers)
 
     def cancel(self, request_id: str) -> bool:
         """End a prompt before its next item. False when it is not here (any more)."""
@@ -199,8 +205,7 @@ class PrefillEngine:
         prompt = self._prompt(request_id)
         is_last = prompt.layer + 1 == self.model.config.num_layers
         if is_last:
-            job = running.job
-            sampled = sample_first(self.model, prompt.hidden[-1:], job.prompt_ids, job.sampling)
+            sampled = sample_first(self.model, prompt.hidden[-1:], running.samplers)
             running.sink.on_first_tokens(sampled)
             if all(token.finish_reason for token in sampled):
                 self._end(request_id, lambda sink: sink.on_done())

@@ -11,6 +11,7 @@ shrinks when a layer's recipe lets only some rows go on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from ...compression.recipe import ModelShape, Recipe
 from ...errors import InternalError, KvsluiceError
 from ...kernels.rope import apply_rope
 from ...models.model import Model
-from ...models.sampling import Sampled, SamplerState, SamplingParams
+from ...models.sampling import Sampled, SamplerState
 
 
 class PrefillSink(Protocol):
@@ -135,7 +136,7 @@ class Prompt:
         return encoded
 
 
-def sample_first(model: Model, last_row: Tensor, ids: tuple[int, ...], params: SamplingParams) -> list[Sampled]:
+def sample_first(model: Model, last_row: Tensor, samplers: Sequence[SamplerState]) -> list[Sampled]:
     """The first token of every choice, from the last row [1, D] behind the last layer.
 
     Raises:
@@ -144,8 +145,4 @@ def sample_first(model: Model, last_row: Tensor, ids: tuple[int, ...], params: S
     logits = model.logits(last_row)[0]
     if not bool(torch.isfinite(logits).all()):
         raise InternalError("prefill gave logits that are not finite")
-    config = model.config
-    return [
-        SamplerState(params, choice, ids, config.vocab_size, config.eos_token_ids).sample(logits)
-        for choice in range(params.n)
-    ]
+    return [sampler.sample(logits) for sampler in samplers]
