@@ -61,7 +61,7 @@ def bpe_of_gguf(file: GgufFile) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
         # llama-3 merges stop short of some whole words that its vocabulary has
-        tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))  # type: ignore[arg-type]
+        tokenizer = Tokenizer(BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     except Exception as exc:  # the library raises bare Exception
         raise BrokenCheckpoint(f"{file.name}: merges name tokens that the vocabulary lacks") from exc
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[str(pre)]()

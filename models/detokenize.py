@@ -23,8 +23,8 @@ def byte_alphabet() -> dict[str, int]:
 class IncrementalDecoder(Protocol):
     """Turns a growing list of tokens into text, never taking back what it gave.
 
-    All pushes and `finish`, concatenated, equal the decoding of all ids at once. A character whose bytes are spread over
-    tokens comes when its last byte does.
+    All pushes and `finish`, concatenated, equal the decoding of all ids at once. A character whose bytes are spread
+    over tokens comes when its last byte does.
     """
 
     def push(self, ids: Sequence[int]) -> str:
@@ -84,6 +84,9 @@ class WindowDecoder:
         return self._take(self._decode(self._ids[self._context :]))
 
     def _take(self, text: str) -> str:
-        known = self._decode(self._ids[self._context : self._read])
-        self._context, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        new = text[len(self._decode(self._ids[self._context : self._read])) :]
+        if new:
+            # tokens without text are no context: the next word would lose its leading space
+            self._context = self._read
+        self._read = len(self._ids)
+        return new

@@ -89,7 +89,7 @@ def forward_rows(model: Model, batch: Sequence[Rows]) -> Tensor:
         q, k_pre, v = model.qkv(layer, x)
         q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
         attn = []
-        parts = zip(batch, q.split(sizes), k_pre.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        parts = zip(batch, *(torch.split(rows, sizes) for rows in (q, k_pre, k, v)), strict=True)
         for rows, q_rows, k_pre_rows, k_rows, v_rows in parts:
             rows.cache.append(layer, k_pre_rows, k_rows, v_rows, rows.positions)
             attn.append(rows.cache.attend(layer, q_rows, rows.positions))

@@ -80,7 +80,7 @@ def _rope_scaling(file: GgufFile, read: _Metadata, head_dim: int, theta: float) 
 
 
 def _llama3_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
-    """Recognise the published Llama 3.1 (factor 8) and 3.2 (factor 32) scaling by the divisors that the file carries."""
+    """Recognise the published scaling of Llama 3.1 (factor 8) and 3.2 (factor 32) by the divisors in the file."""
     import torch
 
     from .rope import RotaryEmbedding
@@ -100,7 +100,8 @@ def _llama3_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, An
         if stored.shape == ratio.shape and torch.allclose(stored, ratio, rtol=1e-4):
             return {"rope_type": "llama3"} | numbers
     raise UnsupportedModel(
-        f"{file.name}: {_FREQUENCY_FACTORS} is not supported; supported: those of Llama 3.1 (factor 8) and 3.2 (factor 32)"
+        f"{file.name}: {_FREQUENCY_FACTORS} is not supported; "
+        "supported: those of Llama 3.1 (factor 8) and 3.2 (factor 32)"
     )
 
 
@@ -128,7 +129,8 @@ class _Metadata:
         value = self._file.fields.get(f"{self._architecture}.{name}", allowed)
         if value != allowed:
             raise UnsupportedModel(
-                f"{self._file.name}: {self._architecture}.{name} = {str(value)[:64]} is not supported; supported: {allowed}"
+                f"{self._file.name}: {self._architecture}.{name} = {str(value)[:64]} is not supported; "
+                f"supported: {allowed}"
             )
 
 

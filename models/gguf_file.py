@@ -3,8 +3,8 @@
 The `gguf` package knows block sizes and how to dequantize; its reader builds an array object per string, which takes
 seconds for a tokenizer's vocabulary, so the file's structure is parsed here.
 
-    magic "GGUF" | version u32 | num_tensors u64 | num_keys u64 | keys: name, type u32, value | tensors: name, num_dims u32,
-    dims u64 (innermost first), type u32, offset u64 | padding to the alignment | data
+    magic "GGUF" | version u32 | num_tensors u64 | num_keys u64 | keys: name, type u32, value
+    | tensors: name, num_dims u32, dims u64 (innermost first), type u32, offset u64 | padding to the alignment | data
 """
 
 from __future__ import annotations

@@ -191,7 +191,8 @@ def _layer_windows(raw: Mapping[str, Any], read: _Fields, family: str, num_layer
     kind = "full_attention" if window is None else "sliding_attention"
     if layer_types is not None and set(layer_types) != {kind}:
         raise UnsupportedModel(
-            f"config.json: layer_types of a {family} model must all be {kind}; mixed layers are supported for qwen2, qwen3"
+            f"config.json: layer_types of a {family} model must all be {kind}; "
+            "mixed layers are supported for qwen2, qwen3"
         )
     return (window,) * num_layers
 
@@ -202,7 +203,8 @@ def _check_layer_types(layer_types: object, num_layers: int) -> None:
     unknown = {str(kind)[:64] for kind in layer_types} - {"full_attention", "sliding_attention"}
     if unknown:
         raise UnsupportedModel(
-            f"config.json: layer type {sorted(unknown)[0]!r} is not supported; supported: full_attention, sliding_attention"
+            f"config.json: layer type {sorted(unknown)[0]!r} is not supported; "
+            "supported: full_attention, sliding_attention"
         )
 
 

@@ -40,8 +40,7 @@ class Model:
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, self.device)
         row_bytes = 2 * config.intermediate_size * weights.embed.element_size()
         self._mlp_rows = max(64, MLP_CHUNK_BYTES // row_bytes)
-        q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self._qkv_sizes = (q, k, k)
+        self._head_counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [n] -> hidden rows [n, D]."""
@@ -59,7 +58,8 @@ class Model:
         """
         w, config = self.weights.layers[layer], self.config
         fused = F.linear(rms_norm(x, w.input_norm, config.rms_norm_eps), w.qkv, w.qkv_bias)
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in fused.split(self._qkv_sizes, dim=-1))
+        heads = fused.view(len(x), -1, config.head_dim)
+        q, k, v = torch.split(heads, self._head_counts, dim=1)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
         return q, k, v

@@ -32,8 +32,8 @@ class RotaryEmbedding:
 
         Args:
             positions: int64 [...].
-            num_prompt_tokens: length of the prompt that the rows belong to, or int64 of positions' shape when it differs
-                between rows. Only dynamic scaling looks at it: a row at p uses the base for length
+            num_prompt_tokens: length of the prompt that the rows belong to, or int64 of positions' shape when it
+                differs between rows. Only dynamic scaling looks at it: a row at p uses the base for length
                 max(num_prompt_tokens, p + 1), so that its rotation does not depend on how the rows were batched.
 
         Returns:
@@ -86,7 +86,7 @@ def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
 
 
 def _yarn(config: RopeConfig, exponents: Tensor) -> Tensor:
-    """NTK-by-parts (arXiv 2309.00071 §3.2): dimensions that turn often extrapolate, those that turn rarely interpolate."""
+    """NTK-by-parts (arXiv 2309.00071 §3.2): fast-turning dimensions extrapolate, slow ones interpolate."""
     dim = 2 * len(exponents)
 
     def dimension_of(rotations: float) -> float:

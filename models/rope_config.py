@@ -18,8 +18,8 @@ class RopeConfig:
     """Frequencies of the rotary embedding; numbers that a kind does not use keep their neutral default.
 
     Attributes:
-        kind: default (arXiv 2104.09864), linear (position interpolation, arXiv 2306.15595), dynamic (NTK-aware base that
-            grows with the sequence), llama3 (Llama 3.1's piecewise scaling) or yarn (arXiv 2309.00071).
+        kind: default (arXiv 2104.09864), linear (position interpolation, arXiv 2306.15595), dynamic (NTK-aware base
+            that grows with the sequence), llama3 (Llama 3.1's piecewise scaling) or yarn (arXiv 2309.00071).
         theta: base of the frequencies.
         factor: by how much the context was stretched (all but default).
         original_max_position_embeddings: trained length before stretching (dynamic, llama3, yarn).

@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, filters, a counter-based random number, and when a choice ends.
 
-The order is vLLM's (v1 sampler): log-probabilities of the model's own distribution are read first; then min_tokens masks
-the ids that would end the choice, logit_bias is added, penalties are applied; greedy choices take the largest logit;
-others are divided by the temperature and filtered by min_p, top_k and top_p, each over what the ones before it left.
+The order is vLLM's (v1 sampler): log-probabilities of the model's own distribution are read first; then min_tokens
+masks the ids that would end the choice, logit_bias is added, penalties are applied; greedy choices take the largest
+logit; others are divided by the temperature and filtered by min_p, top_k and top_p, each over what those before left.
 
 A random number is a hash of (seed, choice, position), so that every worker and every batch draws the same one.
 """
@@ -22,6 +22,9 @@ from torch import Tensor
 from ..errors import InternalError, InvalidRequest
 
 MAX_LOGPROBS = 20
+_NOT_FINITE = "the model's logits are not finite"
+# as in vLLM; dividing by less would overflow
+GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens of a choice.
-        temperature: 0 = greedy.
+        temperature: 0 (anything below `GREEDY_BELOW`) = greedy.
         top_p, top_k, min_p: filters; 1, 0 and 0 = off.
         repetition_penalty: divides positive and multiplies negative logits of ids in the prompt or the output; 1 = off.
         presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for ids in the output.
@@ -39,7 +42,7 @@ class SamplingParams:
         stop_token_ids: ids that end a choice besides the model's own.
         min_tokens: ids that end a choice are masked until it has so many tokens.
         ignore_eos: whether the model's own end-of-text ids do not end a choice.
-        logprobs: how many of the likeliest alternatives to report beside the sampled token; None = no log-probabilities.
+        logprobs: how many of the likeliest alternatives to report beside the sampled token; None = nothing at all.
         n: number of choices.
 
     Raises:
@@ -160,9 +163,7 @@ class SamplerState:
             InternalError: the logits hold NaN, or no token has a positive probability.
         """
         scores = self._process(logits)
-        token_id = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
-        if not math.isfinite(float(scores[token_id])):
-            raise InternalError("the model's logits are not finite")
+        token_id = self._draw(scores) if self.params.temperature >= GREEDY_BELOW else _largest(scores)
         logprob, top = self._logprobs(logits, token_id)
         self.force(token_id)
         if token_id in self._stops:
@@ -210,9 +211,12 @@ class SamplerState:
         if params.top_p < 1:
             scores = _keep_nucleus(scores, params.top_p)
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        # scaled by the sum, which rounding may leave beside 1
-        threshold = cumulative[-1] * uniform(params.seed, self.choice, self._start + self._num_sampled)
-        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(scores) - 1))
+        # rounding may leave the sum beside 1, so the random number is scaled by it, and stays below it
+        total = float(cumulative[-1])
+        if not math.isfinite(total):
+            raise InternalError(_NOT_FINITE)
+        threshold = total * uniform(params.seed, self.choice, self._start + self._num_sampled)
+        return int(torch.searchsorted(cumulative, min(threshold, math.nextafter(total, 0)), right=True))
 
     def _logprobs(self, logits: Tensor, token_id: int) -> tuple[float | None, list[tuple[int, float]]]:
         if self.params.logprobs is None:
@@ -222,8 +226,15 @@ class SamplerState:
         return float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True))
 
 
+def _largest(scores: Tensor) -> int:
+    value, index = scores.max(-1)
+    if not math.isfinite(float(value)):
+        raise InternalError(_NOT_FINITE)
+    return int(index)
+
+
 def _keep_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Mask all but the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
     ascending, order = scores.sort()
     drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     drop[-1] = False

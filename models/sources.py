@@ -61,7 +61,7 @@ class SafetensorsSource:
         if not (folder / shard).is_file():
             raise BrokenCheckpoint(f"{shard} is missing from the checkpoint folder")
         try:
-            file = safe_open(folder / shard, framework="pt")  # type: ignore[no-untyped-call]
+            file: Any = safe_open(folder / shard, framework="pt")
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 view = file.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
@@ -145,8 +145,8 @@ class GgufSource:
 
 def _unpermute(rows: Tensor, num_heads: int) -> Tensor:
     """Rows (head, pair, half) -> (head, half, pair): from interleaved RoPE pairs to half-split ones."""
-    pairs = rows.unflatten(0, (num_heads, -1, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+    pairs = rows.view(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 class AdapterSource:

@@ -12,7 +12,7 @@ Conventions, those of Hugging Face and vLLM:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Tokenizer:
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
     ) -> None:
+        raw.no_truncation()
+        raw.no_padding()
         self._raw = raw
         # the same tokenizer, but for text in which control tokens are only characters
         self._plain = RawTokenizer.from_str(raw.to_str())
@@ -110,27 +112,25 @@ class Tokenizer:
         """
         if self._template is None:
             raise InvalidRequest("messages", "this model has no chat template", "a plain prompt")
-        mark = _unused_character(messages)
-        disarmed, found = self._disarm(list(messages), mark)
-        text = _valid(self._template.render(disarmed, add_generation_prompt))
-        if not found:
-            return list(self._raw.encode(text, add_special_tokens=False).ids)
-        return self._encode_disarmed(text, mark)
+        strings = list(_strings(messages))
+        if not any(map(self._control_pattern.search, strings)):
+            return self.encode(self._template.render(messages, add_generation_prompt))
+        mark = _unused_character(strings)
+        text = self._template.render([self._disarm(m, mark) for m in messages], add_generation_prompt)
+        return self._encode_disarmed(_valid(text), mark)
 
-    def _disarm(self, value: Any, mark: str) -> tuple[Any, bool]:
+    def _disarm(self, value: Any, mark: str) -> Any:
         """Put `mark` after the first character of every control token spelled out in a message, at any depth."""
         if isinstance(value, str):
-            text, count = self._control_pattern.subn(lambda m: m[0][0] + mark + m[0][1:], value)
-            return text, count > 0
+            return self._control_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], value)
         if isinstance(value, Mapping):
-            items = {key: self._disarm(item, mark) for key, item in value.items()}
-            return {key: item for key, (item, _) in items.items()}, any(found for _, found in items.values())
+            return {key: self._disarm(item, mark) for key, item in value.items()}
         if isinstance(value, list):
-            parts = [self._disarm(item, mark) for item in value]
-            return [item for item, _ in parts], any(found for _, found in parts)
-        return value, False
+            return [self._disarm(item, mark) for item in value]
+        return value
 
     def _encode_disarmed(self, text: str, mark: str) -> list[int]:
+        """Encode a rendered template in which every control token is the template's own."""
         ids: list[int] = []
         start = 0
         for match in self._control_pattern.finditer(text):
@@ -165,9 +165,26 @@ def _valid(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _unused_character(messages: Sequence[Mapping[str, Any]]) -> str:
-    text = repr(messages) + str(messages)
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text and f"\\u{code:04x}" not in text)
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a message, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _unused_character(strings: Sequence[str]) -> str:
+    used = set().union(*strings)
+    for code in range(0xE000, 0xF900):
+        if chr(code) not in used:
+            return chr(code)
+    raise InvalidRequest(
+        "messages", "use every private-use character", "text that leaves one of U+E000 to U+F8FF unused"
+    )
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
@@ -194,9 +211,14 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
         "unk_token": file.fields.get("tokenizer.ggml.unknown_token_id"),
         "pad_token": file.fields.get("tokenizer.ggml.padding_token_id"),
     }
-    named = {name: raw.id_to_token(index) for name, index in ids.items() if isinstance(index, int)}
-    if None in named.values():
-        raise BrokenCheckpoint(f"{file.name}: a special token lies outside the vocabulary")
+    named = {}
+    for name, index in ids.items():
+        if index is None:
+            continue
+        token = raw.id_to_token(index) if isinstance(index, int) else None
+        if token is None:
+            raise BrokenCheckpoint(f"{file.name}: the {name} lies outside the vocabulary")
+        named[name] = token
     template = file.fields.get("tokenizer.chat_template")
     eos = ids["eos_token"]
     return Tokenizer(raw, template, named, ids["bos_token"], () if eos is None else (eos,))

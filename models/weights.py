@@ -164,13 +164,12 @@ def check_shapes(config: ModelConfig, source: TensorSource) -> None:
             raise BrokenCheckpoint(f"tensor {name} is missing from the checkpoint")
         if tuple(found[name]) != slot.shape:
             raise BrokenCheckpoint(
-                f"{source.where(name)}: tensor {name} has shape {list(found[name])}, config.json asks for {list(slot.shape)}"
+                f"{source.where(name)}: tensor {name} has shape {list(found[name])}, "
+                f"the configuration asks for {list(slot.shape)}"
             )
     for name in found:
         if name not in wanted and not _is_harmless(name, config):
-            raise BrokenCheckpoint(
-                f"{source.where(name)}: tensor {name[:128]} does not belong to the model of config.json"
-            )
+            raise BrokenCheckpoint(f"{source.where(name)}: tensor {name[:128]} does not belong to the model")
 
 
 def _is_harmless(name: str, config: ModelConfig) -> bool:
@@ -195,8 +194,8 @@ def fill_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype, 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
     """Weights of the right shapes, drawn in the target dtype on the target device.
 
-    Matrices have standard deviation 1 / sqrt(inputs), those that write to the residual stream less by sqrt(2 layers), so
-    that activations keep their size through any depth; norms are 1 and biases 0.
+    Matrices have standard deviation 1 / sqrt(inputs), those that write to the residual stream less by sqrt(2 layers),
+    so that activations keep their size through any depth; norms are 1 and biases 0.
     """
     weights = empty_weights(config, dtype, device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -9,7 +9,7 @@ from . import reference
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """y = x * cos + rotate_half(x) * sin, rotate_half([a, b]) = [-b, a] (Su et al., arXiv 2104.09864; half-split pairs).
+    """y = x * cos + rotate_half(x) * sin, with rotate_half([a, b]) = [-b, a] (Su et al., arXiv 2104.09864).
 
     Args:
         x: [n, h, d], d even.
