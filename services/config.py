@@ -49,7 +49,7 @@ class ServeConfig(BaseModel):
 
     max_queue: int = Field(64, ge=0, description="requests that may wait for room")
     max_message_bytes: int = Field(16 * MIB, ge=64 * 1024, le=512 * MIB, description="largest message of a client")
-    max_frame_bytes: int = Field(8 * MIB, ge=5 * MIB, le=512 * MIB, description="largest message between workers")
+    max_frame_bytes: int = Field(16 * MIB, ge=9 * MIB, le=512 * MIB, description="largest message between workers")
     default_deadline_s: Seconds = Field(600.0, description="deadline of requests that bring none")
     worker_wait_s: Seconds = Field(30.0, description="how long a request waits for a worker to (re)appear")
     stream_credits: int = Field(64, ge=2, description="tokens a choice may run ahead of its client")
@@ -71,10 +71,6 @@ class ServeConfig(BaseModel):
     def model_name(self) -> str:
         """The name that clients use."""
         return self.served_model_name or self.model
-
-    @property
-    def num_decode_workers(self) -> int:
-        return self.decode_workers
 
     def to_json(self) -> str:
         return self.model_dump_json()

@@ -141,10 +141,13 @@ class WorkerHost:
 
     def __init__(self, services: Sequence[WorkerService], max_message_bytes: int) -> None:
         self._services = tuple(services)
-        self._server = make_server(max_message_bytes)
+        self._max_message_bytes = max_message_bytes
+        self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> str:
         """Listen on `host`. Returns the address, host:port."""
+        # made here, because it belongs to the loop that it is made in
+        self._server = make_server(self._max_message_bytes)
         for service in self._services:
             service.add_to(self._server)
             await service.start()
@@ -153,6 +156,7 @@ class WorkerHost:
         return f"{host}:{bound}"
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        await self._server.stop(grace_s)
+        if self._server is not None:
+            await self._server.stop(grace_s)
         for service in self._services:
             await service.stop()

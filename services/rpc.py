@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ..errors import ConfigError, InternalError, InvalidRequest, KvsluiceError
-from .status import ERROR_METADATA_KEY, error_info, status_code
+from .status import ERROR_METADATA_KEY, error_from_rpc, error_info, status_code
 from .telemetry import where
 
 log = logging.getLogger("kvsluice.rpc")
@@ -75,6 +75,14 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     if bound == 0:
         raise ConfigError(f"host, port: cannot listen on {host} port {port}")
     return bound
+
+
+async def call_error(call: Any) -> KvsluiceError:
+    """The typed error that a finished call ended with. Reading and writing a dead call raise all sorts of things."""
+    error = grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
+    return error_from_rpc(error)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: KvsluiceError) -> None:

@@ -56,6 +56,11 @@ def build_error(type_name: str, message: str, field: str = "", allowed: str = ""
     return cls(message)
 
 
+def is_typed(error: grpc.RpcError) -> bool:
+    """Whether the other side said itself what went wrong, rather than gRPC on its behalf."""
+    return any(key == ERROR_METADATA_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def error_from_rpc(error: grpc.RpcError) -> KvsluiceError:
     """The typed error behind a failed call: from its `ErrorInfo`, else from what gRPC itself reported."""
     for key, value in error.trailing_metadata() or ():

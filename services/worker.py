@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,3 +62,21 @@ def sampling_fields(sampling: wpb.Sampling) -> dict[str, Any]:
         "logprobs": sampling.logprobs if sampling.HasField("logprobs") else None,
         "n": sampling.n,
     }
+
+
+def compute_dtype(name: str) -> Any:
+    """The torch dtype of a configured name; None where the device decides."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def use_threads(num_threads: int | None, num_workers: int) -> Callable[[], None]:
+    """Sets how many threads torch uses for the calling thread's work; None = this worker's share of the cores."""
+
+    def setup() -> None:
+        import torch
+
+        torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // num_workers))
+
+    return setup

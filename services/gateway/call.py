@@ -18,7 +18,8 @@ from ...errors import InternalError, KvsluiceError, WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
-from ..status import error_from_rpc
+from ..rpc import call_error
+from ..status import error_from_rpc, is_typed
 from ..telemetry import GatewayMetrics, Recorder
 from ..validation import CheckedRequest, choose_recipe
 from .choice import Choice, Detokenizer
@@ -209,7 +210,7 @@ class Call:
         try:
             await call.initial_metadata()
             if call.done() and await call.code() is not grpc.StatusCode.OK:
-                raise await _call_error(call)
+                raise await call_error(call)
         except grpc.RpcError as exc:
             raise _NotStarted from exc
         except KvsluiceError as exc:
@@ -226,10 +227,9 @@ class Call:
         except grpc.RpcError as exc:
             # once decode has the whole sequence, the prefill worker has nothing left that the request needs
             if not self._decoding and not self._ended:
-                error = error_from_rpc(exc)
-                if type(error) is WorkerLost:
-                    error = WorkerLost("the prefill worker was lost while it worked on the request")
-                inbox.fail(error)
+                lost = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_typed(exc)
+                message = "the prefill worker was lost while it worked on the request"
+                inbox.fail(WorkerLost(message) if lost else error_from_rpc(exc))
 
     @property
     def _ended(self) -> bool:
@@ -319,7 +319,7 @@ class Call:
             choices=[choice.report() for choice in self._choices],
             usage=pb.Usage(prompt_tokens=num_prompt, completion_tokens=sum(c.num_tokens for c in self._choices)),
             recipe=pb.RecipeReport(
-                requested=resolved.requested,
+                requested=self._job.checked.recipe_name,
                 effective=resolved.recipe.name,
                 fingerprint=resolved.recipe.fingerprint,
                 fallback_reason=resolved.fallback_reason or "",
@@ -348,10 +348,3 @@ class Call:
             resolved.recipe.name, self._shipped.payload_bytes, route.model.shape.bf16_kv_bytes(num_prompt)
         )
         self._metrics.cache_usage(self._pool.cache_usage)
-
-
-async def _call_error(call: Any) -> KvsluiceError:
-    error = grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
-    return error_from_rpc(error)

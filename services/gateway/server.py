@@ -73,6 +73,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
         self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._health = health.aio.HealthServicer()
         self._health_task: Task[None] | None = None
         self._server = make_server(config.max_message_bytes)
@@ -104,9 +106,11 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         """Take no more requests, let the running ones finish. Returns whether all did within the time."""
         self._draining = True
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        deadline = time.monotonic() + grace_s
-        while self._tickets and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
         return not self._tickets
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -173,6 +177,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         task = asyncio.current_task()
         assert task is not None
         ticket = self._tickets[request_id] = Ticket(request_id, task)
+        self._idle.clear()
         try:
             with ticket.interruptible():
                 prompt_ids = await self._tokenize(checked, served)
@@ -181,6 +186,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
                 await self._run(job, ticket, context.write)
         finally:
             del self._tickets[request_id]
+            if not self._tickets:
+                self._idle.set()
             self._report_load()
 
     async def _run(self, job: Job, ticket: Ticket, write: Callable[[pb.GenerateResponse], Any]) -> None:

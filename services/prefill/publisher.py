@@ -1,0 +1,212 @@
+"""Ships one prompt's compressed KV to its decode worker while later layers still run.
+
+    engine thread: on_layer ──FramePacker──> frames ─┐ bounded: `ready` is False while too many wait for their ack
+    event loop:                                      └─> PutFrames ──> acks … manifest last ──> Shipped
+
+The first tokens go to the gateway by another way and never wait for a frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from asyncio import AbstractEventLoop, Future, Queue
+from collections.abc import Awaitable, Callable, Sequence
+from threading import Lock
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ...compression.interfaces import EncodedLayer
+from ...errors import InternalError, KvsluiceError
+from ...kvstore.frame import decode_frame
+from ...kvstore.identity import FrameIdent, frame_key
+from ...kvstore.manifest import ChoiceState, EmittedToken, FrameEntry, Manifest, encode_manifest, frame_entry
+from ...models.sampling import Sampled
+from ...protos import frame_pb2 as fpb
+from ...protos import worker_pb2 as wpb
+from ...protos.worker_pb2_grpc import DecodeWorkerStub
+from ..framing import FramePacker
+from ..rpc import call_error
+from ..telemetry import Recorder
+from .engine import PrefillJob
+
+WriteEvent = Callable[[wpb.PrefillEvent], Awaitable[None]]
+
+
+class Publisher:
+    """One prompt's way out. The `on_…` methods and `ready` are the engine's sink; `run` belongs to the event loop.
+
+    Args:
+        job: the prompt.
+        ident: whom its frames belong to.
+        window: frames that may wait for their acknowledgement before the engine is held back.
+        wake: has the engine look at `ready` again.
+    """
+
+    def __init__(
+        self,
+        job: PrefillJob,
+        ident: FrameIdent,
+        window: int,
+        wake: Callable[[], None],
+        loop: AbstractEventLoop,
+        recorder: Recorder,
+    ) -> None:
+        self._job = job
+        self._ident = ident
+        self._window = window
+        self._wake = wake
+        self._loop = loop
+        self._recorder = recorder
+        self._packer = FramePacker(ident, len(job.prompt_ids))
+        self._lock = Lock()
+        self._unacked = 0
+        self._submitted_s = time.monotonic()
+        self._started_s = self._submitted_s
+        self._first: Future[wpb.FirstTokens] = loop.create_future()
+        # None ends the frames; an error ends the prompt
+        self._frames: Queue[bytes | KvsluiceError | None] = Queue()
+        self._choices: tuple[ChoiceState, ...] = ()
+        self._entries: list[FrameEntry] = []
+
+    # --- the engine's side ---------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        with self._lock:
+            return self._unacked < self._window
+
+    def on_layer_start(self, layer: int) -> None:
+        if layer == 0:
+            self._started_s = time.monotonic()
+        self._record("prefill.layer_started", layer=layer)
+
+    def on_layer(self, encoded: EncodedLayer) -> None:
+        self._send(self._packer.add(encoded))
+
+    def on_first_tokens(self, sampled: list[Sampled]) -> None:
+        now = time.monotonic()
+        message = wpb.FirstTokens(
+            choices=[_choice_message(index, token) for index, token in enumerate(sampled)],
+            queue_s=self._started_s - self._submitted_s,
+            prefill_s=now - self._started_s,
+        )
+        self._choices = tuple(
+            ChoiceState((EmittedToken(s.token_id, s.logprob, tuple(s.top)),), s.finish_reason) for s in sampled
+        )
+        self._record("prefill.first_tokens")
+        self._loop.call_soon_threadsafe(self._settle, message)
+
+    def on_done(self) -> None:
+        if not self._ended:
+            self._send(self._packer.flush())
+        self._loop.call_soon_threadsafe(self._frames.put_nowait, None)
+
+    def on_error(self, error: KvsluiceError) -> None:
+        self._loop.call_soon_threadsafe(self._frames.put_nowait, error)
+
+    def _send(self, frames: Sequence[bytes]) -> None:
+        with self._lock:
+            self._unacked += len(frames)
+        for frame in frames:
+            self._loop.call_soon_threadsafe(self._frames.put_nowait, frame)
+
+    @property
+    def _ended(self) -> bool:
+        return bool(self._choices) and all(choice.finish_reason for choice in self._choices)
+
+    # --- the event loop's side -----------------------------------------------------------------------------
+
+    async def run(self, stub: DecodeWorkerStub, write: WriteEvent) -> None:
+        """Report the first tokens, ship the frames, report that. Raises what the engine or the decode worker raised."""
+        shipping = asyncio.create_task(self._ship(stub))
+        try:
+            await asyncio.wait((self._first, shipping), return_when=asyncio.FIRST_COMPLETED)
+            if not self._first.done():
+                shipping.result()
+                raise InternalError("prefill ended without a first token")
+            await write(wpb.PrefillEvent(first_tokens=self._first.result()))
+            if not self._ended:
+                await write(wpb.PrefillEvent(shipped=await shipping))
+        finally:
+            shipping.cancel()
+            await asyncio.gather(shipping, return_exceptions=True)
+
+    def _settle(self, message: wpb.FirstTokens) -> None:
+        if not self._first.done():
+            self._first.set_result(message)
+
+    async def _ship(self, stub: DecodeWorkerStub) -> wpb.Shipped:
+        call = stub.PutFrames()
+        acks = asyncio.create_task(self._read_acks(call))
+        sends = asyncio.create_task(self._write_frames(call))
+        try:
+            await asyncio.wait((acks, sends), return_when=asyncio.FIRST_EXCEPTION)
+            if sends.done() and isinstance(sends.exception(), KvsluiceError):
+                sends.result()
+            if not call.done() or await call.code() is not grpc.StatusCode.OK:
+                raise await call_error(call)
+            if not acks.result():
+                raise InternalError("a decode worker took the frames and not the manifest")
+            return sends.result()
+        finally:
+            acks.cancel()
+            sends.cancel()
+            call.cancel()
+            await asyncio.gather(acks, sends, return_exceptions=True)
+
+    async def _write_frames(self, call: Any) -> wpb.Shipped:
+        shipped = wpb.Shipped()
+        while (frame := await self._frames.get()) is not None:
+            if isinstance(frame, KvsluiceError):
+                raise frame
+            decoded = decode_frame(frame)
+            self._entries.append(frame_entry(frame_key(self._ident, shipped.frames), decoded))
+            await self._put(call, wpb.FramePut(frame=frame), shipped)
+        if not self._ended:
+            await self._put(call, wpb.FramePut(manifest=self._manifest()), shipped)
+            await call.done_writing()
+        return shipped
+
+    async def _put(self, call: Any, message: wpb.FramePut, shipped: wpb.Shipped) -> None:
+        await call.write(message)
+        shipped.payload_bytes += message.ByteSize()
+        shipped.frames += 1
+        self._record("prefill.frame_sent", index=shipped.frames - 1, payload_bytes=message.ByteSize())
+
+    async def _read_acks(self, call: Any) -> bool:
+        expected, committed = 0, False
+        async for ack in call:
+            if ack.index != expected:
+                raise InternalError("a decode worker acknowledged frames out of order")
+            expected += 1
+            committed = ack.committed
+            with self._lock:
+                self._unacked -= 1
+            self._record("prefill.frame_acked", index=ack.index)
+            self._wake()
+        return committed
+
+    def _manifest(self) -> bytes:
+        return encode_manifest(
+            Manifest(
+                ident=self._ident,
+                recipe_json=self._job.recipe.to_json(),
+                prompt_ids=self._job.prompt_ids,
+                choices=self._choices,
+                seed=self._job.sampling.seed,
+                frames=tuple(self._entries),
+            )
+        )
+
+    def _record(self, name: str, **fields: int) -> None:
+        self._recorder.record(name, request_id=self._job.request_id, epoch=self._job.epoch, **fields)
+
+
+def _choice_message(index: int, sampled: Sampled) -> fpb.ChoiceState:
+    token = fpb.SampledToken(token_id=sampled.token_id)
+    if sampled.logprob is not None:
+        token.logprob = sampled.logprob
+        token.top_logprobs.extend(fpb.TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top)
+    return fpb.ChoiceState(index=index, emitted=[token], finish_reason=sampled.finish_reason)

@@ -1,0 +1,168 @@
+"""A prefill worker's gRPC service: prompts in, first tokens out, frames on to the decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from ...compression.recipe import Recipe
+from ...errors import InternalError
+from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
+from ...models.model import Model
+from ...models.sampling import SamplingParams
+from ...protos import worker_pb2 as wpb
+from ...protos import worker_pb2_grpc
+from ...protos.worker_pb2_grpc import DecodeWorkerStub
+from ..config import ServeConfig
+from ..lifecycle import EngineThread
+from ..rpc import current_request_id, make_channel
+from ..telemetry import NullRecorder, Recorder
+from ..worker import WorkerIdentity, sampling_fields, use_threads
+from .engine import PrefillEngine, PrefillJob
+from .publisher import Publisher
+
+PACK_TOKENS = 2048
+
+
+@dataclass
+class _Peer:
+    channel: grpc.aio.Channel
+    users: int = 0
+
+
+class _Peers:
+    """Channels to decode workers, shared by requests; one that failed is closed with its last user."""
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._peers: dict[str, _Peer] = {}
+
+    @asynccontextmanager
+    async def stub(self, address: str) -> AsyncIterator[DecodeWorkerStub]:
+        peer = self._peers.setdefault(address, _Peer(make_channel(address, self._max_message_bytes)))
+        peer.users += 1
+        try:
+            yield DecodeWorkerStub(peer.channel)
+        finally:
+            peer.users -= 1
+            ready = peer.channel.get_state() is grpc.ChannelConnectivity.READY
+            if peer.users == 0 and not ready:
+                if self._peers.get(address) is peer:
+                    del self._peers[address]
+                await peer.channel.close()
+
+    async def close(self) -> None:
+        for peer in self._peers.values():
+            await peer.channel.close()
+        self._peers.clear()
+
+
+class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
+    """Serves one prefill engine, which runs on a thread of its own.
+
+    Args:
+        window: frames of a request under way to its decode worker, at most, before its prompt is held back.
+        setup: settings of the engine's thread.
+        on_crash: called when the engine's thread ends by an exception.
+    """
+
+    def __init__(
+        self,
+        engine: PrefillEngine,
+        identity: WorkerIdentity,
+        *,
+        window: int,
+        max_message_bytes: int,
+        recorder: Recorder | None = None,
+        setup: Callable[[], None] | None = None,
+        on_crash: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._window = window
+        self._recorder = recorder or NullRecorder()
+        self._thread = EngineThread("prefill-engine", engine.step, setup, on_crash)
+        self._peers = _Peers(max_message_bytes)
+        self._publishers: dict[str, Publisher] = {}
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        self._thread.start()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._thread.stop)
+        await self._peers.close()
+
+    async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
+        """See `worker.proto`."""
+        return self._identity.info(pending_tokens=self._engine.num_pending_tokens, running=self._engine.num_requests)
+
+    async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
+        """See `worker.proto`."""
+        current_request_id.set(request.request_id)
+        job = _job(request)
+        publisher = Publisher(
+            job, self._ident(request, job), self._window, self._thread.wake, asyncio.get_running_loop(), self._recorder
+        )
+        await self._thread.call(lambda: self._engine.submit(job, publisher))
+        self._publishers[job.request_id] = publisher
+        try:
+            await context.send_initial_metadata(())
+            async with self._peers.stub(request.decode_address) as stub:
+                await publisher.run(stub, context.write)
+        finally:
+            # a newer attempt may be running under the same id by now
+            if self._publishers.get(job.request_id) is publisher:
+                del self._publishers[job.request_id]
+                self._thread.post(lambda: self._cancel(job.request_id))
+
+    def _cancel(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+
+    def _ident(self, request: wpb.PrefillRequest, job: PrefillJob) -> FrameIdent:
+        return FrameIdent(
+            request_id=RequestId(request.request_id),
+            epoch=request.epoch,
+            tenant=TenantId(request.tenant),
+            model_fingerprint=ModelFingerprint(self._identity.model_fingerprint),
+            recipe_fingerprint=RecipeFingerprint(job.recipe.fingerprint),
+        )
+
+
+def make_prefill_service(
+    model: Model,
+    config: ServeConfig,
+    identity: WorkerIdentity,
+    *,
+    recorder: Recorder | None = None,
+    on_crash: Callable[[BaseException], None] | None = None,
+) -> PrefillService:
+    """The service as a process of this configuration runs it."""
+    return PrefillService(
+        PrefillEngine(model, config.chunk_tokens, max(config.chunk_tokens, PACK_TOKENS)),
+        identity,
+        window=config.handoff_window,
+        max_message_bytes=config.max_frame_bytes,
+        recorder=recorder,
+        setup=use_threads(config.torch_threads, config.prefill_workers),
+        on_crash=on_crash,
+    )
+
+
+def _job(request: wpb.PrefillRequest) -> PrefillJob:
+    if not request.request_id or not request.decode_address:
+        raise InternalError("a prefill request lacks its id or its decode worker's address")
+    return PrefillJob(
+        request_id=request.request_id,
+        epoch=request.epoch,
+        prompt_ids=tuple(request.prompt_ids),
+        recipe=Recipe.from_json(request.recipe_json),
+        sampling=SamplingParams(**sampling_fields(request.sampling)),
+    )

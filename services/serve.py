@@ -1,0 +1,94 @@
+"""`kvsluice serve`: brings the fleet up on this machine, waits for a signal, drains and stops."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+from types import FrameType
+
+from ..errors import KvsluiceError
+from .config import ServeConfig
+
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    # the workers are what this machine is for; Ray would lower their priority
+    "RAY_worker_niceness": "0",
+    # workers that take no GPU keep the environment's choice of devices
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # idle threads of one worker must not spin while another one computes
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_KILLED = 130
+
+
+def prepare_environment() -> None:
+    """Set what Ray and the workers read from the environment, unless it is set. Comes before Ray is first imported,
+    because Ray reads its settings then."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the process's exit status.
+
+    The first signal takes the service out of rotation and lets running requests finish for `grace_s`; a second one
+    ends everything at once.
+
+    Raises:
+        KvsluiceError: the service could not start.
+    """
+    prepare_environment()
+    from .cluster import Fleet
+
+    fleet = Fleet(config)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            fleet.kill()
+            os._exit(EXIT_KILLED)
+        stop.set()
+
+    _handle(on_signal)
+    try:
+        _say(f"starting {config.model_name} …")
+        if not fleet.start(stop.is_set, lambda: _handle(on_signal)):
+            return EXIT_OK
+        print(f"kvsluice: serving {config.model_name} on {fleet.address} ({_describe(config)})", flush=True)
+        failure = fleet.watch(stop)
+        if failure is not None:
+            _say(f"{failure}; the service stops")
+            return EXIT_FAILED
+        _say(f"stopping; running requests may take {config.grace_s:g} s more")
+        drained = fleet.drain()
+        _say("stopped" if drained else "stopped; the gateway did not answer in time")
+        return EXIT_OK if drained else EXIT_FAILED
+    except KvsluiceError:
+        stop.set()
+        raise
+    finally:
+        fleet.shutdown()
+
+
+def _handle(on_signal: signal.Handlers | object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)  # type: ignore[arg-type]
+
+
+def _say(line: str) -> None:
+    print(f"kvsluice: {line}", file=sys.stderr, flush=True)
+
+
+def _describe(config: ServeConfig) -> str:
+    if config.role == "both":
+        return f"{max(config.prefill_workers, config.decode_workers)} workers of both roles"
+    return f"{config.prefill_workers} prefill, {config.decode_workers} decode"

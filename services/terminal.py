@@ -1,0 +1,99 @@
+"""`kvsluice generate`: a request from the command line, its answer to the terminal as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..client import Client, Completion, Options, Prompt, Stream
+from ..errors import InvalidRequest
+
+EXIT_INTERRUPTED = 130
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from where the command line says: argument, file, or standard input."""
+    if prompt is not None and file is not None:
+        raise InvalidRequest("prompt", "is given twice", "either PROMPT or --file")
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InvalidRequest("--file", f"cannot be read: {type(exc).__name__}", "a text file in UTF-8") from exc
+    if prompt is None or prompt == "-":
+        return sys.stdin.read()
+    return prompt
+
+
+def parse_slots(text: str | None) -> dict[str, Any] | None:
+    """The slots that `--slots` gives."""
+    if text is None:
+        return None
+    try:
+        slots = json.loads(text)
+    except ValueError as exc:
+        raise InvalidRequest("--slots", "is not JSON", "a JSON object of recipe slots") from exc
+    if not isinstance(slots, dict):
+        raise InvalidRequest("--slots", "is not an object", "a JSON object of recipe slots")
+    return slots
+
+
+def stream_to_terminal(address: str, prompt: Prompt, options: dict[str, Any]) -> int:
+    """Run a request. Text goes to standard output, everything else to standard error. Returns an exit status."""
+    with Client(address) as client:
+        stream = client.stream(prompt, **_typed(options))
+        try:
+            if options.get("n", 1) == 1:
+                for chunk in stream:
+                    print(chunk.text, end="", flush=True)
+                print()
+            else:
+                _print_choices(stream)
+        except KeyboardInterrupt:
+            stream.cancel()
+            return EXIT_INTERRUPTED
+    Console(stderr=True, highlight=False).print(_summary(stream.completion), style="dim")
+    return 0
+
+
+def _typed(options: dict[str, Any]) -> Options:
+    return options  # type: ignore[return-value]
+
+
+def _print_choices(stream: Stream) -> None:
+    """Several choices grow side by side, so they are printed once they are whole."""
+    for _ in stream:
+        pass
+    for choice in stream.completion.choices:
+        print(f"[{choice.index}] {choice.text}")
+
+
+def _summary(done: Completion) -> str:
+    usage, recipe, timing = done.usage, done.recipe, done.timing
+    name = recipe.effective if recipe.effective == recipe.requested else f"{recipe.requested} -> {recipe.effective}"
+    if recipe.fallback_reason:
+        name += f" ({recipe.fallback_reason})"
+    parts = [
+        f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens",
+        f"first token {timing.time_to_first_token_s:.2f} s",
+    ]
+    if timing.decode_s > 0:
+        new = usage.completion_tokens - len(done.choices)
+        parts.append(f"{new / timing.decode_s:.1f} tokens/s")
+    parts.append(f"recipe {name}")
+    if recipe.handoff_bytes:
+        share = recipe.handoff_bytes / recipe.handoff_bf16_bytes
+        parts.append(f"shipped {_size(recipe.handoff_bytes)} ({share:.0%} of bf16)")
+    return " · ".join(parts)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
