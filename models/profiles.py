@@ -14,6 +14,7 @@ rank 0.156 x KV heads x head size, which is what the published methods use for t
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from importlib import resources
 from typing import Any, Protocol
@@ -47,7 +48,7 @@ def load_profile(model_name: str, shape: Shape) -> dict[str, Any]:
         "tsp_rate": 0.2,
         "key_codec": {"kind": "lowrank", "rank": rank, "bits": 8},
     }
-    return defaults | _stored().get(model_name, {})
+    return defaults | deepcopy(_stored().get(model_name, {}))
 
 
 @cache

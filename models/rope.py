@@ -13,7 +13,7 @@ from .rope_config import RopeConfig
 class RotaryEmbedding:
     """cos and sin tables of one model.
 
-    Everything is float32 and in the order of operations of the published implementations, so that fp32 logits agree.
+    Frequencies and angles are float32, as in the published implementations, so that fp32 logits agree.
 
     Args:
         config: the kind of RoPE and its numbers.
@@ -58,9 +58,10 @@ class RotaryEmbedding:
             lengths = torch.maximum(lengths, num_prompt_tokens)
         else:
             lengths = lengths.clamp(min=num_prompt_tokens)
-        stretch = (config.factor * lengths.clamp(min=limit) / limit) - (config.factor - 1)
-        base = config.theta * stretch.float() ** self._growth
-        return 1.0 / (base.unsqueeze(-1) ** self._exponents)
+        # float64, because the last bit of a float32 power depends on how many rows are computed at once
+        stretch = config.factor * lengths.clamp(min=limit).double() / limit - (config.factor - 1)
+        base = config.theta * stretch**self._growth
+        return (1.0 / base.unsqueeze(-1) ** self._exponents.double()).float()
 
 
 def _inverse_frequencies(config: RopeConfig, exponents: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Logits of tiny random checkpoints of every family and RoPE kind equal those of transformers.
 
-Tolerance: both sides compute in float32 and differ in the order of sums only (fused projections, fused attention). Each
-logit passes about ten matrix products in a row, of up to 80 terms; rounding of 2^-24 a term grows with the root of their
-number to about 1e-5 of the largest logit. Real faults (a wrong frequency, mask or permutation) show at 1e-2 and above.
+Tolerance: both sides compute in float32 and differ in the order of sums only (fused projections, fused attention).
+Each logit passes about ten matrix products in a row, of up to 80 terms; rounding of 2^-24 a term grows with the root of
+their number to about 1e-5 of the largest logit. Real faults (a wrong frequency, mask or permutation) show at 1e-2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The built-in models on real text equal transformers, which reads, permutes and merges the same files by itself.
 
 Tolerance: both sides compute in float32 from the same dequantized weights and differ in the order of sums. Rounding of
-2^-24 a term, over products of 576 to 1536 terms and 60 additions to a residual stream whose largest channels are hundreds
-of times the median, comes to about 1e-5 of the largest logit. The likeliest token must then agree wherever the first and
-second logit are further apart than twice that.
+2^-24 a term, over products of 576 to 1536 terms and 60 additions to a residual stream whose largest channels are
+hundreds of times the median, comes to about 1e-5 of the largest logit. The likeliest token must then agree wherever the
+first and second logit are further apart than twice that.
 """
 
 from __future__ import annotations
