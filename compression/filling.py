@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -74,6 +75,10 @@ def filling_from_dict(slot: str, raw: object) -> Filling:
             raise InvalidRecipe(f"recipe.{slot}", f"unknown key {str(key)[:64]!r}", ", ".join(names) or "no keys")
     try:
         return cls(**{key: value for key, value in raw.items() if key != "kind"})
+    except InvalidRecipe as exc:
+        # a filling that fits several slots does not know in which one it stands
+        field = re.sub(r"^recipe\.codec\b", f"recipe.{slot}", exc.field)
+        raise InvalidRecipe(field, exc.problem, exc.allowed) from exc
     except TypeError as exc:
         raise InvalidRecipe(f"recipe.{slot}", "a required key is missing", ", ".join(names)) from exc
 

@@ -30,7 +30,7 @@ class LowRankCodec:
         vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, : self._rank]
         peak = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
         basis = (vectors * torch.where(peak < 0, -1.0, 1.0)).T
-        return {"basis": owned(basis.unflatten(1, rows.shape[1:]), torch.bfloat16)}
+        return {"basis": owned(basis.reshape(-1, *rows.shape[1:]), torch.bfloat16)}
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
@@ -65,7 +65,8 @@ class LowRankReader:
 
     def read_all(self) -> Tensor:
         """See `Reader`."""
-        return (self._factors(self._tensors) @ self._basis.float().flatten(1)).unflatten(1, self._basis.shape[1:])
+        keys: Tensor = self._factors(self._tensors) @ self._basis.float().flatten(1)
+        return keys.view(len(keys), *self._basis.shape[1:])
 
     def _factors(self, tensors: Tensors) -> Tensor:
         rank = self._basis.shape[0]

@@ -19,7 +19,7 @@ _RECIPES: dict[str, Recipe] = {}
 
 def register(recipe: Recipe) -> Recipe:
     """Make a recipe known by its name."""
-    if recipe.name in _RECIPES or recipe.name in PRESETS.keys() - {recipe.name}:
+    if recipe.name in _RECIPES or PRESETS.get(recipe.name, recipe.name) != recipe.name:
         raise ValueError(f"the name {recipe.name} is taken")
     _RECIPES[recipe.name] = recipe
     return recipe

@@ -130,7 +130,7 @@ class Segment:
         for begin in range(0, self.num_chunks, step):
             chunks = torch.arange(begin, min(begin + step, self.num_chunks), device=self.device)
             keys = self.key_reader.read(heads.repeat(len(chunks)), chunks.repeat_interleave(len(heads)))
-            keys = keys.unflatten(0, (len(chunks), len(heads))).transpose(1, 2).flatten(0, 1)
+            keys = keys.view(len(chunks), len(heads), *keys.shape[1:]).transpose(1, 2).flatten(0, 1)
             if self._kit.key_rope is not None:
                 positions = self.chunk_positions(chunks)[:, None] + torch.arange(self._chunk, device=self.device)
                 keys = self._kit.key_rope(keys, positions.flatten())

@@ -72,6 +72,8 @@ def _one_row(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Te
     scores = torch.bmm(q, k.transpose(1, 2))
     if hidden is not None:
         scores.masked_fill_(hidden[None, None] if hidden.dim() == 1 else hidden[:, None], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    return torch.bmm(weights, v), lse
+    peak = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(peak == -torch.inf, 0.0, peak))
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.bmm(weights, v) / torch.where(total == 0, 1.0, total)
+    return out, (peak + total.log()).squeeze(-1)
