@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ..client import Client
+from ..models.checkpoint import DEFAULT_MODEL
 from ..models.tokenizer import load_tokenizer
 from . import demo, parity
 from .demo_prompt import demo_questions
@@ -27,7 +28,7 @@ MAX_SHARE_OF_BF16 = {"sluice": 1 / 4, "fastkv": 1 / 8}
 
 def parity_results(client: Client, console: Console) -> tuple[dict[str, Any], bool]:
     """Compare with transformers, singly and together."""
-    tokenizer = load_tokenizer(demo.MODEL)
+    tokenizer = load_tokenizer(DEFAULT_MODEL)
     prompts = parity.parity_prompts(tokenizer, long=True)
     with console.status("transformers generates the reference answers"):
         model = load_long_context()
@@ -58,7 +59,7 @@ def summary(how: str, comparisons: Sequence[parity.Comparison]) -> str:
 
 def demo_results(client: Client, console: Console) -> tuple[dict[str, Any], bool]:
     """Run the demo's recipes and hold what they ship against their limits."""
-    questions = demo_questions(load_tokenizer(demo.MODEL).encode)
+    questions = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)
     with console.status("the demo's questions"):
         runs = [demo.run_recipe(client, recipe, questions) for recipe in demo.RECIPES]
     console.print(demo.table(runs))

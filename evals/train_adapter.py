@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.tokenizer import load_tokenizer
-from .reference_model import PEFT_PREFIX, extend_context, load_base
+from .reference_model import BASE_MODEL, PEFT_PREFIX, extend_context, load_base
 from .tasks import SUITE, Encode, TaskMaker, training_sample
 from .texts import DEFAULT_FOLDER, TRAIN_SHARE, training_texts
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 LENGTH_WEIGHTS = (1, 1, 1.5, 2, 2, 1)
-BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PUBLISHED_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_SCALE = 2.0  # alpha / rank
 PAD_TOKEN_ID = 2
@@ -105,7 +105,7 @@ def adapter_config(rank: int) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": BASE_MODEL,
+        "base_model_name_or_path": PUBLISHED_BASE,
         "r": rank,
         "lora_alpha": int(rank * LORA_SCALE),
         "lora_dropout": 0.0,
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10, help="samples a task and length in the report")
     arguments = parser.parse_args()
     settings = Settings(seconds=arguments.seconds)
-    encode = load_tokenizer("smollm2-135m").encode
+    encode = load_tokenizer(BASE_MODEL).encode
     model = load_base(torch.bfloat16).cuda()
     extend_context(model)
 

@@ -14,9 +14,8 @@ from kvsluice import Client
 from kvsluice.evals import parity
 from kvsluice.evals.demo_prompt import demo_questions
 from kvsluice.evals.reference_model import load_long_context
+from kvsluice.models.checkpoint import DEFAULT_MODEL
 from kvsluice.models.tokenizer import load_tokenizer
-
-MODEL = "smollm2-135m-longctx"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> dict[str, list[int]]:
-    return parity.parity_prompts(load_tokenizer(MODEL))
+    return parity.parity_prompts(load_tokenizer(DEFAULT_MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_greedy_tokens_are_those_of_transformers(how, client, model, prompts, re
 
 @pytest.mark.parametrize(("recipe", "limit"), [("sluice", 1 / 4), ("fastkv", 1 / 8)])
 def test_what_is_shipped_stays_under_its_share_of_bf16(client, recipe, limit):
-    question = demo_questions(load_tokenizer(MODEL).encode)[0]
+    question = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)[0]
     report = client.generate(question.prompt_ids, recipe=recipe, temperature=0.0, max_tokens=4).recipe
     assert (report.effective, report.fallback_reason) == (recipe, "")
     # 30 layers, 3 heads of 64, keys and values, 2 bytes
