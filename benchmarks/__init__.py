@@ -1,1 +1,1 @@
-"""What measures speed and memory: run by hand or by tests, on a bare machine with torch. Results lie in `results/`."""
+"""Measurements of the engines in process: `python -m kvsluice.benchmarks.<name> --help`. Results lie in `results/`."""

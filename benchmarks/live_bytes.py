@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, counts the storages that operations return, until each is freed.
 
     What an operation allocates and frees inside itself is not seen, nor are tensors made before.
@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -39,17 +39,17 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _key(self, tensor: Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key, size = int(storage._cdata), storage.nbytes()
         if key in self._seen:
             return
-        size = storage.nbytes()
-        self.live_bytes += size
-        self._seen[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
 
-    def _free(self, key: int, size: int) -> None:
-        self._seen.pop(key, None)
-        self.live_bytes -= size
+        def free(_: weakref.ref[Any]) -> None:
+            del self._seen[key]
+            self.live_bytes -= size
+
+        self.live_bytes += size
+        self._seen[key] = weakref.ref(storage, free)

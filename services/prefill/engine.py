@@ -174,7 +174,7 @@ class PrefillEngine:
         rows_in: list[Tensor] = []
         attended: list[Tensor] = []
         rows_out: list[Tensor] = []
-        parts = zip(*(t.split(sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
+        parts = zip(*(torch.split(t, sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
         for prompt, item, (x_rows, q, k_pre, v) in zip(prompts, items, parts, strict=True):
             q = prompt.write(item.begin, item.end, q, k_pre, v)
             first = self._first_row_on(item, prompt)
@@ -184,7 +184,7 @@ class PrefillEngine:
                 rows_out.append(prompt.hidden[first : item.end])
         if rows_out:
             y = self.model.finish_layer(layer, _join(rows_in), _join(attended))
-            for target, rows in zip(rows_out, y.split([len(t) for t in rows_out]), strict=True):
+            for target, rows in zip(rows_out, torch.split(y, [len(t) for t in rows_out]), strict=True):
                 target.copy_(rows)
 
     def _first_row_on(self, item: WorkItem, prompt: Prompt) -> int:

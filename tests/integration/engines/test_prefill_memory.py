@@ -1,0 +1,84 @@
+"""What prefill holds at its peak: a hidden row and one layer's KV a token, whatever the depth."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kvsluice.benchmarks import prefill_memory
+from kvsluice.benchmarks.live_bytes import LiveBytes
+from kvsluice.benchmarks.prefill_memory import Measurement, measure
+from kvsluice.models.config import SHAPES, config_from_hf
+
+CHUNK, PACK = 16, 32
+
+
+def run(num_tokens: int, num_layers: int, recipe: str) -> Measurement:
+    config = config_from_hf(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": num_layers,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 97,
+            "max_position_embeddings": 4096,
+        }
+    )
+    return measure(config, num_tokens, recipe, CHUNK, PACK, torch.device("cpu"))
+
+
+def test_a_token_takes_one_hidden_row_and_one_layers_qkv() -> None:
+    short, long = run(400, 4, "exact"), run(800, 4, "exact")
+    assert long.recipe == "exact"
+    assert (long.peak_bytes - short.peak_bytes) / 400 <= long.row_bytes
+    # what does not grow with the prompt: some rows a pack, each several times as wide as a hidden row
+    assert long.peak_bytes <= 800 * long.row_bytes + 8 * PACK * long.row_bytes
+
+
+@pytest.mark.parametrize("recipe", ["exact", "fastkv", "shadowkv"])
+def test_the_peak_does_not_grow_with_the_depth(recipe: str) -> None:
+    shallow, deep = run(800, 3, recipe), run(800, 9, recipe)
+    assert deep.recipe == recipe
+    assert deep.peak_bytes <= 1.02 * shallow.peak_bytes
+    assert deep.peak_bytes < deep.kv_cache_bytes
+
+
+def test_live_bytes_counts_what_is_alive() -> None:
+    outside = torch.ones(50)
+    with LiveBytes() as counter:
+        a = torch.ones(100)
+        view = a[10:20]
+        b = a + 1
+        assert counter.live_bytes == 800
+        del a
+        assert counter.live_bytes == 800, "a view keeps its storage alive"
+        del view
+        assert counter.live_bytes == 400
+        outside.mul_(2)
+        b.add_(outside[:1])
+        assert counter.live_bytes == 400, "what was made before does not count"
+        del b
+    assert (counter.live_bytes, counter.peak_bytes) == (0, 800)
+
+
+def test_the_command_prints_a_line_a_run(monkeypatch, capsys) -> None:
+    tiny = config_from_hf(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": 3,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 11,
+        }
+    )
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    prefill_memory.main("--model tiny --tokens 40 80 --layers 2 3 --chunk-tokens 16 --device cpu".split())
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["num_layers"], line["num_tokens"]) for line in lines] == [(2, 40), (2, 80), (3, 40), (3, 80)]
+    assert [line["bytes_per_token"] is None for line in lines] == [True, False, True, False]
