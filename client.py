@@ -10,6 +10,7 @@ Every failure raises an error of `kvsluice.errors`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Unpack
 
@@ -33,6 +34,7 @@ from .services.api import (
     build_request,
     parse_info,
 )
+from .services.rpc import call_error, is_cancelled
 from .services.status import error_from_rpc
 
 __all__ = [
@@ -118,6 +120,11 @@ class AsyncStream(AsyncIterator[Chunk]):
             return chunk
         except grpc.RpcError as exc:
             raise error_from_rpc(exc) from exc
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            # the call was cancelled, not the task that reads it
+            raise await call_error(self._call) from None
 
 
 _OPTIONS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -78,11 +79,29 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
 
 
 async def call_error(call: Any) -> KvsluiceError:
-    """The typed error that a finished call ended with. Reading and writing a dead call raise all sorts of things."""
-    error = grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
-    return error_from_rpc(error)
+    """The typed error that a call ended with, once it has ended."""
+    code, trailers, details = await call.code(), await call.trailing_metadata(), await call.details()
+    return error_from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, details))
+
+
+def is_cancelled() -> bool:
+    """Whether the current task itself was cancelled. A call whose connection broke raises `CancelledError`, too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def read_all(call: Any, take: Callable[[Any], None]) -> None:
+    """Hand every message of a call to `take`. Raises the typed error that the call ends with, if it does."""
+    try:
+        async for message in call:
+            take(message)
+    except (grpc.RpcError, asyncio.InvalidStateError) as exc:
+        log.debug("a call ended: %s", type(exc).__name__)
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+    if await call.code() is not grpc.StatusCode.OK:
+        raise await call_error(call)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: KvsluiceError) -> None:

@@ -13,7 +13,7 @@ ERROR_METADATA_KEY = "kvsluice-error-bin"
 _CODES = {code.name: code for code in grpc.StatusCode}
 
 _BY_CODE: dict[grpc.StatusCode, tuple[type[KvsluiceError], str]] = {
-    grpc.StatusCode.UNAVAILABLE: (errors.WorkerLost, "the server cannot be reached"),
+    grpc.StatusCode.UNAVAILABLE: (errors.WorkerLost, "the other side was lost or cannot be reached"),
     grpc.StatusCode.DEADLINE_EXCEEDED: (errors.DeadlineExceeded, "the deadline passed before the request was finished"),
     grpc.StatusCode.CANCELLED: (errors.RequestCancelled, "the request was cancelled"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Overloaded, "the server has no room for the request"),
@@ -54,11 +54,6 @@ def build_error(type_name: str, message: str, field: str = "", allowed: str = ""
         problem = message.removeprefix(f"{field}: ").removesuffix(f"; allowed: {allowed}")
         return cls(field, problem, allowed)
     return cls(message)
-
-
-def is_typed(error: grpc.RpcError) -> bool:
-    """Whether the other side said itself what went wrong, rather than gRPC on its behalf."""
-    return any(key == ERROR_METADATA_KEY for key, _ in error.trailing_metadata() or ())
 
 
 def error_from_rpc(error: grpc.RpcError) -> KvsluiceError:

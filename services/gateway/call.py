@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import grpc.aio
 
 from ...compression.recipe import Resolved
-from ...errors import InternalError, KvsluiceError, WorkerLost
+from ...errors import InternalError, KvsluiceError, RequestCancelled, WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
-from ..rpc import call_error
-from ..status import error_from_rpc, is_typed
+from ..rpc import call_error, read_all
 from ..telemetry import GatewayMetrics, Recorder
 from ..validation import CheckedRequest, choose_recipe
 from .choice import Choice, Detokenizer
@@ -207,29 +205,27 @@ class Call:
 
     async def _accepted(self, call: Any) -> None:
         """Wait until the prefill worker has taken the request."""
-        try:
-            await call.initial_metadata()
-            if call.done() and await call.code() is not grpc.StatusCode.OK:
-                raise await call_error(call)
-        except grpc.RpcError as exc:
-            raise _NotStarted from exc
-        except KvsluiceError as exc:
-            if isinstance(exc, WorkerLost):
-                raise _NotStarted from exc
-            raise
+        await call.initial_metadata()
+        if call.done() and await call.code() is not grpc.StatusCode.OK:
+            error = await call_error(call)
+            if isinstance(error, WorkerLost):
+                raise _NotStarted from error
+            raise error
 
     async def _read_prefill(self, call: Any, inbox: Inbox) -> None:
+        def take(event: wpb.PrefillEvent) -> None:
+            kind = event.WhichOneof("event")
+            if kind is not None:
+                inbox.post(getattr(event, kind))
+
         try:
-            async for event in call:
-                kind = event.WhichOneof("event")
-                if kind is not None:
-                    inbox.post(getattr(event, kind))
-        except grpc.RpcError as exc:
+            await read_all(call, take)
+        except KvsluiceError as exc:
             # once decode has the whole sequence, the prefill worker has nothing left that the request needs
             if not self._decoding and not self._ended:
-                lost = exc.code() is grpc.StatusCode.UNAVAILABLE and not is_typed(exc)
-                message = "the prefill worker was lost while it worked on the request"
-                inbox.fail(WorkerLost(message) if lost else error_from_rpc(exc))
+                # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
+                lost = isinstance(exc, RequestCancelled)
+                inbox.fail(WorkerLost("the prefill worker stopped working on the request") if lost else exc)
 
     @property
     def _ended(self) -> bool:

@@ -18,7 +18,7 @@ from ...compression.recipe import ModelShape
 from ...errors import KvsluiceError, WorkerLost
 from ...protos import worker_pb2 as wpb
 from ...protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
-from ..rpc import make_channel
+from ..rpc import is_cancelled, make_channel, read_all
 from ..status import build_error
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
@@ -72,11 +72,16 @@ class Inbox:
 
 
 async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
-    """Run jobs together until one of them ends; end the others; raise what the first one raised."""
+    """Run jobs together until one of them ends; end the others; raise what the first one raised.
+
+    A job that was cancelled from inside, as gRPC does when a connection breaks, counts as a lost worker.
+    """
     tasks: list[Task[None]] = [asyncio.create_task(job) for job in jobs]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
+            if task.cancelled():
+                raise WorkerLost("the connection broke")
             task.result()
     finally:
         for task in tasks:
@@ -110,8 +115,11 @@ class Link:
             try:
                 async with make_channel(self.member.address, self._max_message_bytes) as channel:
                     await self._session(channel)
-            except (grpc.RpcError, TimeoutError, asyncio.InvalidStateError) as exc:
+            except (grpc.RpcError, KvsluiceError, asyncio.InvalidStateError) as exc:
                 log.debug("link to %s ended: %s", self.member.worker_id, type(exc).__name__)
+            except CancelledError:
+                if is_cancelled():
+                    raise
             finally:
                 self._set_up(False)
             await asyncio.sleep(RECONNECT_S)
@@ -236,19 +244,21 @@ class DecodeLink(Link):
             await call.write(await self._outbox.get())
 
     async def _read(self, call: Any) -> None:
-        async for message in call:
-            kind = message.WhichOneof("message")
-            if kind == "tokens":
-                for entry in message.tokens.entries:
-                    self._deliver(entry.request_id, entry.epoch, entry)
-            elif kind == "failed":
-                failed = message.failed
-                inbox = self._inboxes.pop((failed.request_id, failed.epoch), None)
-                if inbox is not None:
-                    inbox.fail(build_error(failed.error_type, failed.message))
-            elif kind is not None:
-                event = getattr(message, kind)
-                self._deliver(event.request_id, event.epoch, event)
+        await read_all(call, self._take)
+
+    def _take(self, message: wpb.FromDecode) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "tokens":
+            for entry in message.tokens.entries:
+                self._deliver(entry.request_id, entry.epoch, entry)
+        elif kind == "failed":
+            failed = message.failed
+            inbox = self._inboxes.pop((failed.request_id, failed.epoch), None)
+            if inbox is not None:
+                inbox.fail(build_error(failed.error_type, failed.message))
+        elif kind is not None:
+            event = getattr(message, kind)
+            self._deliver(event.request_id, event.epoch, event)
 
     def _deliver(self, request_id: str, epoch: int, event: Event) -> None:
         # entries of requests and epochs that are over have no inbox and are dropped here

@@ -15,9 +15,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from threading import Lock
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from ...compression.interfaces import EncodedLayer
 from ...errors import InternalError, KvsluiceError
 from ...kvstore.frame import decode_frame
@@ -28,7 +25,7 @@ from ...protos import frame_pb2 as fpb
 from ...protos import worker_pb2 as wpb
 from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..framing import FramePacker
-from ..rpc import call_error
+from ..rpc import read_all
 from ..telemetry import Recorder
 from .engine import PrefillJob
 
@@ -63,6 +60,8 @@ class Publisher:
         self._packer = FramePacker(ident, len(job.prompt_ids))
         self._lock = Lock()
         self._unacked = 0
+        self._acked = 0
+        self._committed = False
         self._submitted_s = time.monotonic()
         self._started_s = self._submitted_s
         self._first: Future[wpb.FirstTokens] = loop.create_future()
@@ -139,17 +138,19 @@ class Publisher:
 
     async def _ship(self, stub: DecodeWorkerStub) -> wpb.Shipped:
         call = stub.PutFrames()
-        acks = asyncio.create_task(self._read_acks(call))
+        acks = asyncio.create_task(read_all(call, self._take_ack))
         sends = asyncio.create_task(self._write_frames(call))
         try:
             await asyncio.wait((acks, sends), return_when=asyncio.FIRST_EXCEPTION)
-            if sends.done() and isinstance(sends.exception(), KvsluiceError):
-                sends.result()
-            if not call.done() or await call.code() is not grpc.StatusCode.OK:
-                raise await call_error(call)
-            if not acks.result():
-                raise InternalError("a decode worker took the frames and not the manifest")
-            return sends.result()
+            if sends.done() and not sends.cancelled() and isinstance(sends.exception(), KvsluiceError):
+                return sends.result()
+            # whatever writing to a broken call raised, its status says why
+            await acks
+            if self._committed:
+                return await sends
+            if self._ended:
+                return wpb.Shipped()
+            raise InternalError("a decode worker ended the handoff before it was whole")
         finally:
             acks.cancel()
             sends.cancel()
@@ -175,18 +176,15 @@ class Publisher:
         shipped.frames += 1
         self._record("prefill.frame_sent", index=shipped.frames - 1, payload_bytes=message.ByteSize())
 
-    async def _read_acks(self, call: Any) -> bool:
-        expected, committed = 0, False
-        async for ack in call:
-            if ack.index != expected:
-                raise InternalError("a decode worker acknowledged frames out of order")
-            expected += 1
-            committed = ack.committed
-            with self._lock:
-                self._unacked -= 1
-            self._record("prefill.frame_acked", index=ack.index)
-            self._wake()
-        return committed
+    def _take_ack(self, ack: wpb.FrameAck) -> None:
+        if ack.index != self._acked:
+            raise InternalError("a decode worker acknowledged frames out of order")
+        self._acked += 1
+        self._committed = ack.committed
+        with self._lock:
+            self._unacked -= 1
+        self._record("prefill.frame_acked", index=ack.index)
+        self._wake()
 
     def _manifest(self) -> bytes:
         return encode_manifest(
