@@ -1,18 +1,22 @@
 """Byte-level BPE tokenizers out of a GGUF file's vocabulary and merges. Free of torch.
 
-transformers guesses another tokenizer for such files, so the right one is built from what the file says: its
-`tokenizer.ggml.pre` names the pre-tokenizer that the model was trained with.
+Versions of transformers guess different tokenizers for such files, so it is built here from what the file says: its
+`tokenizer.ggml.pre` names the pre-tokenizer that the model was trained with. Bytes that the vocabulary lacks (SmolLM2
+has no token for some control characters and unassigned planes) are dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from ..errors import BrokenCheckpoint, UnsupportedModel
-from .gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
 
 _CONTROL, _USER_DEFINED = 3, 4
 _QWEN2 = (

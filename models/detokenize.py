@@ -61,19 +61,23 @@ class WindowDecoder:
 
     Args:
         decode: text of a list of ids.
-        is_open: whether a token may merge with the next one into other text.
+        is_open: whether a token may merge with the next one into other text; None for tokens that give no text, across
+            which others merge.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], is_open: Callable[[int], bool]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], is_open: Callable[[int], bool | None]) -> None:
         self._decode = decode
         self._is_open = is_open
         self._ids: list[int] = []
         self._context = 0
         self._read = 0
+        self._open = False
 
     def push(self, ids: Sequence[int]) -> str:
         self._ids.extend(ids)
-        if not ids or self._is_open(self._ids[-1]):
+        for state in filter(lambda s: s is not None, map(self._is_open, ids)):
+            self._open = bool(state)
+        if self._open:
             return ""
         text = self._decode(self._ids[self._context :])
         if text.endswith(REPLACEMENT):

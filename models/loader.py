@@ -1,19 +1,23 @@
-"""From a name or a path to a `Model`."""
+"""From a name or a path to a `Model`.
+
+What reads weights is imported when weights are read: random weights need neither the `gguf` package nor a hash.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
 
 from .checkpoint import Checkpoint, locate, read_hf_config
 from .config import SHAPES, ModelConfig, config_from_hf
-from .gguf_config import config_of_gguf
-from .gguf_file import GgufFile
 from .model import Model
-from .sources import AdapterSource, GgufSource, SafetensorsSource
 from .weights import TensorSource, fill_weights
 from .weights import random_weights as draw_weights
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
 
 
 def load_config(name_or_path: str, *, random_weights: bool = False) -> ModelConfig:
@@ -21,7 +25,7 @@ def load_config(name_or_path: str, *, random_weights: bool = False) -> ModelConf
     if random_weights and name_or_path in SHAPES:
         return SHAPES[name_or_path]
     checkpoint = locate(name_or_path)
-    return _read_config(checkpoint, GgufFile(checkpoint.path) if checkpoint.is_gguf else None)
+    return _read_config(checkpoint, _open_gguf(checkpoint))
 
 
 def load_model(
@@ -53,15 +57,9 @@ def load_model(
         config = load_config(name_or_path, random_weights=True)
         return _random_model(config, dtype, device, seed)
     checkpoint = locate(name_or_path)
-    file = GgufFile(checkpoint.path) if checkpoint.is_gguf else None
+    file = _open_gguf(checkpoint)
     config = _read_config(checkpoint, file)
-    source: TensorSource
-    if file is None:
-        source = SafetensorsSource(checkpoint.path)
-    else:
-        source = GgufSource(file, config.num_layers, config.num_heads, config.num_kv_heads)
-    if checkpoint.adapter is not None:
-        source = AdapterSource(source, checkpoint.adapter)
+    source = _open_source(checkpoint, file, config)
     weights = fill_weights(config, source, dtype, device)
     return Model(config, weights, _fingerprint(config, dtype, source.digest()))
 
@@ -72,9 +70,31 @@ def _random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     return Model(config, draw_weights(config, dtype, device, seed), _fingerprint(config, dtype, identity))
 
 
+def _open_gguf(checkpoint: Checkpoint) -> GgufFile | None:
+    if not checkpoint.is_gguf:
+        return None
+    from .gguf_file import GgufFile
+
+    return GgufFile(checkpoint.path)
+
+
 def _read_config(checkpoint: Checkpoint, file: GgufFile | None) -> ModelConfig:
-    raw = read_hf_config(checkpoint.path) if file is None else config_of_gguf(file)
-    return config_from_hf(raw | dict(checkpoint.overrides))
+    if file is None:
+        return config_from_hf(read_hf_config(checkpoint.path) | dict(checkpoint.overrides))
+    from .gguf_config import config_of_gguf
+
+    return config_from_hf(config_of_gguf(file) | dict(checkpoint.overrides))
+
+
+def _open_source(checkpoint: Checkpoint, file: GgufFile | None, config: ModelConfig) -> TensorSource:
+    from .sources import AdapterSource, GgufSource, SafetensorsSource
+
+    source: TensorSource
+    if file is None:
+        source = SafetensorsSource(checkpoint.path)
+    else:
+        source = GgufSource(file, config.num_layers, config.num_heads, config.num_kv_heads)
+    return source if checkpoint.adapter is None else AdapterSource(source, checkpoint.adapter)
 
 
 def _fingerprint(config: ModelConfig, dtype: torch.dtype, weights: str) -> str:

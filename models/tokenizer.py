@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders
@@ -26,7 +26,9 @@ from .chat_template import ChatTemplate
 from .checkpoint import locate, read_hf_config, read_json
 from .config import SHAPES
 from .detokenize import ByteLevelDecoder, IncrementalDecoder, WindowDecoder, byte_alphabet
-from .gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
 
 __all__ = ["IncrementalDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -156,8 +158,9 @@ class Tokenizer:
             # an added token outside the byte alphabet stands for itself
             return token.encode()
 
-    def _is_byte_token(self, token_id: int) -> bool:
-        return _BYTE_TOKEN.fullmatch(self._raw.id_to_token(token_id) or "") is not None
+    def _is_byte_token(self, token_id: int) -> bool | None:
+        token = None if token_id in self._special_ids else self._raw.id_to_token(token_id)
+        return None if token is None else _BYTE_TOKEN.fullmatch(token) is not None
 
 
 def _valid(text: str) -> str:
@@ -200,7 +203,11 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if name_or_path in SHAPES and not Path(name_or_path).exists():
         name_or_path = "smollm2-135m"
     checkpoint = locate(name_or_path)
-    return _from_gguf(GgufFile(checkpoint.path)) if checkpoint.is_gguf else _from_folder(checkpoint.path)
+    if not checkpoint.is_gguf:
+        return _from_folder(checkpoint.path)
+    from .gguf_file import GgufFile
+
+    return _from_gguf(GgufFile(checkpoint.path))
 
 
 def _from_gguf(file: GgufFile) -> Tokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,3 +72,12 @@ def test_activations_keep_their_size_through_depth(dtype: torch.dtype) -> None:
 
     assert bool(logits.isfinite().all())
     assert 0.1 < float(logits.std()) < 10
+
+
+def test_a_bare_machine_can_draw_weights() -> None:
+    # GPU benchmarks run where neither the gguf package nor xxhash is installed
+    code = (
+        "import sys; sys.modules['gguf'] = sys.modules['xxhash'] = None; from kvsluice.models.loader import load_model;"
+        "from kvsluice.models import forward, sampling, tokenizer; load_model('smollm2-135m', random_weights=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
