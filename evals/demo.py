@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from .service_process import running_service
 RECIPES = ("exact", "fastkv", "sluice")
 MAX_TOKENS = 48
 REQUEST_TIMEOUT_S = 240.0
+# properties of a run that are written out for readers of the file
+DERIVED = ("num_right", "num_asked", "time_to_first_token_s", "tokens_per_s", "shipped_share")
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def table(runs: Sequence[RecipeRun]) -> Table:
     """The comparison that the demo ends with."""
     shown = Table(title="One document, its KV cache kept in different ways", title_justify="left")
     shown.caption = (
-        "shipped: frames and manifest from prefill to decode, over gRPC, and as a share of the cache in bf16; held: where "
-        "the prompt's KV then lies, in the decode worker's memory, landmarks and metadata included"
+        "shipped: frames and manifest from prefill to decode, over gRPC, and as a share of the cache in bf16; held: "
+        "where the prompt's KV then lies, in the decode worker's memory, landmarks and metadata included"
     )
     shown.caption_justify = "left"
     shown.add_column("recipe")
@@ -173,13 +175,21 @@ def answer_lines(runs: Sequence[RecipeRun]) -> Iterator[str]:
 
 def to_json(runs: Sequence[RecipeRun]) -> dict[str, Any]:
     """The runs with the numbers of the table."""
-    derived = ("num_right", "num_asked", "time_to_first_token_s", "tokens_per_s", "shipped_share")
     return {
         "model": DEFAULT_MODEL,
         "seed": SEED,
         "num_facts": NUM_FACTS,
-        "recipes": [asdict(run) | {name: getattr(run, name) for name in derived} for run in runs],
+        "recipes": [asdict(run) | {name: getattr(run, name) for name in DERIVED} for run in runs],
     }
+
+
+def from_json(results: Mapping[str, Any]) -> list[RecipeRun]:
+    """The runs that `to_json` wrote."""
+    runs = []
+    for stored in results["recipes"]:
+        fields = {name: value for name, value in stored.items() if name not in DERIVED}
+        runs.append(RecipeRun(**fields | {"answers": [Answer(**answer) for answer in stored["answers"]]}))
+    return runs
 
 
 def _progress(console: Console) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import zlib
 from dataclasses import replace
@@ -86,6 +87,8 @@ def test_wrong_answers_stay_in_what_is_shown():
 
 
 def test_results_hold_the_numbers_of_the_table():
-    results = demo.to_json([make_run("sluice", "11")])
+    runs = [make_run("sluice", "11")]
+    results = json.loads(json.dumps(demo.to_json(runs)))
+    assert demo.from_json(results) == runs
     assert results["recipes"][0]["shipped_share"] == 0.125
     assert results["recipes"][0]["answers"][0]["text"] == "11"
