@@ -286,14 +286,21 @@ class DecodeEngine:
                 continue
             state = run.choices[choice.index]
             try:
-                turns.append(_Turn(choice, state, state.next_rows(self.model.device)))
+                turns.append(_Turn(choice, state, *state.next_row()))
             except Exception as exc:
                 self._fail(choice.request_id, exc)
         return [turn for turn in turns if turn.choice.request_id in self._runs]
 
     def _forward(self, turns: Sequence[_Turn]) -> Tensor:
         """Run one row of each turn. Returns logits float32 [those that sample, V]."""
-        hidden = forward_rows(self.model, [turn.rows for turn in turns])
+        # one copy to the device a step, however many turns
+        inputs = torch.tensor([(t.token_id, t.position) for t in turns], dtype=torch.int64).T.contiguous()
+        ids, positions = inputs.to(self.model.device)
+        rows = [
+            Rows(ids[i : i + 1], positions[i : i + 1], turn.state.guarded, turn.state.num_prompt_tokens)
+            for i, turn in enumerate(turns)
+        ]
+        hidden = forward_rows(self.model, rows)
         sampling = [i for i, turn in enumerate(turns) if turn.state.samples_next]
         if len(sampling) < len(turns):
             hidden = hidden[sampling]
@@ -308,8 +315,8 @@ class DecodeEngine:
             if run is None:  # another choice of it failed just now
                 continue
             try:
-                if turn.state.error is not None:
-                    raise turn.state.error
+                if turn.state.guarded.error is not None:
+                    raise turn.state.guarded.error
                 if row is not None:
                     self._sample(run, turn, *row)
             except Exception as exc:
@@ -355,4 +362,5 @@ class _Turn:
 
     choice: Choice
     state: ChoiceRun
-    rows: Rows
+    token_id: int
+    position: int

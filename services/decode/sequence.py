@@ -18,7 +18,6 @@ from torch import Tensor
 from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError
-from ...models.forward import Rows
 from ...models.sampling import SamplerState, SamplingParams
 from .scheduler import Demand
 
@@ -59,7 +58,11 @@ class EmittedChoice:
 
 
 class GuardedCache:
-    """A cache whose faults end its own sequence and not the batch: after one, attention gives zeros."""
+    """A cache whose faults end its own sequence and not the batch: after one, attention gives zeros.
+
+    Attributes:
+        error: the first fault.
+    """
 
     def __init__(self, cache: SequenceCache) -> None:
         self.cache = cache
@@ -97,7 +100,7 @@ class ChoiceRun:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_emitted = len(emitted)
         self.num_steps = 0
-        self._guarded = GuardedCache(cache)
+        self.guarded = GuardedCache(cache)
         self._ahead = list(emitted)  # emitted, not yet run; the last one is sampled from
         self._rows_left = cache.rows_until_seal(num_prompt_tokens)
         for token_id in emitted:
@@ -108,26 +111,16 @@ class ChoiceRun:
         """Whether the next step gives a new token, rather than replay one."""
         return len(self._ahead) == 1
 
-    @property
-    def error(self) -> Exception | None:
-        """What went wrong in the cache during the last step."""
-        return self._guarded.error
-
-    def next_rows(self, device: torch.device) -> Rows:
-        """The next step's row, after sealing what is due before it."""
+    def next_row(self) -> tuple[int, int]:
+        """Token id and position of the next step's row, after sealing what is due before it."""
         position = self.num_prompt_tokens + self.num_steps
         if self._rows_left == 0:
             self.cache.seal(position)
             self._rows_left = self.cache.rows_until_seal(position)
-        return Rows(
-            ids=torch.tensor(self._ahead[:1], dtype=torch.int64, device=device),
-            positions=torch.tensor([position], dtype=torch.int64, device=device),
-            cache=self._guarded,
-            num_prompt_tokens=self.num_prompt_tokens,
-        )
+        return self._ahead[0], position
 
     def stepped(self) -> None:
-        """Count the step whose row `next_rows` gave."""
+        """Count the step whose row `next_row` gave."""
         del self._ahead[0]
         self._rows_left -= 1
         self.num_steps += 1

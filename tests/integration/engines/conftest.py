@@ -51,9 +51,9 @@ def tiny_config(num_layers: int = 4, **more) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Model]:
-    def make(num_layers: int = 4, seed: int = 0, **more) -> Model:
+    def make(num_layers: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, **more) -> Model:
         config = tiny_config(num_layers, **more)
-        weights = random_weights(config, torch.float32, torch.device("cpu"), seed)
+        weights = random_weights(config, dtype, torch.device("cpu"), seed)
         return Model(config, weights, fingerprint=f"tiny-{num_layers}-{seed}")
 
     return make

@@ -42,6 +42,16 @@ def test_every_recipe_runs_end_to_end(pipeline, prompt, sampling, name: str) -> 
         assert stats.bytes_read < stats.steps * fp32_bytes
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_in_bf16(make_model, pipeline, prompt, sampling, name: str) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    answer = pipeline(model).generate(prompt(LONG), name, sampling.drawn(40, n=2))
+    assert answer.resolved.recipe.name == name
+    assert [len(choice) for choice in answer.token_ids] == [40, 40]
+    if name == "exact":
+        assert answer.stats.bf16_bytes <= answer.stats.payload_bytes < 1.01 * answer.stats.bf16_bytes
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name != "exact"])
 def test_a_prompt_too_short_for_a_recipe_runs_exact_and_says_so(pipeline, prompt, sampling, name: str) -> None:
     p, ids = pipeline(), prompt(9)
@@ -52,9 +62,19 @@ def test_a_prompt_too_short_for_a_recipe_runs_exact_and_says_so(pipeline, prompt
     assert answer.token_ids == p.generate(ids, "exact", sampling.drawn(10)).token_ids
 
 
-def test_exact_equals_the_dense_pass(model, pipeline, prompt, sampling) -> None:
-    ids = prompt(150)
-    got = pipeline().generate(ids, "exact", sampling.greedy(30, repetition_penalty=1.0)).token_ids[0]
+FAMILIES = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "sliding_window": 48},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_equals_the_dense_pass(make_model, pipeline, prompt, sampling, family: str) -> None:
+    ids, model = prompt(150), make_model(**FAMILIES[family])
+    got = pipeline(model).generate(ids, "exact", sampling.greedy(30)).token_ids[0]
     sequence = list(ids)
     for _ in range(30):
         sequence.append(int(forward_tokens(model, torch.tensor(sequence))[-1].argmax()))
@@ -75,6 +95,14 @@ def test_choices_equal_separate_runs(pipeline, prompt, sampling) -> None:
     assert len({tuple(choice) for choice in answer.token_ids}) == 3
     assert p.generate(ids, small_sluice(), sampling.drawn(40, n=1, seed=9)).token_ids[0] == answer.token_ids[0]
     assert p.generate(ids, small_sluice(), sampling.drawn(40, n=3, seed=9)).token_ids == answer.token_ids
+
+
+def test_dynamic_rope_goes_by_each_prompts_own_length(make_model, pipeline, prompt, sampling) -> None:
+    model = make_model(max_position_embeddings=64, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    requests = [(prompt(length, length), "exact", sampling.drawn(20, seed=length)) for length in (40, 60, 100, 170)]
+    together = pipeline(model).generate_many(requests)
+    for request, answer in zip(requests, together, strict=True):
+        assert answer.token_ids == pipeline(model).generate(*request).token_ids
 
 
 @pytest.mark.parametrize("recipe", ["fastkv", small_sluice()], ids=["fastkv", "sluice"])
