@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 venv=.venv
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 stamp=$venv/.kvsluice-ready
 
 # what the environment depends on; a comment or a lint rule changed in pyproject.toml costs one quick run
@@ -30,7 +31,7 @@ make_venv() {
 }
 
 install_python_packages() {
-  pip="$venv/bin/python -m pip -qq --disable-pip-version-check --root-user-action=ignore"
+  pip="$venv/bin/python -m pip -qq"
   say "installing the pinned tools"
   $pip install -c constraints.txt pip setuptools
   say "installing torch and the other libraries (some hundred megabytes the first time)"
