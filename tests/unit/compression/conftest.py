@@ -135,9 +135,13 @@ def dense(prompt: Prompt, layer: int, rows: Tensor, position: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _one_thread_without_grad() -> Iterator[None]:
+    """Tensors here are tiny: threads would only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

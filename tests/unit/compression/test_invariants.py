@@ -1,0 +1,449 @@
+"""What must hold of every recipe: each test here runs over all that are registered, and over one defined below."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvsluice.compression import bound_nbytes, make_cache, make_compressor
+from kvsluice.compression import slots as s
+from kvsluice.compression.codec_slots import Specs, TensorSpec
+from kvsluice.compression.filling import forget_filling
+from kvsluice.compression.interfaces import EncodedLayer, LayerObs, Part, SequenceCache
+from kvsluice.compression.layout import layer_layout, layer_specs, sealed_end
+from kvsluice.compression.recipe import Recipe, fill, get_recipe, neutral, recipe_names, register, resolve, unregister
+from kvsluice.compression.sizes import encoded_nbytes
+from kvsluice.errors import FrameMismatch
+
+# --- a recipe in one place: its codec, its slot, its registration -------------------------------------------
+
+
+class SignedReader:
+    """int8 codes [n, Hkv, d] times a float32 scale a row."""
+
+    basis_nbytes = 0
+
+    def __init__(self, tensors: Mapping[str, Tensor], chunk: int) -> None:
+        self.codes, self.scale, self.chunk = tensors["codes"], tensors["scale"], chunk
+        self.chunk_nbytes = chunk * (self.codes.shape[2] + 4)
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        at = (chunks[:, None] * self.chunk + torch.arange(self.chunk), heads[:, None])
+        return self.codes[at] * self.scale[at][..., None]
+
+    def read_all(self) -> Tensor:
+        return self.codes * self.scale[..., None]
+
+
+@dataclass(frozen=True)
+class Signed(s.CodecFilling):
+    """Symmetric int8, one scale a row and head."""
+
+    slot = ("key_codec", "value_codec")
+    kind = "toy-signed"
+
+    def build(self, role: Literal["key", "value"]) -> Signed:
+        return self
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def encode(self, rows: Tensor, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scale = rows.float().abs().amax(-1) / 127 + 1e-12
+        return {"codes": (rows / scale[..., None]).round().to(torch.int8), "scale": scale}
+
+    def reader(self, tensors: Mapping[str, Tensor], basis: Any, head_dim: int, chunk: int) -> SignedReader:
+        return SignedReader(tensors, chunk)
+
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        return {
+            "codes": TensorSpec("int8", (num_rows, num_kv_heads, head_dim)),
+            "scale": TensorSpec("float32", (num_rows, num_kv_heads)),
+        }
+
+
+TOY = Recipe(
+    "toy",
+    key_codec=Signed(),
+    value_codec=Signed(),
+    retrieval=s.ChunkLandmarks(chunk=2, outliers=3, budget_tokens=40),
+    window=s.ExactEnds(sinks=2, local=6, seal_block=6),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toy() -> Iterator[None]:
+    register(TOY)
+    yield
+    unregister("toy")
+    forget_filling(Signed)
+
+
+# --- the cases ----------------------------------------------------------------------------------------------
+
+AFFINE = {"kind": "affine", "bits": 4, "axis": "channel", "group": 32}
+LOWRANK = {"kind": "lowrank", "bits": 8, "rank": 12}
+CASES = [(name, LOWRANK) for name in (*recipe_names(), "toy")] + [("sluice", AFFINE)]
+N, NEW = 761, 110
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]['kind']}" if case[0] == "sluice" else case[0])
+def recipe(request: pytest.FixtureRequest, lab: SimpleNamespace) -> Recipe:
+    name, codec = request.param
+    resolved = resolve(get_recipe(name), lab.make_shape(), N, lab.PROFILE | {"key_codec": codec})
+    assert resolved.fallback_reason is None
+    return resolved.recipe
+
+
+@pytest.fixture(scope="module")
+def prompt(lab: SimpleNamespace) -> Any:
+    return lab.make_prompt(lab.make_shape(), N, NEW)
+
+
+def held(thing: object) -> dict[int, Tensor]:
+    """Every tensor that can be reached from an object, by the address of its storage."""
+    found: dict[int, Tensor] = {}
+    seen, todo = set(), [thing]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found[one.untyped_storage().data_ptr()] = one
+        else:
+            todo += gc.get_referents(one)
+    return found
+
+
+def state(cache: Any) -> list[Tensor]:
+    """All rows of a cache that are in use, in a fixed order."""
+    out: list[Tensor] = []
+    for _, layer in sorted(cache._layers.items()):
+        out += layer.shared_tensors()
+        out += [] if layer._grown is None else layer._grown.tensors()
+        out += layer._tail.rows() if layer._tail.num_rows else []
+    return out
+
+
+def same(left: SequenceCache, right: SequenceCache) -> bool:
+    a, b = state(left), state(right)
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(left: list[Tensor], right: list[Tensor], atol: float = 2e-5) -> bool:
+    return all(torch.allclose(x, y, atol=atol) for x, y in zip(left, right, strict=True))
+
+
+# --- the invariants -----------------------------------------------------------------------------------------
+
+
+def test_at_rate_1_native_codecs_and_full_budget_it_equals_exact(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, passed = lab.prefill(neutral(recipe), prompt)
+    assert all(len(rows) == N for rows in passed)
+    outs = lab.decode(lab.load(neutral(recipe), prompt, encoded), prompt, N, N + NEW)
+    exact = get_recipe("exact")
+    expected = lab.decode(lab.load(exact, prompt, lab.prefill(exact, prompt)[0]), prompt, N, N + NEW)
+    assert close(outs, expected)
+    assert torch.allclose(expected[0][-1], lab.dense(prompt, 0, torch.arange(N), N + NEW - 1), atol=2e-5)
+
+
+def test_a_batch_of_sequences_equals_singles(recipe: Recipe, lab: Any) -> None:
+    prompts = [lab.make_prompt(lab.make_shape(), N, 40, seed=seed) for seed in (1, 2)]
+    encoded = [lab.prefill(recipe, one)[0] for one in prompts]
+    alone = [lab.decode(lab.load(recipe, p, e), p, N, N + 40) for p, e in zip(prompts, encoded, strict=True)]
+    caches = [lab.load(recipe, p, e) for p, e in zip(prompts, encoded, strict=True)]
+    for position in range(N, N + 40):
+        for one, cache, expected in zip(prompts, caches, alone, strict=True):
+            outs = lab.step(cache, one, position, position + 1)
+            cache.seal(position + 1)
+            assert all(torch.equal(out[0], e[position - N]) for out, e in zip(outs, expected, strict=True))
+
+
+def test_a_layer_built_in_pieces_equals_one_shot(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    expected, passed = lab.prefill(recipe, prompt)
+    compressor = make_compressor(recipe, prompt.shape, lab.rope)
+    for layer, rows in enumerate(passed):
+        pieces = [prompt.obs(layer, piece, 0) for piece in rows.split(97)]
+        joined = {name: torch.cat([getattr(p, name) for p in pieces]) for name in ("positions", "k_pre", "k", "v")}
+        window = compressor.query_window(layer)
+        obs = LayerObs(layer, num_prompt_tokens=N, q_window=prompt.obs(layer, rows, window).q_window, **joined)
+        one, selected = compressor.finish_layer(obs)
+        for part, group in expected[layer].tensors.items():
+            assert all(torch.equal(tensor, one.tensors[part][name]) for name, tensor in group.items())
+        if layer + 1 < len(passed):
+            assert torch.equal(rows if selected is None else rows[selected], passed[layer + 1])
+
+
+def test_appending_many_rows_equals_one_by_one(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    singles, bulk = lab.load(recipe, prompt, encoded), lab.load(recipe, prompt, encoded)
+    outs = lab.decode(singles, prompt, N, N + NEW), lab.decode(bulk, prompt, N, N + NEW, run=64)
+    assert close(*outs) and same(singles, bulk)
+
+
+def test_nbytes_are_the_bytes_really_held(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    assert sum(one.nbytes() for one in encoded) == encoded_nbytes(recipe, prompt.shape, N, 4)
+    cache = lab.load(recipe, prompt, encoded)
+    bound = bound_nbytes(recipe, prompt.shape, N, NEW, 1, 4)
+    for begin in range(N, N + NEW, 10):
+        real = sum(t.untyped_storage().nbytes() for t in held(cache).values())
+        assert cache.nbytes() == real == cache.shared_nbytes() + cache.own_nbytes() <= bound
+        lab.decode(cache, prompt, begin, begin + 10)
+    if recipe.window.seal_block:
+        longer = bound_nbytes(recipe, prompt.shape, N, 10_000, 1, 4) - bound
+        exact = bound_nbytes(get_recipe("exact"), prompt.shape, N, 10_000 - NEW, 1, 4)
+        assert longer < exact  # what is sealed stays packed
+
+
+def test_the_bound_counts_the_prompt_once_for_all_choices(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    cache = lab.load(recipe, prompt, lab.prefill(recipe, prompt)[0])
+    forks = [cache, cache.fork(), cache.fork()]
+    for one in forks:
+        lab.decode(one, prompt, N, N + 50)
+    held_bytes = cache.shared_nbytes() + sum(one.own_nbytes() for one in forks)
+    assert held_bytes == sum(t.untyped_storage().nbytes() for t in held(forks).values())
+    assert held_bytes <= bound_nbytes(recipe, prompt.shape, N, 50, 3, 4)
+
+
+def test_a_fork_equals_an_independent_cache(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    other = lab.make_prompt(prompt.shape, N, NEW, seed=9)
+    mother = lab.load(recipe, prompt, encoded)
+    lab.decode(mother, prompt, N, N + 45)
+    child = mother.fork()
+    assert child.counter.bytes_read == 0 and child.shared_nbytes() == mother.shared_nbytes()
+    lab.decode(mother, prompt, N + 45, N + NEW)
+    outs = lab.decode(child, other, N + 45, N + NEW)
+    single = lab.load(recipe, prompt, encoded)
+    lab.decode(single, prompt, N, N + 45)
+    expected = lab.decode(single, other, N + 45, N + NEW)
+    assert all(torch.equal(x, y) for x, y in zip(outs, expected, strict=True)) and same(child, single)
+
+
+def test_kept_positions_are_sorted_and_of_the_prompt(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, passed = lab.prefill(recipe, prompt)
+    for one, rows in zip(encoded, passed, strict=True):
+        assert rows.diff().gt(0).all() and rows[0] >= 0 and rows[-1] == N - 1
+        for tensor in one.tensors.get(Part.POSITIONS, {}).values():
+            assert tensor.diff(dim=0).gt(0).all() and tensor.min() >= 0 and tensor.max() < N
+        cache = lab.load(recipe, prompt, encoded)
+        base = cache._layers[one.layer]._base
+        assert torch.isin(base.row_positions(), rows).all()
+
+
+def test_the_state_is_rebuilt_by_replay(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    live = lab.load(recipe, prompt, encoded)
+    lab.decode(live, prompt, N, N + 77)
+    copied = [
+        EncodedLayer(e.layer, {p: {n: t.clone() for n, t in g.items()} for p, g in e.tensors.items()}) for e in encoded
+    ]
+    again = lab.load(recipe, prompt, copied)
+    lab.decode(again, prompt, N, N + 77)
+    assert same(live, again)
+    late = lab.decode(live, prompt, N + 77, N + NEW), lab.decode(again, prompt, N + 77, N + NEW)
+    assert all(torch.equal(x, y) for x, y in zip(*late, strict=True))
+
+
+def test_sealing_follows_positions_alone(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache = lab.load(recipe, prompt, encoded)
+    for position in range(N, N + NEW):
+        lab.step(cache, prompt, position, position + 1)
+        cache.seal(position + 1)
+        expected = sealed_end(recipe, position + 1) if recipe.window.seal_block else sealed_end(recipe, N)
+        assert all(layer._tail.begin == expected for layer in cache._layers.values())
+    before = state(cache)
+    cache.seal(N + NEW)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(before, state(cache), strict=True))
+
+
+def chosen_chunks(cache: Any, layer: int, q: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's choice for a query, made with its own selection: chunks and valid [1, Hkv, K]."""
+    one = cache._layers[layer]
+    segments = [x for x in (one._base, one._grown) if x is not None]
+    scores = torch.cat([one._kit.retrieval.score(q, x.summary) for x in segments], dim=-1)
+    return one._kit.retrieval.select(scores, one._hidden_chunks(at, segments), N)
+
+
+def test_poisoned_unselected_chunks_leave_the_output_unchanged(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    if not recipe.retrieval.needs_grid:
+        assert isinstance(recipe.retrieval, s.AttendAll)  # it reads all that it keeps
+        return
+    cache = lab.load(recipe, prompt, lab.prefill(recipe, prompt)[0])
+    lab.decode(cache, prompt, N, N + NEW)
+    at = torch.tensor([N + NEW - 1])
+    for layer in range(4):
+        q = prompt.q[layer][at]
+        clean = cache.attend(layer, q, at)
+        chunks, valid = chosen_chunks(cache, layer, q, at)
+        one, begin, poisoned = cache._layers[layer], 0, 0
+        for segment in (one._base, one._grown):
+            if segment is None:
+                continue
+            wanted = torch.zeros(segment.num_rows, prompt.shape.num_kv_heads, dtype=torch.bool)
+            for head in range(prompt.shape.num_kv_heads):
+                mine = chunks[0, head][valid[0, head]] - begin
+                mine = mine[(mine >= 0) & (mine < segment.num_chunks)]
+                rows = mine[:, None] * recipe.retrieval.chunk + torch.arange(recipe.retrieval.chunk)
+                wanted[rows.flatten(), head] = True
+            begin += segment.num_chunks
+            for tensor in (*segment.keys.values(), *segment.values.values()):
+                if not tensor.is_floating_point():
+                    continue
+                keep = wanted if tensor.dim() > 1 and tensor.shape[1] == wanted.shape[1] else wanted.any(1)
+                if len(tensor) != len(keep):  # groups of rows
+                    keep = torch.stack([g.any(0) for g in keep.split(-(-len(keep) // len(tensor)))])
+                tensor[~keep] = torch.nan
+                poisoned += int((~keep).sum())
+        assert poisoned > 0
+        assert torch.equal(cache.attend(layer, q, at), clean) and clean.isfinite().all()
+
+
+def chunk_bytes(codec: s.CodecFilling, chunk: int, dim: int) -> int:
+    """Bytes of one chunk of one head, told anew."""
+    if isinstance(codec, s.Affine):
+        packed = chunk * dim * codec.bits // 8
+        return packed + 4 * (dim if codec.axis == "channel" else chunk * -(-dim // codec.group))
+    if isinstance(codec, s.LowRank):
+        return chunk * (codec.rank * 2 if codec.bits == 16 else codec.rank * codec.bits // 8 + 4)
+    return chunk * (dim + 4 if isinstance(codec, Signed) else dim * 2)
+
+
+def test_bytes_read_are_those_of_what_a_step_touches(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    cache = lab.load(recipe, prompt, lab.prefill(recipe, prompt)[0])
+    steps = 50
+    lab.decode(cache, prompt, N, N + steps)
+    before, position = cache.counter.bytes_read, N + steps
+    lab.step(cache, prompt, position, position + 1)
+    heads, dim = prompt.shape.num_kv_heads, prompt.shape.head_dim
+    item = 2 if recipe.window.dtype == "bfloat16" else 4
+    sealed = sealed_end(recipe, position) if recipe.window.seal_block else sealed_end(recipe, N)
+    expected = 0
+    for layer in range(prompt.shape.num_layers):
+        at = layer_layout(recipe, N, layer)
+        specs = layer_specs(recipe, prompt.shape, N, layer, "float32")
+        num_grown = sealed - at.sealed_end
+        expected += 2 * heads * dim * item * (at.num_sinks + position + 1 - sealed)
+        expected += sum(x.nbytes for part in (Part.BASIS, Part.POSITIONS) for x in specs.get(part, {}).values())
+        if not recipe.retrieval.needs_grid:
+            expected += sum(x.nbytes for part in (Part.KEYS, Part.VALUES) for x in specs[part].values())
+            assert num_grown == 0
+            continue
+        chunk = recipe.retrieval.chunk
+        num_chunks = (at.num_sealed + num_grown) // chunk
+        chosen = min(recipe.retrieval.selected_chunks(N), num_chunks - recipe.retrieval.outliers)
+        both = chunk_bytes(recipe.key_codec, chunk, dim) + chunk_bytes(recipe.value_codec, chunk, dim)
+        expected += chosen * heads * both
+        expected += num_chunks * heads * (dim + 2 if recipe.retrieval.landmark_bits == 8 else 2 * dim)
+        expected += recipe.retrieval.outliers * heads * (4 + 2 * chunk * dim * item)
+    assert cache.counter.bytes_read - before == expected
+
+
+@pytest.mark.parametrize("window", [40, 300])
+def test_a_sliding_window_hides_rows_also_from_selection(recipe: Recipe, window: int, lab: Any) -> None:
+    shape = lab.make_shape(windows=(None, window, window, None))
+    prompt = lab.make_prompt(shape, N, 60)
+    plain = neutral(recipe)
+    encoded, passed = lab.prefill(plain, prompt)
+    outs = lab.decode(lab.load(plain, prompt, encoded), prompt, N, N + 60, run=8)
+    for layer in range(4):
+        assert torch.allclose(outs[layer][-1], lab.dense(prompt, layer, passed[layer], N + 59), atol=2e-5)
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache = lab.load(recipe, prompt, encoded)
+    lab.decode(cache, prompt, N, N + 60)
+    at = torch.tensor([N + 59])
+    for layer in (1, 2):
+        clean = cache.attend(layer, prompt.q[layer][at], at)
+        # values of rows outside the window must not matter, whatever was chosen
+        one = cache._layers[layer]
+        if one._sinks is not None:
+            one._sinks[1].fill_(1e4)
+        for tensor in one._base.values.values():
+            if tensor.is_floating_point() and len(tensor) == one._base.num_rows:
+                outside = one._base.row_positions() <= N + 59 - window
+                tensor[outside.T if outside.dim() == 2 else outside] = 1e4
+        assert torch.equal(cache.attend(layer, prompt.q[layer][at], at), clean)
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 96), (4, 128), (8, 64)])
+def test_groups_of_heads_and_head_sizes(recipe: Recipe, group: int, dim: int, lab: Any) -> None:
+    shape = lab.make_shape(heads=2 * group, kv_heads=2, dim=dim)
+    prompt = lab.make_prompt(shape, N, 40)
+    for variant in (neutral(recipe), recipe):
+        encoded, passed = lab.prefill(variant, prompt)
+        outs = lab.decode(lab.load(variant, prompt, encoded), prompt, N, N + 40, run=16)
+        assert all(out.isfinite().all() for out in outs)
+        if variant is not recipe:
+            expected = [lab.dense(prompt, layer, passed[layer], N + 39) for layer in range(4)]
+            assert all(torch.allclose(out[-1], e, atol=5e-5) for out, e in zip(outs, expected, strict=True))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_tokens=st.integers(20, 1200), num_new=st.integers(1, 80), run=st.integers(1, 50), seed=st.integers(0, 99))
+def test_any_length_runs_within_its_bound(
+    recipe: Recipe, num_tokens: int, num_new: int, run: int, seed: int, lab: Any
+) -> None:
+    shape = lab.make_shape(heads=2, kv_heads=1, dim=8, layers=3)
+    wanted = fill(
+        replace(recipe, key_codec=s.LowRank(rank=4)) if recipe.key_codec.kind == "lowrank" else recipe, shape, {}
+    )
+    effective = resolve(wanted, shape, num_tokens, {}).recipe
+    prompt = lab.make_prompt(shape, num_tokens, num_new, seed=seed)
+    encoded, _ = lab.prefill(effective, prompt)
+    cache = lab.load(effective, prompt, encoded)
+    outs = lab.decode(cache, prompt, num_tokens, num_tokens + num_new, run=run)
+    assert all(out.isfinite().all() for out in outs)
+    assert cache.nbytes() <= bound_nbytes(effective, shape, num_tokens, num_new, 1, 4)
+    plain = neutral(effective)
+    encoded, passed = lab.prefill(plain, prompt)
+    outs = lab.decode(lab.load(plain, prompt, encoded), prompt, num_tokens, num_tokens + num_new, run=run)
+    expected = lab.dense(prompt, 2, passed[2], num_tokens + num_new - 1)
+    assert torch.allclose(outs[2][-1], expected, atol=2e-5)
+
+
+def test_bfloat16_runs(recipe: Recipe, lab: Any) -> None:
+    shape = lab.make_shape()
+    prompt = lab.make_prompt(shape, N, 40, dtype=torch.bfloat16)
+    encoded, _ = lab.prefill(recipe, prompt)
+    assert sum(one.nbytes() for one in encoded) == encoded_nbytes(recipe, shape, N, 2)
+    cache = lab.load(recipe, prompt, encoded)
+    outs = lab.decode(cache, prompt, N, N + 40)
+    assert all(out.dtype == torch.bfloat16 and out.isfinite().all() for out in outs)
+    assert cache.nbytes() <= bound_nbytes(recipe, shape, N, 40, 1, 2)
+
+
+def test_a_layer_of_other_tensors_is_refused_by_name(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache = make_cache(recipe, prompt.shape, N, lab.rope)
+    keys = dict(encoded[0].tensors[Part.KEYS])
+    name = next(iter(keys))
+    for broken in (
+        {Part.KEYS: {name: keys[name][:-1]}},
+        {Part.KEYS: {name: keys[name].to(torch.int32)}},
+        {Part.KEYS: {}},
+        {Part.HIDDEN: {"x": keys[name]}},
+    ):
+        with pytest.raises(FrameMismatch, match=r"KEYS|HIDDEN"):
+            cache.add_layer(EncodedLayer(0, dict(encoded[0].tensors) | broken))
+    cache.add_layer(encoded[0])
+    with pytest.raises(FrameMismatch, match="already"):
+        cache.add_layer(encoded[0])
+    with pytest.raises(FrameMismatch, match="none of"):
+        cache.add_layer(EncodedLayer(99, encoded[0].tensors))
+
+
+def test_a_new_recipe_is_one_place_and_one_registration() -> None:
+    assert "toy" in recipe_names() and get_recipe("toy") is TOY
+    assert Recipe.from_json(TOY.to_json()) == TOY
