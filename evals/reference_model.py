@@ -25,9 +25,7 @@ PEFT_PREFIX = "base_model.model."
 def load_base(dtype: torch.dtype = torch.float32) -> Any:
     """SmolLM2-135M-Instruct as a transformers LlamaForCausalLM on the CPU."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     weights = locate(BASE_MODEL).path
     model = AutoModelForCausalLM.from_pretrained(
         str(weights.parent), gguf_file=weights.name, dtype=dtype, attn_implementation="sdpa"
