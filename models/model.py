@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import apply_rope
 from ..kernels.swiglu import swiglu
 from .hf_config import ModelConfig
@@ -91,18 +91,17 @@ class Model:
             [n, D], the next layer's input. The feed-forward block runs in bounded chunks of rows.
         """
         w = self.weights.layers[layer]
-        x = x + F.linear(attn.flatten(1), w.o, w.o_bias)
-        if len(x) <= self._mlp_rows:
-            return self._mlp(w, x)
-        out = torch.empty_like(x)
+        y, x = add_rms_norm(F.linear(attn.flatten(1), w.o, w.o_bias), x, w.post_norm, self.config.rms_norm_eps)
         for start in range(0, len(x), self._mlp_rows):
-            out[start : start + self._mlp_rows] = self._mlp(w, x[start : start + self._mlp_rows])
-        return out
+            stop = start + self._mlp_rows
+            # x is the sum that was made here, so its memory may take the result
+            x[start:stop] += self._mlp(w, y[start:stop])
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: rows [n, D] after the last layer -> float32 [n, V]."""
         return F.linear(rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
 
-    def _mlp(self, w: LayerWeights, x: Tensor) -> Tensor:
-        gate, up = F.linear(rms_norm(x, w.post_norm, self.config.rms_norm_eps), w.gate_up, w.gate_up_bias).chunk(2, -1)
-        return x + F.linear(swiglu(gate, up), w.down, w.down_bias)
+    def _mlp(self, w: LayerWeights, y: Tensor) -> Tensor:
+        gate, up = F.linear(y, w.gate_up, w.gate_up_bias).chunk(2, -1)
+        return F.linear(swiglu(gate, up), w.down, w.down_bias)

@@ -1,7 +1,7 @@
-"""Root-mean-square normalisation, with an optional fused residual addition."""
+"""Root-mean-square normalisation, alone or fused with a residual addition."""
 
 from __future__ import annotations
 
-from .op import rms_norm
+from .op import add_rms_norm, rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvsluice.kernels.rms_norm import rms_norm
+from kvsluice.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 def formula(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype, toleranc
 def test_residual_is_added_before_and_returned() -> None:
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.ones(8)
 
-    y, total = rms_norm(x, weight, 1e-6, residual)
+    y, total = add_rms_norm(x, residual, weight, 1e-6)
 
     assert torch.equal(total, x + residual)
     assert torch.equal(y, rms_norm(x + residual, weight, 1e-6))
@@ -44,4 +44,4 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.zeros(2, 4), torch.ones(3), 1e-6)
     with pytest.raises(ValueError, match="residual"):
-        rms_norm(torch.zeros(2, 4), torch.ones(4), 1e-6, torch.zeros(2, 3))
+        add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 3), torch.ones(4), 1e-6)
