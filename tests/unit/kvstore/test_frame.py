@@ -170,10 +170,7 @@ def test_decoding_copies_no_payload():
     assert peak < 64 * 1024
     assert frame.tensors[0].data.obj is data
     assert frame.tensors[0].data.readonly
-
-
-def test_tensors_of_writable_bytes_are_read_only():
-    assert decode_frame(bytearray(small_frame())).tensors[0].data.readonly
+    assert decode_frame(bytearray(data)).tensors[0].data.readonly
 
 
 @settings(deadline=None, max_examples=300)
@@ -235,14 +232,6 @@ def test_every_flipped_bit_is_caught():
                 decode_frame(broken)
 
 
-def test_every_replaced_byte_of_a_header_is_caught():
-    sound = small_frame()
-    for offset in range(PREFIX.size):
-        for value in set(range(256)) - {sound[offset]}:
-            with pytest.raises(CorruptFrame):
-                decode_frame(sound[:offset] + bytes([value]) + sound[offset + 1 :])
-
-
 def test_every_truncation_and_any_trailing_byte_is_caught():
     sound = small_frame()
     for length in range(len(sound)):
@@ -258,50 +247,37 @@ def test_pickle_bytes_are_corrupt_and_never_run(tmp_path):
     program = f"cos\nmkdir\n(V{canary}\ntR.".encode()
     for data in (program, rebuilt(program, b""), seal(MAGIC, program), seal(program[:4], program[4:])):
         assert decoded_or_corrupt(data) is None
-    header, _ = parts_of(small_frame())
-    header.request_id = program.decode()
-    decoded_or_corrupt(rebuilt(header, parts_of(small_frame())[1]))
+    decoded_or_corrupt(encode_frame(replace(IDENT, request_id=program.decode()), (0, 1), [tensor((1,))]))
     assert not canary.exists()
 
 
-def lie(**fields):
-    """A change of the first tensor's spec."""
+def lie(at: int | None = 0, **fields):
+    """A change of the spec of tensor `at`, or of the header itself."""
 
     def change(header: frame_pb2.FrameHeader) -> None:
-        for name, value in fields.items():
-            if name == "shape":
-                header.tensors[0].shape[:] = value
-            else:
-                setattr(header.tensors[0], name, value)
+        message = header if at is None else header.tensors[at]
+        for name in fields:
+            message.ClearField(name)
+        message.MergeFrom(type(message)(**fields))
 
     return change
 
 
-def second(**fields):
-    """A change of the second tensor's spec."""
-    return lambda header: [setattr(header.tensors[1], name, value) for name, value in fields.items()]
-
-
-def top(**fields):
-    """A change of the header itself."""
-    return lambda header: [setattr(header, name, value) for name, value in fields.items()]
-
-
 LIES = [
-    (Fault.VERSION, top(format_version=2)),
-    (Fault.IDENTITY, top(request_id="")),
-    (Fault.IDENTITY, top(model_fingerprint="")),
-    (Fault.IDENTITY, top(tenant="t" * 257)),
-    (Fault.RANGE, top(token_begin=10)),
-    (Fault.TOO_LONG, top(payload_bytes=2**63)),
-    (Fault.LENGTH, top(payload_bytes=49)),
-    (Fault.PAYLOAD_RANGE, top(payload_bytes=47)),
+    (Fault.VERSION, lie(None, format_version=2)),
+    (Fault.IDENTITY, lie(None, request_id="")),
+    (Fault.IDENTITY, lie(None, model_fingerprint="")),
+    (Fault.IDENTITY, lie(None, tenant="t" * 257)),
+    (Fault.RANGE, lie(None, token_begin=10)),
+    (Fault.TOO_LONG, lie(None, payload_bytes=2**63)),
+    (Fault.LENGTH, lie(None, payload_bytes=49)),
+    (Fault.PAYLOAD_RANGE, lie(None, payload_bytes=47)),
     (Fault.NO_TENSORS, lambda header: header.ClearField("tensors")),
     (Fault.TENSOR_COUNT, lambda header: header.tensors.extend([header.tensors[0]] * 510)),
-    (Fault.SUMMARY, top(kind=Kind.KEYS)),
-    (Fault.SUMMARY, top(kind=9)),
-    (Fault.SUMMARY, top(layer_begin=1)),
-    (Fault.SUMMARY, top(layer_end=5)),
+    (Fault.SUMMARY, lie(None, kind=Kind.KEYS)),
+    (Fault.SUMMARY, lie(None, kind=9)),
+    (Fault.SUMMARY, lie(None, layer_begin=1)),
+    (Fault.SUMMARY, lie(None, layer_end=5)),
     (Fault.NAME, lie(name="")),
     (Fault.NAME, lie(name="n" * 65)),
     (Fault.KIND, lie(kind=0)),
@@ -323,9 +299,9 @@ LIES = [
     (Fault.INDEX, lie(index=8)),
     (Fault.INDEX, lie(layer_tensors=0)),
     (Fault.INDEX, lie(layer_tensors=513)),
-    (Fault.MISALIGNED, second(offset=17)),
-    (Fault.OVERLAP, second(offset=0)),
-    (Fault.GAP, second(offset=32)),
+    (Fault.MISALIGNED, lie(1, offset=17)),
+    (Fault.OVERLAP, lie(1, offset=0)),
+    (Fault.GAP, lie(1, offset=32)),
     (Fault.GAP, lie(offset=16)),
     (Fault.PAYLOAD_RANGE, lie(shape=[2**20], total=2**20)),
     (Fault.GAP, lambda header: header.tensors.reverse()),
@@ -351,15 +327,13 @@ def test_each_lie_is_named_before_anything_is_allocated(fault, change):
 def test_faults_of_the_envelope_are_named():
     sound = small_frame()
     header, payload = parts_of(sound)
-    long_header = PREFIX.pack(MAGIC, FORMAT_VERSION, DEFAULT_LIMITS.max_header_bytes + 1)
-    beyond = PREFIX.pack(MAGIC, FORMAT_VERSION, len(sound))
     cases = {
         Fault.TOO_SHORT: [b"", sound[:19]],
         Fault.TOO_LONG: [bytes(DEFAULT_LIMITS.max_frame_bytes + 1)],
         Fault.MAGIC: [b"KVSM" + sound[4:]],
         Fault.VERSION: [PREFIX.pack(MAGIC, 2, 1) + sound[12:]],
-        Fault.HEADER_BOUND: [long_header + sound[12:]],
-        Fault.HEADER_RANGE: [beyond + sound[12:]],
+        Fault.HEADER_BOUND: [PREFIX.pack(MAGIC, FORMAT_VERSION, 64 * 1024 + 1) + sound[12:]],
+        Fault.HEADER_RANGE: [PREFIX.pack(MAGIC, FORMAT_VERSION, len(sound)) + sound[12:]],
         Fault.CHECKSUM: [sound[:-1] + bytes([sound[-1] ^ 1])],
         Fault.HEADER_PARSE: [rebuilt(b"\xff" * 40, payload), rebuilt(b"\x12\x02\xff\xfe", b"")],
         Fault.LENGTH: [rebuilt(header, payload + b"\0"), rebuilt(header, payload[:-1])],
