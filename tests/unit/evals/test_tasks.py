@@ -11,7 +11,9 @@ from random import Random
 
 import pytest
 
+from kvsluice.evals.reference_model import BASE_MODEL
 from kvsluice.evals.tasks import BEFORE_ANSWER, END_OF_TURN, SUITE, Sample, TaskMaker, training_sample
+from kvsluice.models.tokenizer import load_tokenizer
 
 # hashes of the samples that the adapter's training generator made with the tokenizer and texts below
 HASHES = json.loads((Path(__file__).parent / "task_hashes.json").read_text())
@@ -51,6 +53,20 @@ def test_samples_of_a_seed_never_change(maker, task):
 def test_samples_have_the_length_asked_for(maker, task):
     sample = SUITE[task](maker, Random(3), 3000)
     assert len(sample.prompt_ids) + len(sample.answer_ids) == 3000
+
+
+@pytest.fixture(scope="module")
+def real_maker() -> TaskMaker:
+    tokenizer = load_tokenizer(BASE_MODEL)
+    text = "It is 7388057 o'clock; nothing\n\tmoves in the garden -- 42 birds, über alles, wait. " * 200
+    return TaskMaker(tokenizer.encode, [tokenizer.encode(text)])
+
+
+@pytest.mark.parametrize("task", SUITE)
+def test_the_models_tokenizer_makes_the_samples_that_the_adapter_saw(real_maker, task):
+    sample = SUITE[task](real_maker, Random(task), 1500)
+    packed = json.dumps([sample.prompt_ids, sample.answer_ids]).encode()
+    assert hashlib.sha256(packed).hexdigest()[:16] == HASHES[f"smollm2/{task}"]
 
 
 def find(needle: list[int], hay: list[int]) -> int:
