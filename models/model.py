@@ -58,7 +58,7 @@ class Model:
         """
         w, config = self.weights.layers[layer], self.config
         fused = F.linear(rms_norm(x, w.input_norm, config.rms_norm_eps), w.qkv, w.qkv_bias)
-        heads = fused.view(len(x), -1, config.head_dim)
+        heads = fused.view(len(x), sum(self._head_counts), config.head_dim)
         q, k, v = torch.split(heads, self._head_counts, dim=1)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
