@@ -99,7 +99,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._identity = identity
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("decode-engine", self._step, setup, on_crash)
@@ -118,7 +118,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
         """See `worker.proto`."""
-        engine = self._engine
+        engine = self.engine
         return self._identity.info(
             capacity_bytes=engine.capacity_bytes,
             free_bytes=engine.free_bytes,
@@ -136,10 +136,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 self._take(session, message)
         finally:
             writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            # before anything is awaited: a call may be cancelled again while it cleans up
             for request_id, request in list(self._requests.items()):
                 if request.session is session:
                     self._close(request_id)
+            await asyncio.gather(writer, return_exceptions=True)
 
     async def PutFrames(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`."""
@@ -170,7 +171,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return request
 
     def _receiver(self, request: _Request, context: Any) -> Receiver:
-        target = _EngineTarget(self._thread, self._engine, request.ident.request_id)
+        target = _EngineTarget(self._thread, self.engine, request.ident.request_id)
         num_layers = self._identity.shape.num_layers
         return Receiver(request.ident, num_layers, request.max_bytes, target, context.write, self._recorder)
 
@@ -190,7 +191,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request_id = body.request_id
         if kind == "credit":
             tokens = message.credit.tokens
-            self._thread.post(lambda: self._engine.grant(request_id, tokens))
+            self._thread.post(lambda: self.engine.grant(request_id, tokens))
         elif message.cancel.HasField("choice"):
             choice = message.cancel.choice
             self._thread.post(lambda: self._cancel(request_id, choice))
@@ -202,16 +203,16 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = _decode_request(message)
-            max_bytes = self._engine.demand(request).total_bytes
+            max_bytes = self.engine.demand(request).total_bytes
         except KvsluiceError as exc:
             session.send(_failed(message.request_id, message.epoch, exc))
             return
         self._requests[message.request_id] = _Request(session, self._ident(message, request), max_bytes)
-        self._thread.post(lambda: self._engine_open(request))
+        self._thread.post(lambda: self._open_in_engine(request))
 
-    def _engine_open(self, request: DecodeRequest) -> None:
+    def _open_in_engine(self, request: DecodeRequest) -> None:
         try:
-            self._engine.open(request)
+            self.engine.open(request)
         except KvsluiceError as exc:
             self._tell([FailedEvent(request.request_id, request.epoch, exc)])
 
@@ -221,13 +222,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._thread.post(lambda: self._cancel(request_id, None))
 
     def _cancel(self, request_id: str, choice: int | None) -> None:
-        self._engine.cancel(request_id, choice)
+        self.engine.cancel(request_id, choice)
 
     def _step(self) -> bool:
-        events = self._engine.step()
+        events = self.engine.step()
         if events:
             self._tell(events)
-        return self._engine.has_work
+        return self.engine.has_work
 
     def _tell(self, events: list[Event]) -> None:
         assert self._loop is not None

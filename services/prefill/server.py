@@ -82,7 +82,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._identity = identity
         self._window = window
         self._recorder = recorder or NullRecorder()
@@ -102,7 +102,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
         """See `worker.proto`."""
-        return self._identity.info(pending_tokens=self._engine.num_pending_tokens, running=self._engine.num_requests)
+        return self._identity.info(pending_tokens=self.engine.num_pending_tokens, running=self.engine.num_requests)
 
     async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
         """See `worker.proto`."""
@@ -111,7 +111,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         publisher = Publisher(
             job, self._ident(request, job), self._window, self._thread.wake, asyncio.get_running_loop(), self._recorder
         )
-        await self._thread.call(lambda: self._engine.submit(job, publisher))
+        await self._thread.call(lambda: self.engine.submit(job, publisher))
         self._publishers[job.request_id] = publisher
         try:
             await context.send_initial_metadata(())
@@ -124,7 +124,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 self._thread.post(lambda: self._cancel(job.request_id))
 
     def _cancel(self, request_id: str) -> None:
-        self._engine.cancel(request_id)
+        self.engine.cancel(request_id)
 
     def _ident(self, request: wpb.PrefillRequest, job: PrefillJob) -> FrameIdent:
         return FrameIdent(

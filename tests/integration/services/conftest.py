@@ -9,16 +9,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from kvsluice.client import AsyncClient
 from kvsluice.compression.recipe import ModelShape
+from kvsluice.models.config import config_from_hf
+from kvsluice.models.model import Model
+from kvsluice.models.profiles import load_profile
+from kvsluice.models.weights import random_weights
 from kvsluice.protos import frame_pb2 as fpb
 from kvsluice.protos import worker_pb2 as wpb
 from kvsluice.protos import worker_pb2_grpc
 from kvsluice.services.config import ServeConfig, load_config
+from kvsluice.services.decode.engine import DecodeEngine
+from kvsluice.services.decode.server import make_decode_service
 from kvsluice.services.gateway.membership import Member, MembershipTable
 from kvsluice.services.gateway.server import Gateway
 from kvsluice.services.lifecycle import WorkerHost
+from kvsluice.services.model_shape import model_shape
+from kvsluice.services.prefill.engine import PrefillEngine
+from kvsluice.services.prefill.server import make_prefill_service
 from kvsluice.services.telemetry import MemoryRecorder
 from kvsluice.services.worker import WorkerIdentity
 
@@ -71,6 +81,7 @@ class Script:
 
     text: str = "Hello, world"
     eos: bool = True
+    num_top: int = 1
     gate: Callable[[], Awaitable[Any]] | None = None
     prefill: Callable[[wpb.PrefillRequest], Awaitable[Any]] | None = None
     opens: list[wpb.Open] = field(default_factory=list)
@@ -81,7 +92,8 @@ class Script:
 
     def token(self, index: int, max_tokens: int) -> tuple[fpb.SampledToken, str]:
         token = fpb.SampledToken(token_id=ord(self.text[index % len(self.text)]), logprob=-0.5)
-        token.top_logprobs.add(token_id=65, logprob=-1.5)
+        for _ in range(self.num_top):
+            token.top_logprobs.add(token_id=65, logprob=-1.5)
         if self.eos and index == len(self.text) - 1:
             return token, "stop"
         return token, "length" if index + 1 == max_tokens else ""
@@ -246,3 +258,101 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
 @pytest.fixture
 async def fleet(make_fleet: Callable[..., Awaitable[Fleet]]) -> Fleet:
     return await make_fleet()
+
+
+@dataclass
+class RealFleet:
+    """A gateway over one real prefill and one real decode worker with a tiny random model, all in this process."""
+
+    gateway: Gateway
+    client: AsyncClient
+    recorder: MemoryRecorder
+    model: Model
+    prefill: PrefillEngine
+    decode: DecodeEngine
+    decode_address: str
+    prefill_address: str
+    fingerprint: str
+
+    async def until_idle(self) -> None:
+        """Wait until nothing runs; then everything that requests held must be free again."""
+        async with asyncio.timeout(10):
+            while self.gateway.num_requests or self.decode.free_bytes < self.decode.capacity_bytes:
+                await asyncio.sleep(0.01)
+            while self.prefill.num_requests:
+                await asyncio.sleep(0.01)
+        self.decode.check_integrity()
+
+
+def tiny_model(num_layers: int, max_positions: int) -> Model:
+    config = config_from_hf(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": num_layers,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": max_positions,
+            "eos_token_id": 1,
+        }
+    )
+    return Model(config, random_weights(config, torch.float32, torch.device("cpu"), 0), fingerprint="f" * 32)
+
+
+@pytest.fixture
+async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]]:
+    """Starts one; keyword arguments are configuration keys, and `num_layers`."""
+    async with AsyncExitStack() as stack:
+
+        async def make(num_layers: int = 4, **settings: Any) -> RealFleet:
+            base = {
+                "model": "tiny",
+                "port": 0,
+                "default_recipe": "exact",
+                "torch_threads": 1,
+                "kv_cache_bytes": 64 << 20,
+            }
+            config = load_config(base | settings)
+            model = tiny_model(num_layers, 4096)
+            shape = model_shape(model.config)
+            identity = WorkerIdentity(
+                "worker-0", "both", "tiny", model.fingerprint, VOCAB_SIZE, shape, load_profile("tiny", shape)
+            )
+            recorder, members = MemoryRecorder(), MembershipTable()
+            prefill = make_prefill_service(model, config, identity, recorder=recorder)
+            decode = make_decode_service(model, config, identity, recorder=recorder)
+            addresses = {}
+            for role, service in (("prefill", prefill), ("decode", decode)):
+                host = WorkerHost([service], config.max_frame_bytes)
+                addresses[role] = await host.start("127.0.0.1")
+                stack.push_async_callback(host.stop)
+                await members.register(Member("worker-0", role, addresses[role], "first"))  # type: ignore[arg-type]
+            gateway = Gateway(config, CharTokenizer(), members, recorder)
+            stack.push_async_callback(gateway.stop)
+            client = AsyncClient(await gateway.start(), timeout_s=60.0)
+            stack.push_async_callback(client.close)
+            while not gateway.ready:
+                await gateway.pool.changed.wait()
+            return RealFleet(
+                gateway,
+                client,
+                recorder,
+                model,
+                prefill.engine,
+                decode.engine,
+                addresses["decode"],
+                addresses["prefill"],
+                model.fingerprint,
+            )
+
+        yield make
+
+
+@pytest.fixture
+async def real_fleet(make_real_fleet: Callable[..., Awaitable[RealFleet]]) -> AsyncIterator[RealFleet]:
+    """One with default settings that must have given everything back when the test ends."""
+    fleet = await make_real_fleet()
+    yield fleet
+    await fleet.until_idle()

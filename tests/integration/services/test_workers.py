@@ -1,0 +1,249 @@
+"""Gateway, prefill and decode services together, with a tiny random model and real frames over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+import torch
+
+from kvsluice.compression.recipe import get_recipe
+from kvsluice.errors import InvalidRequest, RequestCancelled
+from kvsluice.kvstore.frame import DType, Kind, TensorSlice, encode_frame
+from kvsluice.kvstore.identity import FrameIdent
+from kvsluice.models.forward import forward_tokens
+from kvsluice.protos import worker_pb2 as wpb
+from kvsluice.protos.worker_pb2_grpc import DecodeWorkerStub
+from kvsluice.services.lifecycle import WorkerHost
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 256, (length,), generator=generator).tolist()
+
+
+def monolithic(model, ids: list[int], num_tokens: int) -> tuple[int, ...]:
+    """Greedy tokens without any of the services: one dense forward a token."""
+    out: list[int] = []
+    for _ in range(num_tokens):
+        out.append(int(forward_tokens(model, torch.tensor(ids + out))[-1].argmax()))
+    return tuple(out)
+
+
+async def test_exact_equals_a_monolithic_run_singly_and_together(real_fleet):
+    prompts = [prompt(length, seed=length) for length in (3, 40, 130, 257)]
+    options = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "recipe": "exact"}
+    wanted = [monolithic(real_fleet.model, ids, 9) for ids in prompts]
+    singly = [(await real_fleet.client.generate(ids, **options)).token_ids for ids in prompts]
+    together = await asyncio.gather(*(real_fleet.client.generate(ids, **options) for ids in prompts))
+    assert singly == wanted
+    assert [done.token_ids for done in together] == wanted
+
+
+@pytest.mark.parametrize("recipe", ["exact", "fastkv", "shadowkv", "sluice"])
+async def test_every_recipe_runs_and_reports_what_it_cost(real_fleet, recipe):
+    ids = prompt(1500)
+    done = await real_fleet.client.generate(ids, recipe=recipe, temperature=0, max_tokens=6, ignore_eos=True)
+    report = done.recipe
+    assert (report.requested, report.effective, report.fallback_reason) == (recipe, recipe, "")
+    assert len(done.token_ids) == 6
+    assert report.handoff_bf16_bytes == 2 * 2 * 4 * 2 * 16 * 1500
+    assert report.resident_bytes > 0
+    assert report.bytes_read_per_step > 0
+    frames = real_fleet.recorder.events("prefill.frame_sent", request_id=done.request_id)
+    assert report.handoff_bytes == sum(e.fields["payload_bytes"] for e in frames) > 0
+    if recipe in ("fastkv", "sluice"):  # the others ship rows in the compute dtype, which is float32 here
+        assert report.handoff_bytes < report.handoff_bf16_bytes
+
+
+async def test_a_short_prompt_runs_exact_and_says_so(real_fleet):
+    done = await real_fleet.client.generate(prompt(5), recipe="balanced", max_tokens=3, ignore_eos=True)
+    assert (done.recipe.requested, done.recipe.effective) == ("balanced", "exact")
+    assert done.recipe.fallback_reason
+
+
+async def test_decode_has_the_first_layer_before_prefill_starts_its_last(make_real_fleet):
+    fleet = await make_real_fleet(num_layers=12)
+    done = await fleet.client.generate(prompt(1024), max_tokens=3, ignore_eos=True)
+    of_request = {"request_id": done.request_id}
+    acked = fleet.recorder.events("decode.frame_acked", index=0, **of_request)
+    last = fleet.recorder.events("prefill.layer_started", layer=11, **of_request)
+    committed = fleet.recorder.events("decode.committed", **of_request)
+    assert acked[0].fields["layer_begin"] == 0
+    assert acked[0].at_s < last[0].at_s < committed[0].at_s
+    await fleet.until_idle()
+
+
+async def test_sampling_is_a_function_of_the_seed(real_fleet):
+    options = {"seed": 7, "n": 2, "max_tokens": 8, "logprobs": 2, "ignore_eos": True}
+    first = await real_fleet.client.generate(prompt(20), **options)
+    again = await real_fleet.client.generate(prompt(20), **options)
+    other = await real_fleet.client.generate(prompt(20), **{**options, "seed": 8})
+    assert [c.token_ids for c in first.choices] == [c.token_ids for c in again.choices]
+    assert first.choices[0].token_ids != first.choices[1].token_ids
+    assert first.token_ids != other.token_ids
+    assert len(first.choices[0].logprobs) == 8
+    assert len(first.choices[0].logprobs[3].top) == 2
+
+
+async def test_a_stop_string_ends_one_choice_and_frees_it(real_fleet):
+    options = {"seed": 3, "n": 2, "max_tokens": 40, "ignore_eos": True}
+    free = await real_fleet.client.generate(prompt(20), **options)
+    stop = free.choices[0].text[10:12]
+    assert stop not in free.choices[1].text
+    done = await real_fleet.client.generate(prompt(20), stop=stop, **options)
+    begin = free.choices[0].text.index(stop)
+    assert done.choices[0].text == free.choices[0].text[:begin]
+    assert [c.finish_reason for c in done.choices] == ["stop", "length"]
+    assert done.choices[1].text == free.choices[1].text
+
+
+async def test_cancel_while_prefill_runs_frees_everything(real_fleet):
+    stream = real_fleet.client.stream(prompt(3000), request_id="long", max_tokens=900, ignore_eos=True)
+    async with asyncio.timeout(10):
+        while not real_fleet.recorder.events("prefill.layer_started", request_id="long", layer=0):
+            await asyncio.sleep(0.005)
+    assert await real_fleet.client.cancel("long")
+    with pytest.raises(RequestCancelled):
+        async for _ in stream:
+            pass
+
+
+async def test_a_request_waits_for_memory_and_one_that_never_fits_is_refused(make_real_fleet):
+    # room for one request of this size and not for two
+    fleet = await make_real_fleet(kv_cache_bytes=1 << 20)
+    options = {"max_tokens": 5, "ignore_eos": True}
+    both = await asyncio.gather(*(fleet.client.generate(prompt(600), **options) for _ in range(2)))
+    assert [len(done.token_ids) for done in both] == [5, 5]
+    with pytest.raises(InvalidRequest):
+        await fleet.client.generate(prompt(4000), **options)
+    await fleet.until_idle()
+
+
+async def attach_and_open(fleet, request_id: str, epoch: int):
+    """A gateway's stream with one request opened on it."""
+    channel = grpc.aio.insecure_channel(fleet.decode_address)
+    call = DecodeWorkerStub(channel).Attach()
+    sampling = wpb.Sampling(max_tokens=4, temperature=0, top_p=1, repetition_penalty=1, n=1)
+    recipe = get_recipe("exact")
+    message = wpb.Open(
+        request_id=request_id,
+        epoch=epoch,
+        num_prompt_tokens=8,
+        recipe_json=recipe.to_json(),
+        sampling=sampling,
+        credits=4,
+    )
+    await call.write(wpb.ToDecode(open=message))
+    assert (await call.read()).opened.request_id == request_id
+    ident = FrameIdent(
+        request_id=request_id,
+        epoch=epoch,
+        tenant="",
+        model_fingerprint=fleet.fingerprint,
+        recipe_fingerprint=recipe.fingerprint,
+    )
+    return channel, call, ident
+
+
+def frame(ident: FrameIdent) -> bytes:
+    data = memoryview(bytes(64))
+    item = TensorSlice(0, Kind.KEYS, "k", DType.FLOAT32, (16,), 0, 16, 0, 2, data)
+    return encode_frame(ident, (0, 8), [item])
+
+
+async def put(channel, *messages: wpb.FramePut) -> grpc.StatusCode:
+    """Send messages as a prefill worker would. Returns the status that the call ends with."""
+    call = DecodeWorkerStub(channel).PutFrames()
+    try:
+        for message in messages:
+            await call.write(message)
+            await call.read()
+        await call.done_writing()
+    except (grpc.RpcError, asyncio.InvalidStateError):
+        pass
+    return await call.code()
+
+
+async def test_decode_refuses_frames_that_it_does_not_expect(real_fleet):
+    channel, call, ident = await attach_and_open(real_fleet, "r", 5)
+    sound = frame(ident)
+    other = {"request_id": "other", "epoch": 5} | {
+        name: getattr(ident, name) for name in ("tenant", "model_fingerprint", "recipe_fingerprint")
+    }
+    old = {**other, "request_id": "r", "epoch": 4}
+    model = {**old, "epoch": 5, "model_fingerprint": "e" * 32}
+    async with channel:
+        status = grpc.StatusCode
+        assert await put(channel, wpb.FramePut(frame=sound[:-9] + b"x" + sound[-8:])) is status.DATA_LOSS
+        assert await put(channel, wpb.FramePut(frame=b"")) is status.DATA_LOSS
+        assert await put(channel, wpb.FramePut(manifest=b"junk")) is status.DATA_LOSS
+        for wrong in (other, old, model):
+            refused = await put(channel, wpb.FramePut(frame=frame(FrameIdent(**wrong))))
+            assert refused is status.FAILED_PRECONDITION
+        twice = wpb.FramePut(frame=sound)
+        assert await put(channel, twice, twice) is status.DATA_LOSS
+        call.cancel()
+    await real_fleet.until_idle()  # the gateway's stream took its request with it
+    done = await real_fleet.client.generate(prompt(10), max_tokens=3, ignore_eos=True)
+    assert len(done.token_ids) == 3
+
+
+async def test_decode_refuses_an_open_request_a_second_time(real_fleet):
+    channel, call, ident = await attach_and_open(real_fleet, "r", 5)
+    async with channel:
+        again = wpb.Open(request_id="r", epoch=6, num_prompt_tokens=8, recipe_json=get_recipe("exact").to_json())
+        await call.write(wpb.ToDecode(open=again))
+        assert (await call.read()).failed.error_type == "DuplicateRequest"
+        call.cancel()
+
+
+class SilentDecode:
+    """Takes frames and never acknowledges one."""
+
+    def __init__(self) -> None:
+        self.num_frames = 0
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+    def add_to(self, server) -> None:
+        from kvsluice.protos import worker_pb2_grpc
+
+        class Servicer(worker_pb2_grpc.DecodeWorkerServicer):
+            async def PutFrames(_self, requests, context):  # noqa: N805
+                async for _ in requests:
+                    self.num_frames += 1
+
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(Servicer(), server)
+
+
+async def test_prefill_is_held_back_while_its_frames_are_not_acknowledged(make_real_fleet):
+    fleet = await make_real_fleet(num_layers=12, handoff_window=3)
+    silent = SilentDecode()
+    host = WorkerHost([silent], 16 << 20)
+    address = await host.start("127.0.0.1")
+    from kvsluice.protos.worker_pb2_grpc import PrefillWorkerStub
+
+    async with grpc.aio.insecure_channel(fleet.prefill_address) as channel:
+        request = wpb.PrefillRequest(
+            request_id="held",
+            epoch=1,
+            prompt_ids=prompt(2048),
+            recipe_json=get_recipe("exact").to_json(),
+            sampling=wpb.Sampling(max_tokens=4, top_p=1, repetition_penalty=1, n=1),
+            decode_address=address,
+        )
+        call = PrefillWorkerStub(channel).Prefill(request)
+        async with asyncio.timeout(20):
+            while silent.num_frames < 3:
+                await asyncio.sleep(0.01)
+        # the engine is idle now: another prompt runs through while this one is held back
+        done = await fleet.client.generate(prompt(600), max_tokens=2, ignore_eos=True)
+        assert len(done.token_ids) == 2
+        started = fleet.recorder.events("prefill.layer_started", request_id="held")
+        assert len(started) < 12
+        call.cancel()
+    await host.stop()
+    await fleet.until_idle()
