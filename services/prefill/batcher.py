@@ -106,7 +106,9 @@ class Batcher:
     @property
     def num_pending_tokens(self) -> int:
         """Work left over all prompts, in rows through the whole model, rounded up."""
-        return -(-sum(self._remaining(p) for p in self._prompts.values()) // self.num_layers)
+        # copied first: status reports read this from another thread
+        prompts = list(self._prompts.values())
+        return -(-sum(self._remaining(p) for p in prompts) // self.num_layers)
 
     def add(self, request_id: str, num_rows: int) -> None:
         """Queue a prompt of `num_rows` ≥ 1 rows."""
