@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kvsluice.evals.service_process import ServiceProcess, running_service
+if TYPE_CHECKING:
+    from kvsluice.evals.service_process import ServiceProcess
 
 
 @pytest.fixture(scope="session")
 def service() -> Iterator[ServiceProcess]:
     """One running service for the whole session: one prefill and one decode worker in processes of their own,
     serving the default model. Tests that kill or drain something start their own with `running_service`."""
+    # imported here: tests of kernels and engines also run on GPU machines without gRPC's health package
+    from kvsluice.evals.service_process import running_service
+
     with running_service("--prefill-workers", "1", "--decode-workers", "1") as service:
         yield service
