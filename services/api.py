@@ -166,7 +166,7 @@ def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
         slots = given.pop("slots", None)
         if slots:
             request.recipe.slots_json = json.dumps(slots)
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, KeyError) as exc:
         raise InvalidRequest("prompt", "does not fit its field", "text, token ids or chat messages") from exc
     stop = given.pop("stop", ())
     request.sampling.stop.extend([stop] if isinstance(stop, str) else stop)

@@ -32,6 +32,19 @@ from kvsluice.services.prefill.server import make_prefill_service
 from kvsluice.services.telemetry import MemoryRecorder
 from kvsluice.services.worker import WorkerIdentity
 
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for something that another task or thread brings about."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for is anything at all
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture(name="until")
+def until_fixture() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    return wait_until
+
+
 SHAPE = ModelShape(
     num_layers=4,
     num_heads=4,
@@ -276,11 +289,13 @@ class RealFleet:
 
     async def until_idle(self) -> None:
         """Wait until nothing runs; then everything that requests held must be free again."""
-        async with asyncio.timeout(10):
-            while self.gateway.num_requests or self.decode.free_bytes < self.decode.capacity_bytes:
-                await asyncio.sleep(0.01)
-            while self.prefill.num_requests:
-                await asyncio.sleep(0.01)
+        await wait_until(
+            lambda: (
+                self.gateway.num_requests == 0
+                and self.prefill.num_requests == 0
+                and self.decode.free_bytes == self.decode.capacity_bytes
+            )
+        )
         self.decode.check_integrity()
 
 

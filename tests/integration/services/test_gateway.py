@@ -18,13 +18,6 @@ async def read(stream):
     return [chunk async for chunk in stream]
 
 
-async def until(condition) -> None:
-    """Wait for something that another task brings about; the test's own timeout bounds it."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def forever():
     """A gate or prefill hook that never lets go."""
 
@@ -34,7 +27,7 @@ def forever():
     return wait
 
 
-async def test_a_request_streams_and_ends_with_a_report(fleet):
+async def test_a_request_streams_and_ends_with_a_report(fleet, until):
     stream = fleet.client.stream("abcdefgh", request_id="r1", max_tokens=50)
     chunks = await read(stream)
     done = stream.completion
@@ -48,7 +41,7 @@ async def test_a_request_streams_and_ends_with_a_report(fleet):
     assert done.recipe.handoff_bf16_bytes == 2 * 2 * 4 * 2 * 16 * 8
     assert (done.recipe.resident_bytes, done.recipe.bytes_read_per_step) == (777, 10)
     assert done.timing.prefill_s == 0.002
-    assert 0 < done.timing.time_to_first_token_s
+    assert done.timing.time_to_first_token_s > 0
     await until(lambda: fleet.gateway.num_requests == 0)
 
 
@@ -68,7 +61,7 @@ async def test_length_ends_a_choice(fleet):
     assert (done.text, done.choices[0].finish_reason, done.choices[0].stop_match) == ("Hell", "length", "")
 
 
-async def test_one_token_needs_no_decode(fleet):
+async def test_one_token_needs_no_decode(fleet, until):
     done = await fleet.client.generate("abc", max_tokens=1)
     assert done.text == "H"
     assert done.recipe.handoff_bytes == 0
@@ -86,7 +79,7 @@ async def test_one_token_needs_no_decode(fleet):
         ("lx", "Hello, worl", "d"),  # the withheld "l" comes out when the model ends
     ],
 )
-async def test_stop_strings_end_a_choice_and_are_not_shown(fleet, stop, text, match):
+async def test_stop_strings_end_a_choice_and_are_not_shown(fleet, stop, text, match, until):
     done = await fleet.client.generate("abc", stop=stop, max_tokens=12)
     assert (done.text, done.choices[0].finish_reason, done.choices[0].stop_match) == (text, "stop", match)
     await until(lambda: fleet.gateway.num_requests == 0)
@@ -113,7 +106,7 @@ async def test_choices_end_on_their_own(fleet):
     assert (logprob.token, logprob.logprob, logprob.top[0].token) == ("e", -0.5, "A")
 
 
-async def test_cancel_by_id_ends_the_request_everywhere(fleet):
+async def test_cancel_by_id_ends_the_request_everywhere(fleet, until):
     fleet.script.gate = forever()
     stream = fleet.client.stream("abc", request_id="victim")
     await anext(stream)
@@ -126,7 +119,7 @@ async def test_cancel_by_id_ends_the_request_everywhere(fleet):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-async def test_a_client_that_goes_away_frees_the_workers(fleet, phase):
+async def test_a_client_that_goes_away_frees_the_workers(fleet, phase, until):
     if phase == "prefill":
         fleet.script.prefill = forever()
     else:
@@ -138,7 +131,7 @@ async def test_a_client_that_goes_away_frees_the_workers(fleet, phase):
     await until(lambda: fleet.gateway.num_requests == 0)
 
 
-async def test_the_clients_deadline_ends_the_request_everywhere(fleet):
+async def test_the_clients_deadline_ends_the_request_everywhere(fleet, until):
     fleet.script.prefill = forever()
     with pytest.raises(DeadlineExceeded):
         await fleet.client.generate("abc", timeout_s=0.3)
@@ -148,7 +141,7 @@ async def test_the_clients_deadline_ends_the_request_everywhere(fleet):
 async def test_the_servers_deadline_holds_where_a_client_sets_none(make_fleet):
     fleet = await make_fleet(default_deadline_s=0.3)
     fleet.script.gate = forever()
-    with pytest.raises(DeadlineExceeded, match="0.3"):
+    with pytest.raises(DeadlineExceeded, match=r"within 0\.3 s"):
         await fleet.client.generate("abc", timeout_s=None)
 
 
@@ -165,7 +158,7 @@ async def test_a_duplicate_id_is_refused_and_the_first_goes_on(fleet):
     await fleet.client.generate("abc", request_id="same")  # free again
 
 
-async def test_a_full_queue_sheds_at_once(make_fleet):
+async def test_a_full_queue_sheds_at_once(make_fleet, until):
     fleet = await make_fleet(max_num_seqs=1, max_queue=1)
     gate = asyncio.Event()
     fleet.script.gate = gate.wait
@@ -195,7 +188,7 @@ async def test_a_lost_decode_worker_fails_its_requests_and_a_new_one_serves(flee
     assert (await pending).text == "Hello, worl"
 
 
-async def test_a_lost_prefill_worker_fails_its_requests_and_a_new_one_serves(fleet):
+async def test_a_lost_prefill_worker_fails_its_requests_and_a_new_one_serves(fleet, until):
     fleet.script.prefill = forever()
     pending = asyncio.create_task(fleet.client.generate("abc"))
     await until(lambda: fleet.script.prefills)
@@ -268,7 +261,7 @@ async def test_health_and_reflection(fleet):
         call.cancel()
 
 
-async def test_a_drain_finishes_what_runs_and_takes_no_more(fleet):
+async def test_a_drain_finishes_what_runs_and_takes_no_more(fleet, until):
     gate = asyncio.Event()
     fleet.script.gate = gate.wait
     stream = fleet.client.stream("abc")

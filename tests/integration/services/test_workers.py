@@ -14,7 +14,8 @@ from kvsluice.kvstore.frame import DType, Kind, TensorSlice, encode_frame
 from kvsluice.kvstore.identity import FrameIdent
 from kvsluice.models.forward import forward_tokens
 from kvsluice.protos import worker_pb2 as wpb
-from kvsluice.protos.worker_pb2_grpc import DecodeWorkerStub
+from kvsluice.protos import worker_pb2_grpc
+from kvsluice.protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
 from kvsluice.services.lifecycle import WorkerHost
 
 
@@ -99,11 +100,9 @@ async def test_a_stop_string_ends_one_choice_and_frees_it(real_fleet):
     assert done.choices[1].text == free.choices[1].text
 
 
-async def test_cancel_while_prefill_runs_frees_everything(real_fleet):
+async def test_cancel_while_prefill_runs_frees_everything(real_fleet, until):
     stream = real_fleet.client.stream(prompt(3000), request_id="long", max_tokens=900, ignore_eos=True)
-    async with asyncio.timeout(10):
-        while not real_fleet.recorder.events("prefill.layer_started", request_id="long", layer=0):
-            await asyncio.sleep(0.005)
+    await until(lambda: real_fleet.recorder.events("prefill.layer_started", request_id="long", layer=0))
     assert await real_fleet.client.cancel("long")
     with pytest.raises(RequestCancelled):
         async for _ in stream:
@@ -191,7 +190,7 @@ async def test_decode_refuses_frames_that_it_does_not_expect(real_fleet):
 
 
 async def test_decode_refuses_an_open_request_a_second_time(real_fleet):
-    channel, call, ident = await attach_and_open(real_fleet, "r", 5)
+    channel, call, _ = await attach_and_open(real_fleet, "r", 5)
     async with channel:
         again = wpb.Open(request_id="r", epoch=6, num_prompt_tokens=8, recipe_json=get_recipe("exact").to_json())
         await call.write(wpb.ToDecode(open=again))
@@ -199,7 +198,7 @@ async def test_decode_refuses_an_open_request_a_second_time(real_fleet):
         call.cancel()
 
 
-class SilentDecode:
+class SilentDecode(worker_pb2_grpc.DecodeWorkerServicer):
     """Takes frames and never acknowledges one."""
 
     def __init__(self) -> None:
@@ -209,23 +208,18 @@ class SilentDecode:
     async def stop(self) -> None: ...
 
     def add_to(self, server) -> None:
-        from kvsluice.protos import worker_pb2_grpc
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
 
-        class Servicer(worker_pb2_grpc.DecodeWorkerServicer):
-            async def PutFrames(_self, requests, context):  # noqa: N805
-                async for _ in requests:
-                    self.num_frames += 1
-
-        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(Servicer(), server)
+    async def PutFrames(self, requests, context):
+        async for _ in requests:
+            self.num_frames += 1
 
 
-async def test_prefill_is_held_back_while_its_frames_are_not_acknowledged(make_real_fleet):
+async def test_prefill_is_held_back_while_its_frames_are_not_acknowledged(make_real_fleet, until):
     fleet = await make_real_fleet(num_layers=12, handoff_window=3)
     silent = SilentDecode()
     host = WorkerHost([silent], 16 << 20)
     address = await host.start("127.0.0.1")
-    from kvsluice.protos.worker_pb2_grpc import PrefillWorkerStub
-
     async with grpc.aio.insecure_channel(fleet.prefill_address) as channel:
         request = wpb.PrefillRequest(
             request_id="held",
@@ -236,9 +230,7 @@ async def test_prefill_is_held_back_while_its_frames_are_not_acknowledged(make_r
             decode_address=address,
         )
         call = PrefillWorkerStub(channel).Prefill(request)
-        async with asyncio.timeout(20):
-            while silent.num_frames < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: silent.num_frames >= 3)
         # the engine is idle now: another prompt runs through while this one is held back
         done = await fleet.client.generate(prompt(600), max_tokens=2, ignore_eos=True)
         assert len(done.token_ids) == 2
