@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
 REFERENCE = "reference"
 TRITON = "triton"
 
+Implementation = TypeVar("Implementation")
 
-def backend(device: torch.device, available: Collection[str] = (REFERENCE,)) -> str:
-    """Name of the implementation to run on `device`.
+
+def backend(device: torch.device, implementations: Mapping[str, Implementation]) -> Implementation:
+    """The implementation to run on `device`.
 
     Args:
         device: where the op's tensors lie.
-        available: the implementations that the op has; `reference` is always among them.
+        implementations: those that the op has, by name; `reference` is always among them and runs everywhere.
 
     Returns:
-        `triton` for CUDA tensors of an op that has it, else `reference`.
+        `triton`'s for CUDA tensors of an op that has it, else `reference`'s.
     """
-    return TRITON if device.type == "cuda" and TRITON in available else REFERENCE
+    name = TRITON if device.type == "cuda" and TRITON in implementations else REFERENCE
+    return implementations[name]
 
 
 def require(condition: bool, message: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def causal_attention(
@@ -49,8 +51,8 @@ def causal_attention(
     if c == 0:
         return torch.empty_like(q)
     if last_rows and window is None:
-        return reference.lower_right(q, k, v)
-    return reference.by_position(q, k, v, q_positions, k_positions, window, last_rows)
+        return backend(q.device, _IMPLEMENTATIONS).lower_right(q, k, v)
+    return backend(q.device, _IMPLEMENTATIONS).by_position(q, k, v, q_positions, k_positions, window, last_rows)
 
 
 def are_last_rows(q_positions: Tensor, k_positions: Tensor) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: shapes that do not fit together.
     """
     require(weight.shape == x.shape[-1:], f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    return reference.rms_norm(x, weight, eps)
+    return backend(x.device, _IMPLEMENTATIONS).rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -41,4 +43,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     require(weight.shape == x.shape[-1:], f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     require(residual.shape == x.shape, f"residual {tuple(residual.shape)} does not fit x {tuple(x.shape)}")
-    return reference.add_rms_norm(x, residual, weight, eps)
+    return backend(x.device, _IMPLEMENTATIONS).add_rms_norm(x, residual, weight, eps)

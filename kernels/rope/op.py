@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,4 +30,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require(tuple(cos.shape) in expected, f"cos {tuple(cos.shape)} does not fit x {tuple(x.shape)}")
     if cos.dim() == 2:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return reference.apply_rope(x, cos, sin)
+    return backend(x.device, _IMPLEMENTATIONS).apply_rope(x, cos, sin)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -21,4 +23,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: shapes that differ.
     """
     require(gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-    return reference.swiglu(gate, up)
+    return backend(gate.device, _IMPLEMENTATIONS).swiglu(gate, up)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from kvsluice.evals import reference_model
+from kvsluice.models.checkpoint import locate
 from kvsluice.models.forward import Rows, forward_rows, forward_tokens
 from kvsluice.models.loader import load_model
 from kvsluice.models.model import Model
@@ -42,7 +43,7 @@ def texts() -> dict[str, torch.Tensor]:
     pages = "\n".join(topics.topics[key] for key in ("assert", "if", "while", "with", "yield"))
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}])
     documents = {
-        "documentation": tokenizer.encode(pages)[:640],
+        "documentation": tokenizer.encode(pages)[:400],
         "code": tokenizer.encode(inspect.getsource(inspect.getmodule(pytest.fixture) or pytest))[:160],
         "multilingual": tokenizer.encode(MULTILINGUAL),
         "chat": chat,
@@ -56,7 +57,9 @@ def references(texts: dict[str, torch.Tensor]) -> dict[str, Reference]:
     found = {"smollm2-135m": _run(hf, texts)}
     # in place: one copy of the model at a time
     reference_model.extend_context(hf)
-    reference_model.merge_adapter(hf, reference_model.ADAPTER_FOLDER)
+    adapter = locate("smollm2-135m-longctx").adapter
+    assert adapter is not None
+    reference_model.merge_adapter(hf, adapter)
     found["smollm2-135m-longctx"] = _run(hf, texts)
     return found
 
