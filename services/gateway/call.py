@@ -224,8 +224,8 @@ class Call:
             # once decode has the whole sequence, the prefill worker has nothing left that the request needs
             if not self._decoding and not self._ended:
                 # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
-                lost = isinstance(exc, RequestCancelled)
-                inbox.fail(WorkerLost("the prefill worker stopped working on the request") if lost else exc)
+                lost = isinstance(exc, (RequestCancelled, WorkerLost))
+                inbox.fail(WorkerLost("the prefill worker was lost while it worked on the request") if lost else exc)
 
     @property
     def _ended(self) -> bool:
