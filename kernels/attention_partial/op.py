@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 Partial = tuple[Tensor, Tensor]
 
@@ -53,7 +55,7 @@ def attention_partial(
         if mask is not None:
             shapes = ((m,), (num_kv_heads, m), (num_rows, num_kv_heads, m))
             require(tuple(mask.shape) in shapes, f"{name} {tuple(mask.shape)} does not fit k {tuple(k.shape)}")
-    return reference.attention_partial(q, k, v, k_positions, q_positions, window, valid)
+    return backend(q.device, _IMPLEMENTATIONS).attention_partial(q, k, v, k_positions, q_positions, window, valid)
 
 
 def merge_partials(partials: Sequence[Partial]) -> Tensor:
@@ -63,4 +65,4 @@ def merge_partials(partials: Sequence[Partial]) -> Tensor:
         ValueError: no partials.
     """
     require(len(partials) > 0, "nothing to merge")
-    return reference.merge_partials(partials)
+    return backend(partials[0][0].device, _IMPLEMENTATIONS).merge_partials(partials)

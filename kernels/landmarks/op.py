@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def chunk_means(k: Tensor, chunk: int) -> Tensor:
@@ -15,7 +17,7 @@ def chunk_means(k: Tensor, chunk: int) -> Tensor:
         ValueError: rows that are no whole chunks.
     """
     require(k.shape[0] % chunk == 0, f"{k.shape[0]} rows are no whole chunks of {chunk}")
-    return reference.chunk_means(k, chunk)
+    return backend(k.device, _IMPLEMENTATIONS).chunk_means(k, chunk)
 
 
 def min_cosine_outliers(k: Tensor, chunk: int, num_outliers: int) -> Tensor:
@@ -31,7 +33,7 @@ def min_cosine_outliers(k: Tensor, chunk: int, num_outliers: int) -> Tensor:
         ValueError: rows that are no whole chunks.
     """
     require(k.shape[0] % chunk == 0, f"{k.shape[0]} rows are no whole chunks of {chunk}")
-    return reference.min_cosine_outliers(k, chunk, min(num_outliers, k.shape[0] // chunk))
+    return backend(k.device, _IMPLEMENTATIONS).min_cosine_outliers(k, chunk, min(num_outliers, k.shape[0] // chunk))
 
 
 def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -51,7 +53,7 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None = None) -
     require(q.shape[2] == landmarks.shape[2], f"q {tuple(q.shape)} does not fit landmarks {tuple(landmarks.shape)}")
     require(q.shape[1] % landmarks.shape[1] == 0, f"{q.shape[1]} heads, {landmarks.shape[1]} KV heads")
     require(scale is None or scale.shape == landmarks.shape[:2], "scale must be [n, Hkv]")
-    return reference.score_landmarks(q, landmarks, scale)
+    return backend(q.device, _IMPLEMENTATIONS).score_landmarks(q, landmarks, scale)
 
 
 def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -71,4 +73,6 @@ def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Te
     """
     require(scores.shape[1] % num_kv_heads == 0, f"{scores.shape[1]} heads, {num_kv_heads} KV heads")
     require(hidden is None or hidden.shape[1:] == (num_kv_heads, scores.shape[2]), "hidden must be [Q or 1, Hkv, n]")
-    return reference.select_chunks(scores, num_kv_heads, min(num_chunks, scores.shape[2]), hidden)
+    return backend(scores.device, _IMPLEMENTATIONS).select_chunks(
+        scores, num_kv_heads, min(num_chunks, scores.shape[2]), hidden
+    )

@@ -6,8 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 Axis = Literal["channel", "token"]
 
@@ -34,7 +36,7 @@ def quantize(x: Tensor, bits: int, group: int, axis: Axis) -> tuple[Tensor, Tens
     """
     _check(bits, group, axis)
     require(x.dim() >= 2 and x.is_floating_point(), f"x must be [n, ..., c] of floats, got {tuple(x.shape)} {x.dtype}")
-    return reference.quantize(x, bits, group, axis)
+    return backend(x.device, _IMPLEMENTATIONS).quantize(x, bits, group, axis)
 
 
 def dequantize(
@@ -47,7 +49,7 @@ def dequantize(
     """
     _check(bits, group, axis)
     _check_codes(codes, scale, minimum, bits, group, axis, num_channels)
-    return reference.dequantize(codes, scale, minimum, bits, group, axis, num_channels)
+    return backend(codes.device, _IMPLEMENTATIONS).dequantize(codes, scale, minimum, bits, group, axis, num_channels)
 
 
 def dequantize_chunks(
@@ -81,7 +83,9 @@ def dequantize_chunks(
     require(heads.shape == chunks.shape and heads.dim() == 1, "heads and chunks must be [M]")
     require(codes.shape[0] % chunk == 0, f"{codes.shape[0]} rows are no whole chunks of {chunk}")
     require(axis == "token" or group % chunk == 0, f"chunks of {chunk} cross groups of {group} rows")
-    return reference.dequantize_chunks(codes, scale, minimum, heads, chunks, chunk, bits, group, axis, num_channels)
+    return backend(codes.device, _IMPLEMENTATIONS).dequantize_chunks(
+        codes, scale, minimum, heads, chunks, chunk, bits, group, axis, num_channels
+    )
 
 
 def _check(bits: int, group: int, axis: str) -> None:

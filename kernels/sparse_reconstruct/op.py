@@ -8,8 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 class ChunkReader(Protocol):
@@ -68,7 +70,7 @@ def sparse_attention(
     require(chunks.dim() == 3 and chunks.shape == valid.shape, "chunks and valid must be [Q, Hkv, K]")
     require(chunks.shape[0] == q.shape[0] and q.shape[1] % chunks.shape[1] == 0, "chunks do not fit q")
     require(len(segments) > 0, "there are no segments")
-    return reference.sparse_attention(q, q_positions, chunks, valid, segments, chunk, window)
+    return backend(q.device, _IMPLEMENTATIONS).sparse_attention(q, q_positions, chunks, valid, segments, chunk, window)
 
 
 def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tensor:
@@ -87,4 +89,4 @@ def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tenso
     """
     require(coefficients.shape[-1] == basis.shape[0], f"{tuple(coefficients.shape)} does not fit {tuple(basis.shape)}")
     require(heads.shape == coefficients.shape[:1], "heads must be [M]")
-    return reference.low_rank_chunks(coefficients, basis, heads)
+    return backend(coefficients.device, _IMPLEMENTATIONS).low_rank_chunks(coefficients, basis, heads)

@@ -6,8 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..dispatch import require
+from ..dispatch import REFERENCE, backend, require
 from . import reference
+
+_IMPLEMENTATIONS = {REFERENCE: reference}
 
 
 def window_saliency(
@@ -43,4 +45,6 @@ def window_saliency(
     require(kernel % 2 == 1, f"kernel must be odd, got {kernel}")
     require(pool in ("max", "avg"), f"pool must be max or avg, got {pool!r}")
     require(window is None or positions is not None, "a sliding window needs positions")
-    return reference.window_saliency(q, k, kernel, pool, positions if window is not None else None, window)
+    return backend(q.device, _IMPLEMENTATIONS).window_saliency(
+        q, k, kernel, pool, positions if window is not None else None, window
+    )
