@@ -27,7 +27,7 @@ def load_base(dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     weights = locate(BASE_MODEL).path
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         str(weights.parent), gguf_file=weights.name, dtype=dtype, attn_implementation="sdpa"
     )
     model.eval()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,11 +67,12 @@ def filled(readme: str, results: Mapping[str, Any]) -> str:
         ValueError: a block is missing.
     """
     for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-        block = make(results)
-        readme, found = pattern.subn(lambda match, block=block: f"{match[1]}{block}{match[2]}", readme)
-        if found != 1:
-            raise ValueError(f"README.md must hold one block `<!-- {name} -->` ... `<!-- end {name} -->`")
+        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        before, found, rest = readme.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md must hold a block {begin.strip()} ... {end}")
+        readme = f"{before}{begin}{make(results)}\n{end}{after}"
     return readme
 
 
