@@ -19,11 +19,11 @@ AFFINE_KEYS = {"kind": "affine", "bits": 4, "axis": "channel", "group": 32}
 
 
 def snap(q: Tensor, k: Tensor) -> Tensor:
-    """FastKV's score of the prefix: q [8, H, d], k [n, Hkv, d] -> [Hkv, n - 8]."""
-    n, group = len(k), q.shape[1] // k.shape[1]
+    """FastKV's score of the prefix: q [w, H, d], k [n, Hkv, d] -> [Hkv, n - w]."""
+    n, w, group = len(k), len(q), q.shape[1] // k.shape[1]
     scores = torch.einsum("whd,nhd->hwn", q, k.repeat_interleave(group, 1)) / q.shape[-1] ** 0.5
-    mask = torch.arange(n) > torch.arange(n - 8, n)[:, None]
-    mass = torch.softmax(scores.masked_fill(mask, -torch.inf), -1)[..., : n - 8].sum(1)
+    mask = torch.arange(n) > torch.arange(n - w, n)[:, None]
+    mass = torch.softmax(scores.masked_fill(mask, -torch.inf), -1)[..., : n - w].sum(1)
     pooled = F.max_pool1d(mass[None], 7, stride=1, padding=3)[0]
     return pooled.view(k.shape[1], group, -1).sum(1)
 
@@ -125,13 +125,18 @@ def test_sluice_passes_whole_chunks_and_seals_on_one_grid(lab: SimpleNamespace, 
 
 
 def test_sluice_selects_the_chunks_the_window_attends_to_most(lab: SimpleNamespace) -> None:
-    shape, n = lab.make_shape(), 1003
+    shape, n = lab.make_shape(heads=6, kv_heads=2), 1003
     recipe = fill(get_recipe("sluice"), shape, lab.PROFILE)
     prompt = lab.make_prompt(shape, n)
     prompt.q[1][n - 60 : n - 50] = 3.0
     prompt.k[1][402] = 9.0  # chunk 100; the question that asks for it is 50 rows before the end
     _, passed = lab.prefill(recipe, prompt)
-    assert {400, 401, 402, 403} <= set(passed[2].tolist())
+    begin = (n - 64) // 4 * 4
+    tokens = snap(prompt.q[1][n - 64 :], prompt.k[1]).sum(0)
+    chunks = tokens[:begin].view(-1, 4).amax(1)[1:]  # the first holds the sinks
+    expected = [chunk + 1 for chunk in ranked(chunks, (int(n * 0.3) - (n - begin) - 4) // 4)]
+    chosen = passed[2][(passed[2] >= 4) & (passed[2] < begin)][::4] // 4
+    assert chosen.tolist() == expected and 100 in expected
 
 
 @pytest.mark.parametrize("codec", [AFFINE_KEYS, {"kind": "lowrank", "bits": 8}])
