@@ -15,6 +15,8 @@ from .config import ServeConfig
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    # makes Ray take the loopback address for its own; every server of it then listens there and nowhere else
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # the workers are what this machine is for; Ray would lower their priority
     "RAY_worker_niceness": "0",
     # workers that take no GPU keep the environment's choice of devices
@@ -67,7 +69,9 @@ def run(config: ServeConfig) -> int:
         failure = fleet.watch(stop)
         if failure is not None:
             _say(f"{failure}; the service stops")
-            return EXIT_FAILED
+            fleet.shutdown()
+            # Ray's exit handlers would wait for what is gone
+            os._exit(EXIT_FAILED)
         _say(f"stopping; running requests may take {config.grace_s:g} s more")
         drained = fleet.drain()
         _say("stopped" if drained else "stopped; the gateway did not answer in time")
