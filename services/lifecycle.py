@@ -126,6 +126,8 @@ class LoopThread:
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
 
 class WorkerService(Protocol):
