@@ -68,7 +68,9 @@ def demo_results(client: Client, console: Console) -> tuple[dict[str, Any], bool
         limit = MAX_SHARE_OF_BF16.get(run.recipe)
         if limit is not None:
             fits = run.effective == run.recipe and 0 < run.shipped_share <= limit
-            console.print(f"{run.recipe} ships {run.shipped_share:.3f} of bf16, at most {limit:.3f}: {'ok' if fits else 'FAILED'}")
+            console.print(
+                f"{run.recipe} ships {run.shipped_share:.3f} of bf16, at most {limit:.3f}: {'ok' if fits else 'FAILED'}"
+            )
             passed &= fits
     return demo.to_json(runs) | {"max_share_of_bf16": MAX_SHARE_OF_BF16}, passed
 

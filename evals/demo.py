@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..models.checkpoint import DEFAULT_MODEL
 from ..models.tokenizer import load_tokenizer
 from .demo_prompt import NUM_FACTS, NUM_TOKENS, SEED, DemoQuestion, demo_questions
 from .report import write_results
-from .service_process import running_service
+from .service_process import ServiceFailed, running_service
 
 RECIPES = ("exact", "fastkv", "sluice")
 MAX_TOKENS = 48
@@ -218,23 +219,17 @@ def run_demo(address: str | None = None, json_path: Path | None = None, console:
         console: where to print.
 
     Returns:
-        A process exit status: 0 when every request was answered, rightly or not.
+        A process exit status: 0 when every request was answered, rightly or not; 1 when the service did not start.
 
     Raises:
         KvsluiceError: a request failed.
-        ServiceFailed: the service did not start.
     """
     console = console or Console()
-    questions = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)
-    console.print(
-        f"A document of about {NUM_TOKENS} tokens from Python's own reference, with {NUM_FACTS} facts hidden in it; "
-        f"{len(questions)} questions, asked under each of {', '.join(RECIPES)}."
-    )
-    runs = []
-    with _service(address, console) as where, Client(where) as client, _progress(console) as progress:
-        for recipe in RECIPES:
-            task = progress.add_task(f"{recipe:<8}", total=len(questions))
-            runs.append(run_recipe(client, recipe, questions, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+    try:
+        runs = _ask_all(address, console)
+    except ServiceFailed as exc:
+        console.print(str(exc), markup=False)
+        return 1
     for line in answer_lines(runs):
         console.print(line, highlight=False)
     console.print()
@@ -245,3 +240,17 @@ def run_demo(address: str | None = None, json_path: Path | None = None, console:
     if json_path is not None:
         write_results(json_path, to_json(runs))
     return 0
+
+
+def _ask_all(address: str | None, console: Console) -> list[RecipeRun]:
+    questions = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)
+    console.print(
+        f"A document of about {NUM_TOKENS} tokens from Python's own reference, with {NUM_FACTS} facts hidden in it; "
+        f"{len(questions)} questions, asked under each of {', '.join(RECIPES)}."
+    )
+    runs = []
+    with _service(address, console) as where, Client(where) as client, _progress(console) as progress:
+        for recipe in RECIPES:
+            task = progress.add_task(f"{recipe:<8}", total=len(questions))
+            runs.append(run_recipe(client, recipe, questions, partial(progress.advance, task)))
+    return runs
