@@ -156,7 +156,7 @@ class ModelInfo:
 
 def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """The message for a prompt and its options. Raises `InvalidRequest` where a value does not fit its field."""
-    given = dict(options)
+    given: dict[str, Any] = dict(options)
     given.pop("timeout_s", None)
     request = pb.GenerateRequest(request_id=given.pop("request_id", "") or uuid.uuid4().hex)
     try:
@@ -183,7 +183,7 @@ def _set_input(request: pb.GenerateRequest, prompt: Prompt) -> None:
         request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
     else:
         for message in prompt:
-            request.chat.messages.add(role=message["role"], content=message["content"])  # type: ignore[index,call-overload]
+            request.chat.messages.add(role=message["role"], content=message["content"])  # type: ignore[index]
 
 
 def _set_sampling(sampling: pb.SamplingParams, name: str, value: Any) -> None:
@@ -216,6 +216,7 @@ def _parse_chunk(chunk: pb.Chunk) -> Chunk:
 
 
 def parse_info(info: pb.GetModelInfoResponse) -> ModelInfo:
+    """What a service says of its model."""
     return ModelInfo(
         model=info.model,
         fingerprint=info.fingerprint,

@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import KvsluiceError
+from ..errors import ConfigError, InvalidRecipe, KvsluiceError
+
+if TYPE_CHECKING:
+    from .config import ServeConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,6 +48,27 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _check_start(config: ServeConfig) -> ServeConfig:
+    """Refuse what no worker could start with, before anything is started. Returns the configuration that workers get.
+
+    Raises:
+        KvsluiceError: the model or the default recipe is at fault.
+    """
+    from ..compression.recipe import get_recipe
+    from ..models.tokenizer import load_tokenizer
+
+    load_tokenizer(config.model)
+    try:
+        get_recipe(config.default_recipe)
+    except InvalidRecipe as exc:
+        raise ConfigError(f"default_recipe: {exc.problem}; allowed: {exc.allowed}") from exc
+    path = Path(config.model)
+    if not path.exists():
+        return config
+    # workers run in another folder; clients go on using the name that was given
+    return config.model_copy(update={"model": str(path.resolve()), "served_model_name": config.model_name})
+
+
 @app.command()
 @_config_flags
 def serve(
@@ -55,7 +79,7 @@ def serve(
     from .config import load_config
     from .serve import run
 
-    sys.exit(run(load_config(flags, os.environ, config)))
+    sys.exit(run(_check_start(load_config(flags, os.environ, config))))
 
 
 @app.command()

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..errors import ConfigError, InternalError, InvalidRecipe, KvsluiceError, WorkerLost
+from ..errors import ConfigError, InternalError, KvsluiceError, WorkerLost
 from .config import ServeConfig
 from .gateway.membership import Member, MembershipTable, Role, View
 from .lifecycle import LoopThread, WorkerHost, WorkerService
@@ -37,12 +36,15 @@ from .model_shape import model_shape
 from .processes import Process, descendants, kill, wait_gone
 from .status import build_error
 from .telemetry import configure_logging, where
-from .worker import WorkerIdentity
+from .worker import WorkerIdentity, check_fit, compute_dtype
 
 if TYPE_CHECKING:
     from ..models.model import Model
+    from .gateway.server import Gateway as GatewayService
 
 log = logging.getLogger("kvsluice.cluster")
+
+Actor = Any  # Ray's handles make their methods up at run time
 
 NAMESPACE = "kvsluice"
 CONTROLLER = "Controller"
@@ -70,7 +72,7 @@ class Controller:
 class RayMembership:
     """Membership as the controller has it."""
 
-    def __init__(self, controller: ActorHandle) -> None:
+    def __init__(self, controller: Actor) -> None:
         self._controller = controller
 
     async def watch(self, after: int, timeout_s: float) -> View:
@@ -97,7 +99,6 @@ class Host:
         except KvsluiceError as exc:
             self._status |= {"error_type": type(exc).__name__, "message": exc.message}
         except Exception as exc:
-            log.error("%s cannot start: %s", worker_id, where(exc))
             self._status |= {"error_type": "InternalError", "message": f"{worker_id} cannot start: {where(exc)}"}
 
     def status(self) -> dict[str, str]:
@@ -120,7 +121,6 @@ class Worker(Host):
     def _start(self) -> str:
         # torch is loaded here, in the worker, and not in the driver or the gateway
         from ..models.loader import load_model
-        from .worker import compute_dtype
 
         config = self._config
         model = load_model(
@@ -143,10 +143,7 @@ class Worker(Host):
 
         config = self._config
         shape = model_shape(model.config)
-        if config.max_model_len is not None and config.max_model_len > shape.max_position_embeddings:
-            raise ConfigError(
-                f"max_model_len: got {config.max_model_len}; allowed: 8 to {shape.max_position_embeddings}"
-            )
+        check_fit(config, shape)
         identity = WorkerIdentity(
             worker_id=self._worker_id,
             role="both" if len(self.roles) > 1 else self.roles[0],
@@ -156,41 +153,52 @@ class Worker(Host):
             shape=shape,
             profile=load_profile(config.model, shape),
         )
-        makers = {"prefill": make_prefill_service, "decode": make_decode_service}
+        makers: dict[Role, Callable[..., WorkerService]] = {
+            "prefill": make_prefill_service,
+            "decode": make_decode_service,
+        }
         return [makers[role](model, config, identity, on_crash=_crash) for role in self.roles]
 
 
 class PrefillWorker(Worker):
+    """Runs prompts."""
+
     roles = ("prefill",)
 
 
 class DecodeWorker(Worker):
+    """Generates."""
+
     roles = ("decode",)
 
 
 class CombinedWorker(Worker):
+    """Does both over one copy of the model: the aggregated mode."""
+
     roles = ("prefill", "decode")
 
 
 class Gateway(Host):
     """Hosts the generate API. A restarted one listens where its predecessor did."""
 
+    _gateway: GatewayService
+
     def _start(self) -> str:
         from ..models.tokenizer import load_tokenizer
         from .gateway.server import Gateway as Service
 
         config = self._config
-        view: View = ray.get(self._controller.view.remote())
+        view: Any = ray.get(self._controller.view.remote())
         for member in view.members:
             if member.worker_id == self._worker_id:
                 config = config.model_copy(update={"port": int(member.address.rpartition(":")[2])})
         tokenizer = load_tokenizer(config.model)
 
-        async def start() -> str:
-            self._gateway = Service(config, tokenizer, RayMembership(self._controller))
-            return await self._gateway.start()
+        async def start() -> tuple[Service, str]:
+            service = Service(config, tokenizer, RayMembership(self._controller))
+            return service, await service.start()
 
-        address = self._loop.run(start())
+        self._gateway, address = self._loop.run(start())
         self._register("gateway", address)
         return address
 
@@ -240,37 +248,20 @@ def start_ray(config: ServeConfig, temp_dir: str, num_actors: int) -> None:
         os.chdir(here)
 
 
-def check_config(config: ServeConfig) -> ServeConfig:
-    """Refuse what no worker could start with, before anything is started. Returns the configuration that workers get.
-
-    Raises:
-        KvsluiceError: the model or the default recipe is at fault.
-    """
-    from ..compression.recipe import get_recipe
-    from ..models.tokenizer import load_tokenizer
-
-    load_tokenizer(config.model)
-    try:
-        get_recipe(config.default_recipe)
-    except InvalidRecipe as exc:
-        raise ConfigError(f"default_recipe: {exc.problem}; allowed: {exc.allowed}") from exc
-    path = Path(config.model)
-    if not path.exists():
-        return config
-    # workers run in another folder; clients go on using the name that was given
-    return config.model_copy(update={"model": str(path.resolve()), "served_model_name": config.model_name})
-
-
 class Fleet:
-    """All of a service on this machine. The process that makes one is Ray's driver."""
+    """All of a service on this machine. The process that makes one is Ray's driver.
+
+    Args:
+        config: with an absolute path where the model is a path: workers run in another folder.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
-        self._config = check_config(config)
+        self._config = config
         self._temp_dir = tempfile.mkdtemp(prefix="kvsluice-")
         self._core: list[Process] = []
-        self._controller: ActorHandle | None = None
-        self._gateway: ActorHandle | None = None
-        self._workers: list[tuple[str, ActorHandle]] = []
+        self._controller: Actor | None = None
+        self._gateway: Actor | None = None
+        self._workers: list[tuple[str, Actor]] = []
         self.address = ""
 
     def start(self, stopped: Callable[[], bool], after_ray: Callable[[], None]) -> bool:
@@ -291,11 +282,14 @@ class Fleet:
         start_ray(config, self._temp_dir, len(kinds) + 2)
         after_ray()
         self._core = [p for p in descendants() if p.name in ("gcs_server", "raylet")]
-        self._controller = ray.remote(Controller).options(name=CONTROLLER, lifetime="detached", num_cpus=1).remote()
-        group = placement_group([{"CPU": 1} for _ in range(len(kinds) + 1)], strategy="PACK")
-        gpu_share = min(1.0, ray.cluster_resources().get("GPU", 0) / len(kinds)) if "cuda" in config.device else 0
+        remote: Any = ray.remote
+        self._controller = remote(Controller).options(name=CONTROLLER, lifetime="detached", num_cpus=1).remote()
+        resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        gpu_share = min(1.0, resources.get("GPU", 0.0) / len(kinds)) if "cuda" in config.device else 0.0
+        worker_bundle = {"CPU": 1.0} | ({"GPU": gpu_share} if gpu_share else {})
+        group = placement_group([*[worker_bundle for _ in kinds], {"CPU": 1.0}], strategy="PACK")
 
-        def launch(cls: type, name: str, index: int, num_gpus: float) -> ActorHandle:
+        def launch(cls: type, name: str, index: int, num_gpus: float) -> Actor:
             options = {
                 "name": name,
                 "num_cpus": 1,
@@ -304,7 +298,7 @@ class Fleet:
                 "max_concurrency": 8,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
             }
-            return ray.remote(cls).options(**options).remote(config.to_json(), name)
+            return remote(cls).options(**options).remote(config.to_json(), name)
 
         self._workers = [(name, launch(cls, name, i, gpu_share)) for i, (name, cls) in enumerate(kinds)]
         self._gateway = launch(Gateway, "gateway-0", len(kinds), 0)
@@ -353,7 +347,7 @@ class Fleet:
     def watch(self, stop: threading.Event) -> str | None:
         """Wait until `stop` is set. Returns None then, or at once what has died that the service needs to live."""
         assert self._controller is not None
-        ping = self._controller.view.remote()
+        ping: Any = self._controller.view.remote()
         while not stop.wait(WATCH_PERIOD_S):
             gone = [p.name for p in self._core if not p.alive]
             if gone:

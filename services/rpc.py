@@ -70,7 +70,7 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Listen on exactly `host`. Returns the port; raises `ConfigError` where it cannot listen."""
     literal = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{literal}:{port}")
+        bound = int(server.add_insecure_port(f"{literal}:{port}"))
     except RuntimeError as exc:
         raise ConfigError(f"host, port: cannot listen on {host} port {port}") from exc
     if bound == 0:
@@ -137,7 +137,7 @@ def _guard(inner: Handler, parse: Callable[[bytes], Any] | None, method: str) ->
     return handler
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Maps what handlers raise to a status and an `ErrorInfo`; anything foreign is INTERNAL with a closed message.
 
     Handlers are coroutines that write through the context: an async generator would be left suspended when its call
@@ -158,7 +158,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
         parse = None if handler.request_streaming else handler.request_deserializer
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(  # type: ignore[no-any-return]
+        return make(
             _guard(getattr(handler, kind), parse, method),
             request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,

@@ -230,7 +230,7 @@ def _number(
     name: str, params: pb.SamplingParams, low: float, high: float, default: float, low_excluded: bool = False
 ) -> float:
     """A floating-point field of the sampling parameters, or its default."""
-    if not params.HasField(name):  # type: ignore[arg-type]
+    if not params.HasField(name):
         return default
     value = float(getattr(params, name))
     if not math.isfinite(value) or not low <= value <= high or (low_excluded and value == low):
@@ -241,7 +241,7 @@ def _number(
 
 
 def _integer(name: str, params: pb.SamplingParams, low: int, high: int, default: T) -> int | T:
-    if not params.HasField(name):  # type: ignore[arg-type]
+    if not params.HasField(name):
         return default
     value = int(getattr(params, name))
     if not low <= value <= high:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compression.recipe import ModelShape
+from ..errors import ConfigError
 from ..protos import worker_pb2 as wpb
+from .config import ServeConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,13 @@ def sampling_fields(sampling: wpb.Sampling) -> dict[str, Any]:
         "logprobs": sampling.logprobs if sampling.HasField("logprobs") else None,
         "n": sampling.n,
     }
+
+
+def check_fit(config: ServeConfig, shape: ModelShape) -> None:
+    """Refuse settings that the model does not allow. Raises `ConfigError`."""
+    limit = shape.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(f"max_model_len: got {config.max_model_len}; allowed: 8 to {limit}")
 
 
 def compute_dtype(name: str) -> Any:

@@ -298,7 +298,7 @@ def _failed(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode
 
 
 def _message(event: Event) -> wpb.FromDecode:
-    ident = {"request_id": event.request_id, "epoch": event.epoch}
+    ident: dict[str, Any] = {"request_id": event.request_id, "epoch": event.epoch}
     if isinstance(event, OpenedEvent):
         return wpb.FromDecode(opened=wpb.Opened(**ident))
     if isinstance(event, FailedEvent):

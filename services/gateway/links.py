@@ -135,6 +135,9 @@ class Link:
 
     async def _greet(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
         self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S, wait_for_ready=True)
+        if self.info.worker_id != self.member.worker_id:
+            # ports are used again: whoever listens there now is not who was registered
+            raise WorkerLost("another worker listens at this address")
         self.model = WorkerModel.from_info(self.info)
 
     async def _refresh(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:

@@ -121,7 +121,9 @@ class WorkerPool:
                 await self._reconcile(view.members)
 
     async def _reconcile(self, members: tuple[Member, ...]) -> None:
-        wanted = {(m.worker_id, m.role): m for m in members if m.role in ("prefill", "decode")}
+        wanted: dict[tuple[str, str], Member] = {
+            (m.worker_id, m.role): m for m in members if m.role in ("prefill", "decode")
+        }
         for key, link in list(self._links.items()):
             if wanted.get(key) != link.member:
                 del self._links[key]
