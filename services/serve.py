@@ -79,6 +79,9 @@ def run(config: ServeConfig) -> int:
     except KvsluiceError:
         stop.set()
         raise
+    except SystemExit:
+        # how Ray's own handler answers a SIGTERM while Ray starts
+        return EXIT_OK
     finally:
         fleet.shutdown()
 
