@@ -44,7 +44,9 @@ class _Peers:
 
     @asynccontextmanager
     async def stub(self, address: str) -> AsyncIterator[DecodeWorkerStub]:
-        peer = self._peers.setdefault(address, _Peer(make_channel(address, self._max_message_bytes)))
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = _Peer(make_channel(address, self._max_message_bytes))
         peer.users += 1
         try:
             yield DecodeWorkerStub(peer.channel)

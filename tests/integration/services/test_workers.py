@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import grpc
 import pytest
@@ -198,6 +199,17 @@ async def test_decode_refuses_an_open_request_a_second_time(real_fleet):
         call.cancel()
 
 
+def prefill_request(request_id: str, ids: list[int], decode_address: str) -> wpb.PrefillRequest:
+    return wpb.PrefillRequest(
+        request_id=request_id,
+        epoch=1,
+        prompt_ids=ids,
+        recipe_json=get_recipe("exact").to_json(),
+        sampling=wpb.Sampling(max_tokens=4, top_p=1, repetition_penalty=1, n=1),
+        decode_address=decode_address,
+    )
+
+
 class SilentDecode(worker_pb2_grpc.DecodeWorkerServicer):
     """Takes frames and never acknowledges one."""
 
@@ -215,21 +227,44 @@ class SilentDecode(worker_pb2_grpc.DecodeWorkerServicer):
             self.num_frames += 1
 
 
+async def test_the_first_token_does_not_wait_for_the_handoff(real_fleet):
+    host = WorkerHost([SilentDecode()], 16 << 20)
+    address = await host.start("127.0.0.1")
+    async with grpc.aio.insecure_channel(real_fleet.prefill_address) as channel:
+        call = PrefillWorkerStub(channel).Prefill(prefill_request("quick", prompt(50), address))
+        assert len((await call.read()).first_tokens.choices) == 1
+        assert not real_fleet.recorder.events("prefill.frame_acked", request_id="quick")
+        call.cancel()
+    await host.stop()
+
+
+async def test_nothing_is_left_of_requests_of_any_fate(real_fleet, until):
+    await real_fleet.client.generate(prompt(20), max_tokens=3, ignore_eos=True)
+    tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+    for fate in range(12):
+        stream = real_fleet.client.stream(prompt(200, fate), max_tokens=30, ignore_eos=True, request_id=f"r{fate}")
+        if fate % 3 > 0:
+            await anext(stream)
+        if fate % 3 == 1:
+            stream.cancel()
+        elif fate % 3 == 2:
+            await real_fleet.client.cancel(f"r{fate}")
+        else:
+            async for _ in stream:
+                pass
+        del stream
+    await real_fleet.until_idle()
+    await until(lambda: len(asyncio.all_tasks()) <= tasks)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
 async def test_prefill_is_held_back_while_its_frames_are_not_acknowledged(make_real_fleet, until):
     fleet = await make_real_fleet(num_layers=12, handoff_window=3)
     silent = SilentDecode()
     host = WorkerHost([silent], 16 << 20)
     address = await host.start("127.0.0.1")
     async with grpc.aio.insecure_channel(fleet.prefill_address) as channel:
-        request = wpb.PrefillRequest(
-            request_id="held",
-            epoch=1,
-            prompt_ids=prompt(2048),
-            recipe_json=get_recipe("exact").to_json(),
-            sampling=wpb.Sampling(max_tokens=4, top_p=1, repetition_penalty=1, n=1),
-            decode_address=address,
-        )
-        call = PrefillWorkerStub(channel).Prefill(request)
+        call = PrefillWorkerStub(channel).Prefill(prefill_request("held", prompt(2048), address))
         await until(lambda: silent.num_frames >= 3)
         # the engine is idle now: another prompt runs through while this one is held back
         done = await fleet.client.generate(prompt(600), max_tokens=2, ignore_eos=True)
