@@ -56,7 +56,7 @@ def stream_to_terminal(address: str, prompt: Prompt, options: dict[str, Any]) ->
         except KeyboardInterrupt:
             stream.cancel()
             return EXIT_INTERRUPTED
-    Console(stderr=True, highlight=False).print(_summary(stream.completion), style="dim")
+    Console(stderr=True, highlight=False).print(_summary(stream.completion), style="dim", soft_wrap=True)
     return 0
 
 
