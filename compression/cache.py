@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..errors import FrameMismatch
 from .codecs import compact
-from .interfaces import EncodedLayer, ReadCounter, Rope, SequenceCache
+from .interfaces import EncodedLayer, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
-from .layout import layer_specs, rows_until_seal, sealed_end
+from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
 from .segment import Kit
 from .spec import ModelShape, Recipe
 
@@ -101,7 +101,7 @@ def storage_nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
-    """Refuse a layer whose tensors are not those that the recipe makes.
+    """Refuse a layer whose tensors are not those that the recipe makes, or whose indices point outside the prompt.
 
     Raises:
         FrameMismatch: names the tensor.
@@ -121,3 +121,13 @@ def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
                 f"layer {encoded.layer}: {part.name}.{name} is {dtype} {tuple(tensor.shape)}, "
                 f"expected {' or '.join(allowed)} {spec.shape}"
             )
+    num_tokens, chunk = kit.num_prompt_tokens, kit.recipe.retrieval.chunk
+    num_chunks = layer_layout(kit.recipe, num_tokens, encoded.layer).num_sealed // chunk
+    limits = {
+        (Part.POSITIONS, "rows"): num_tokens,
+        (Part.POSITIONS, "chunks"): num_tokens // chunk,
+        (Part.OUTLIERS, "chunks"): num_chunks,
+    }
+    for at, limit in limits.items():
+        if at in got and not 0 <= int(got[at].min()) <= int(got[at].max()) < limit:
+            raise FrameMismatch(f"layer {encoded.layer}: {at[0].name}.{at[1]} is not within 0 to {limit - 1}")

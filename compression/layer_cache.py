@@ -137,9 +137,10 @@ class LayerCache:
         assert retrieval is not None
         scores = torch.cat([retrieval.score(q, segment.summary) for segment in segments], dim=-1)
         hidden = self._hidden_chunks(positions, segments)
-        chosen, valid = retrieval.select(scores, hidden, self._kit.num_prompt_tokens)
+        chosen, valid = retrieval.select(scores, self._kit.shape.num_kv_heads, hidden, self._kit.num_prompt_tokens)
         readers = (segments[0].key_reader, segments[0].value_reader)
-        counter.bytes_read += int(valid.sum()) * sum(reader.chunk_nbytes for reader in readers)
+        num_read = chosen.numel() if valid is None else int(valid.sum())
+        counter.bytes_read += num_read * sum(reader.chunk_nbytes for reader in readers)
         counter.bytes_read += readers[0].basis_nbytes
         for segment in segments:
             counter.bytes_read += sum(t.nbytes for t in segment.summary.values())
@@ -147,8 +148,11 @@ class LayerCache:
         chunked = [segment.chunked() for segment in segments]
         return sparse_attention(q, positions, chosen, valid, chunked, chunk, self._window)
 
-    def _hidden_chunks(self, positions: Tensor, segments: list[Segment]) -> Tensor:
-        """bool [Q, Hkv, n]: chunks without a row that the query may see, and outliers, which it sees anyway."""
+    def _hidden_chunks(self, positions: Tensor, segments: list[Segment]) -> Tensor | None:
+        """bool [Q, Hkv, n]: chunks without a row that the query may see, and outliers, which it sees anyway.
+        None when there are none of either."""
+        if self._window is None and not self._outliers and int(positions.min()) >= self._tail.begin:
+            return None
         chunk = self._kit.recipe.retrieval.chunk
         first = torch.cat([s.chunk_positions(torch.arange(s.num_chunks, device=positions.device)) for s in segments])
         hidden = first > positions[:, None]

@@ -27,8 +27,11 @@ class Retrieval(Protocol):
         """q [Q, H, d] -> float32 [Q, H, n]."""
         ...
 
-    def select(self, scores: Tensor, hidden: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """scores [Q, H, n], hidden bool [Q, Hkv, n] -> chunks int64 and valid bool [Q, Hkv, K]."""
+    def select(
+        self, scores: Tensor, num_kv_heads: int, hidden: Tensor | None, num_tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """scores [Q, H, n], hidden bool [Q, Hkv, n] or None -> chunks int64 [Q, Hkv, K] and which of them are valid,
+        bool of that shape, or None when all are."""
         ...
 
 
@@ -60,6 +63,8 @@ class Landmarks:
             return score_landmarks(q, summary["means"])
         return score_landmarks(q, summary["codes"], summary["scale"])
 
-    def select(self, scores: Tensor, hidden: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def select(
+        self, scores: Tensor, num_kv_heads: int, hidden: Tensor | None, num_tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
         """See `Retrieval`."""
-        return select_chunks(scores, hidden.shape[1], self._spec.selected_chunks(num_tokens), hidden)
+        return select_chunks(scores, num_kv_heads, self._spec.selected_chunks(num_tokens), hidden)

@@ -56,7 +56,9 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None = None) -
     return backend(q.device, _IMPLEMENTATIONS).score_landmarks(q, landmarks, scale)
 
 
-def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def select_chunks(
+    scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Softmax over the chunks per query head, maximum over the GQA group, the best chunks per KV head.
 
     Args:
@@ -66,7 +68,8 @@ def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Te
 
     Returns:
         chunks: int64 [Q, Hkv, min(num_chunks, n)], ascending among the valid ones; ties go to the lower chunk.
-        valid: bool of that shape; False where fewer could be chosen (those entries hold some hidden chunk).
+        valid: bool of that shape; False where fewer could be chosen (those entries hold some hidden chunk). None when
+            nothing was hidden.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -35,7 +35,9 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tenso
     return scores.view(num_rows, num_heads, n)
 
 
-def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def select_chunks(
+    scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """See `op.select_chunks`."""
     num_rows, num_heads, n = scores.shape
     grouped = scores.view(num_rows, num_kv_heads, num_heads // num_kv_heads, n)
@@ -46,9 +48,8 @@ def select_chunks(scores: Tensor, num_kv_heads: int, num_chunks: int, hidden: Te
         # softmax underflows to 0 and a row without any chunk gives NaN: both must rank above, not among, the hidden
         best = best.masked_fill(hidden, -1.0)
     order = torch.sort(best, dim=-1, descending=True, stable=True).indices[..., :num_chunks]
-    valid = torch.ones_like(order, dtype=torch.bool)
-    if hidden is not None:
-        valid = ~hidden.expand_as(best).gather(-1, order)
-        order = torch.where(valid, order, n)
-    order, rank = order.sort(dim=-1)
+    if hidden is None:
+        return order.sort(dim=-1).values, None
+    valid = ~hidden.expand_as(best).gather(-1, order)
+    order, rank = torch.where(valid, order, n).sort(dim=-1)
     return order.clamp(max=max(0, n - 1)), valid.gather(-1, rank)

@@ -44,7 +44,7 @@ def sparse_attention(
     q: Tensor,
     q_positions: Tensor,
     chunks: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     segments: Sequence[ChunkSegment],
     chunk: int,
     window: int | None = None,
@@ -55,7 +55,7 @@ def sparse_attention(
         q: [Q, H, d], post-RoPE.
         q_positions: int64 [Q].
         chunks: int64 [Q, Hkv, K], indices into the segments laid end to end.
-        valid: bool [Q, Hkv, K]; False entries are not read.
+        valid: bool [Q, Hkv, K], False entries are not read; None = all are.
         segments: where the chunks lie.
         chunk: rows a chunk.
         window: width of a sliding window, or None.
@@ -67,7 +67,7 @@ def sparse_attention(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    require(chunks.dim() == 3 and chunks.shape == valid.shape, "chunks and valid must be [Q, Hkv, K]")
+    require(chunks.dim() == 3 and (valid is None or valid.shape == chunks.shape), "chunks, valid must be [Q, Hkv, K]")
     require(chunks.shape[0] == q.shape[0] and q.shape[1] % chunks.shape[1] == 0, "chunks do not fit q")
     require(len(segments) > 0, "there are no segments")
     return backend(q.device, _IMPLEMENTATIONS).sparse_attention(q, q_positions, chunks, valid, segments, chunk, window)

@@ -18,7 +18,7 @@ def sparse_attention(
     q: Tensor,
     q_positions: Tensor,
     chunks: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     segments: Sequence[ChunkSegment],
     chunk: int,
     window: int | None,
@@ -26,9 +26,10 @@ def sparse_attention(
     """See `op.sparse_attention`."""
     parts = []
     for i in range(q.shape[0]):
-        k, v, positions = _read_row(chunks[i], valid[i], segments, chunk, q.shape[2])
-        hidden = valid[i].repeat_interleave(chunk, dim=-1)
-        parts.append(attention_partial(q[i : i + 1], k, v, positions, q_positions[i : i + 1], window, valid=hidden))
+        mine = None if valid is None else valid[i]
+        k, v, positions = _read_row(chunks[i], mine, segments, chunk, q.shape[2])
+        shown = None if mine is None else mine.repeat_interleave(chunk, dim=-1)
+        parts.append(attention_partial(q[i : i + 1], k, v, positions, q_positions[i : i + 1], window, valid=shown))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -44,27 +45,32 @@ def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tenso
 
 
 def _read_row(
-    chunks: Tensor, valid: Tensor, segments: Sequence[ChunkSegment], chunk: int, d: int
+    chunks: Tensor, valid: Tensor | None, segments: Sequence[ChunkSegment], chunk: int, d: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One row's chunks [Hkv, K] as k, v float32 [Hkv, K * chunk, d] and positions int64 [Hkv, K * chunk]."""
     num_kv_heads, count = chunks.shape
+    if len(segments) == 1 and valid is None:
+        heads = torch.arange(num_kv_heads, device=chunks.device).repeat_interleave(count)
+        k, v, positions = _read(segments[0], heads, chunks.flatten(), chunk)
+        return k.view(num_kv_heads, -1, d), v.view(num_kv_heads, -1, d), positions.view(num_kv_heads, -1)
     k = torch.zeros(num_kv_heads, count, chunk, d, dtype=torch.float32, device=chunks.device)
     v = torch.zeros_like(k)
     positions = torch.zeros(num_kv_heads, count, chunk, dtype=torch.int64, device=chunks.device)
-    within = torch.arange(chunk, device=chunks.device)
     begin = 0
     for segment in segments:
-        here = valid & (chunks >= begin) & (chunks < begin + segment.num_chunks)
-        heads, slots = here.nonzero(as_tuple=True)
-        local = chunks[heads, slots] - begin
+        here = (chunks >= begin) & (chunks < begin + segment.num_chunks)
+        heads, slots = (here if valid is None else here & valid).nonzero(as_tuple=True)
+        if len(heads):
+            read = _read(segment, heads, chunks[heads, slots] - begin, chunk)
+            k[heads, slots], v[heads, slots], positions[heads, slots] = read
         begin += segment.num_chunks
-        if not len(local):
-            continue
-        at = segment.positions(local)[:, None] + within
-        keys = segment.keys.read(heads, local)
-        if segment.rope is not None:
-            keys = segment.rope(keys.reshape(-1, 1, d), at.flatten()).view_as(keys)
-        k[heads, slots] = keys.to(k.dtype)
-        v[heads, slots] = segment.values.read(heads, local)
-        positions[heads, slots] = at
     return k.flatten(1, 2), v.flatten(1, 2), positions.flatten(1, 2)
+
+
+def _read(segment: ChunkSegment, heads: Tensor, chunks: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode entries [M] of one segment: k, v float32 [M, chunk, d] and positions int64 [M, chunk]."""
+    positions = segment.positions(chunks)[:, None] + torch.arange(chunk, device=chunks.device)
+    k = segment.keys.read(heads, chunks)
+    if segment.rope is not None:
+        k = segment.rope(k.reshape(-1, 1, k.shape[-1]), positions.flatten()).view_as(k).float()
+    return k, segment.values.read(heads, chunks), positions

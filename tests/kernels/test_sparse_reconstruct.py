@@ -61,6 +61,17 @@ def test_reads_each_choice_once_from_the_segment_that_holds_it(rotated: bool) ->
     assert sum(map(len, reads)) == int(valid.sum()) and reads == [part.values.seen for part in parts]
 
 
+def test_one_segment_of_which_all_choices_are_valid_gives_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 40, 2, 16, generator=generator)
+    part = ChunkSegment(Rows(k, 4), Rows(v, 4), 10, lambda c: c * 4, negate)
+    chunks = torch.stack([torch.randperm(10, generator=generator)[:6].sort().values for _ in range(6)]).view(3, 2, 6)
+    q, positions = torch.randn(3, 6, 16, generator=generator), torch.tensor([39, 50, 20])
+    got = sparse_attention(q, positions, chunks, None, [part], 4)
+    expected = sparse_attention(q, positions, chunks, torch.ones_like(chunks, dtype=torch.bool), [part], 4)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_low_rank_chunks_multiply_each_entry_by_its_heads_basis() -> None:
     generator = torch.Generator().manual_seed(2)
     factors, basis = torch.randn(5, 4, 6, generator=generator), torch.randn(6, 3, 8, generator=generator)

@@ -1,18 +1,22 @@
-"""A model-free prompt with realistic keys, run through a recipe layer by layer as prefill would."""
+"""A model-free prompt with realistic keys, run through a recipe layer by layer as prefill would; and a toy recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvsluice.compression import make_cache, make_compressor
+from kvsluice.compression import slots as s
+from kvsluice.compression.codec_slots import Specs, TensorSpec
+from kvsluice.compression.filling import forget_filling
 from kvsluice.compression.interfaces import EncodedLayer, LayerObs, SequenceCache
-from kvsluice.compression.recipe import ModelShape, Recipe
+from kvsluice.compression.recipe import ModelShape, Recipe, get_recipe, recipe_names, register, resolve, unregister
 
 PROFILE = {"tsp_layer": 1, "fastkv_layer": 1, "tsp_rate": 0.3}
 
@@ -157,5 +161,93 @@ def lab() -> SimpleNamespace:
         step=step,
         decode=decode,
         dense=dense,
+        toy=TOY,
         replace=replace,
     )
+
+
+# --- a recipe in one place: its codec, its slot, its registration -------------------------------------------
+
+
+class SignedReader:
+    """int8 codes [n, Hkv, d] times a float32 scale a row."""
+
+    basis_nbytes = 0
+
+    def __init__(self, tensors: Mapping[str, Tensor], chunk: int) -> None:
+        self.codes, self.scale, self.chunk = tensors["codes"], tensors["scale"], chunk
+        self.chunk_nbytes = chunk * (self.codes.shape[2] + 4)
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        at = (chunks[:, None] * self.chunk + torch.arange(self.chunk), heads[:, None])
+        return self.codes[at] * self.scale[at][..., None]
+
+    def read_all(self) -> Tensor:
+        return self.codes * self.scale[..., None]
+
+
+@dataclass(frozen=True)
+class Signed(s.CodecFilling):
+    """Symmetric int8, one scale a row and head."""
+
+    slot = ("key_codec", "value_codec")
+    kind = "toy-signed"
+
+    def build(self, role: Literal["key", "value"]) -> Signed:
+        return self
+
+    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def encode(self, rows: Tensor, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scale = rows.float().abs().amax(-1) / 127 + 1e-12
+        return {"codes": (rows / scale[..., None]).round().to(torch.int8), "scale": scale}
+
+    def reader(self, tensors: Mapping[str, Tensor], basis: Any, head_dim: int, chunk: int) -> SignedReader:
+        return SignedReader(tensors, chunk)
+
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        return {
+            "codes": TensorSpec("int8", (num_rows, num_kv_heads, head_dim)),
+            "scale": TensorSpec("float32", (num_rows, num_kv_heads)),
+        }
+
+
+TOY = Recipe(
+    "toy",
+    key_codec=Signed(),
+    value_codec=Signed(),
+    retrieval=s.ChunkLandmarks(chunk=2, outliers=3, budget_tokens=40),
+    window=s.ExactEnds(sinks=2, local=6, seal_block=6),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _toy() -> Iterator[None]:
+    register(TOY)
+    yield
+    unregister("toy")
+    forget_filling(Signed)
+
+
+# --- the cases of the invariants ----------------------------------------------------------------------------
+
+AFFINE = {"kind": "affine", "bits": 4, "axis": "channel", "group": 32}
+LOWRANK = {"kind": "lowrank", "bits": 8, "rank": 12}
+CASES = [(name, LOWRANK) for name in (*recipe_names(), "toy")] + [("sluice", AFFINE)]
+N, NEW = 761, 110
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]['kind']}" if case[0] == "sluice" else case[0])
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    """Every registered recipe and the toy, resolved for a prompt of N rows; `sluice` with both kinds of keys."""
+    name, codec = request.param
+    resolved = resolve(get_recipe(name), make_shape(), N, PROFILE | {"key_codec": codec})
+    assert resolved.fallback_reason is None
+    return resolved.recipe
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Prompt:
+    """N rows of prompt and NEW to come; read only."""
+    return make_prompt(make_shape(), N, NEW)

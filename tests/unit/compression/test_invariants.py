@@ -1,12 +1,12 @@
-"""What must hold of every recipe: each test here runs over all that are registered, and over one defined below."""
+"""What must hold of every recipe: each test here runs over all that are registered, and over a toy that `conftest`
+defines in one place."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any, Literal
+from dataclasses import replace
+from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,97 +16,13 @@ from torch import Tensor
 
 from kvsluice.compression import bound_nbytes, make_cache, make_compressor
 from kvsluice.compression import slots as s
-from kvsluice.compression.codec_slots import Specs, TensorSpec
-from kvsluice.compression.filling import forget_filling
 from kvsluice.compression.interfaces import EncodedLayer, LayerObs, Part, SequenceCache
 from kvsluice.compression.layout import layer_layout, layer_specs, sealed_end
-from kvsluice.compression.recipe import Recipe, fill, get_recipe, neutral, recipe_names, register, resolve, unregister
+from kvsluice.compression.recipe import Recipe, fill, get_recipe, neutral, recipe_names, resolve
 from kvsluice.compression.sizes import encoded_nbytes
 from kvsluice.errors import FrameMismatch
 
-# --- a recipe in one place: its codec, its slot, its registration -------------------------------------------
-
-
-class SignedReader:
-    """int8 codes [n, Hkv, d] times a float32 scale a row."""
-
-    basis_nbytes = 0
-
-    def __init__(self, tensors: Mapping[str, Tensor], chunk: int) -> None:
-        self.codes, self.scale, self.chunk = tensors["codes"], tensors["scale"], chunk
-        self.chunk_nbytes = chunk * (self.codes.shape[2] + 4)
-
-    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
-        at = (chunks[:, None] * self.chunk + torch.arange(self.chunk), heads[:, None])
-        return self.codes[at] * self.scale[at][..., None]
-
-    def read_all(self) -> Tensor:
-        return self.codes * self.scale[..., None]
-
-
-@dataclass(frozen=True)
-class Signed(s.CodecFilling):
-    """Symmetric int8, one scale a row and head."""
-
-    slot = ("key_codec", "value_codec")
-    kind = "toy-signed"
-
-    def build(self, role: Literal["key", "value"]) -> Signed:
-        return self
-
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def encode(self, rows: Tensor, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scale = rows.float().abs().amax(-1) / 127 + 1e-12
-        return {"codes": (rows / scale[..., None]).round().to(torch.int8), "scale": scale}
-
-    def reader(self, tensors: Mapping[str, Tensor], basis: Any, head_dim: int, chunk: int) -> SignedReader:
-        return SignedReader(tensors, chunk)
-
-    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
-        return {
-            "codes": TensorSpec("int8", (num_rows, num_kv_heads, head_dim)),
-            "scale": TensorSpec("float32", (num_rows, num_kv_heads)),
-        }
-
-
-TOY = Recipe(
-    "toy",
-    key_codec=Signed(),
-    value_codec=Signed(),
-    retrieval=s.ChunkLandmarks(chunk=2, outliers=3, budget_tokens=40),
-    window=s.ExactEnds(sinks=2, local=6, seal_block=6),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _toy() -> Iterator[None]:
-    register(TOY)
-    yield
-    unregister("toy")
-    forget_filling(Signed)
-
-
-# --- the cases ----------------------------------------------------------------------------------------------
-
-AFFINE = {"kind": "affine", "bits": 4, "axis": "channel", "group": 32}
-LOWRANK = {"kind": "lowrank", "bits": 8, "rank": 12}
-CASES = [(name, LOWRANK) for name in (*recipe_names(), "toy")] + [("sluice", AFFINE)]
-N, NEW = 761, 110
-
-
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]['kind']}" if case[0] == "sluice" else case[0])
-def recipe(request: pytest.FixtureRequest, lab: SimpleNamespace) -> Recipe:
-    name, codec = request.param
-    resolved = resolve(get_recipe(name), lab.make_shape(), N, lab.PROFILE | {"key_codec": codec})
-    assert resolved.fallback_reason is None
-    return resolved.recipe
-
-
-@pytest.fixture(scope="module")
-def prompt(lab: SimpleNamespace) -> Any:
-    return lab.make_prompt(lab.make_shape(), N, NEW)
+N, NEW = 761, 110  # as the fixture `prompt` has them
 
 
 def held(thing: object) -> dict[int, Tensor]:
@@ -274,7 +190,9 @@ def chosen_chunks(cache: Any, layer: int, q: Tensor, at: Tensor) -> tuple[Tensor
     one = cache._layers[layer]
     segments = [x for x in (one._base, one._grown) if x is not None]
     scores = torch.cat([one._kit.retrieval.score(q, x.summary) for x in segments], dim=-1)
-    return one._kit.retrieval.select(scores, one._hidden_chunks(at, segments), N)
+    heads = one._kit.shape.num_kv_heads
+    chunks, valid = one._kit.retrieval.select(scores, heads, one._hidden_chunks(at, segments), N)
+    return chunks, torch.ones_like(chunks, dtype=torch.bool) if valid is None else valid
 
 
 def test_poisoned_unselected_chunks_leave_the_output_unchanged(recipe: Recipe, prompt: Any, lab: Any) -> None:
@@ -318,7 +236,7 @@ def chunk_bytes(codec: s.CodecFilling, chunk: int, dim: int) -> int:
         return packed + 4 * (dim if codec.axis == "channel" else chunk * -(-dim // codec.group))
     if isinstance(codec, s.LowRank):
         return chunk * (codec.rank * 2 if codec.bits == 16 else codec.rank * codec.bits // 8 + 4)
-    return chunk * (dim + 4 if isinstance(codec, Signed) else dim * 2)
+    return chunk * (dim + 4 if codec.kind == "toy-signed" else dim * 2)
 
 
 def test_bytes_read_are_those_of_what_a_step_touches(recipe: Recipe, prompt: Any, lab: Any) -> None:
@@ -444,6 +362,21 @@ def test_a_layer_of_other_tensors_is_refused_by_name(recipe: Recipe, prompt: Any
         cache.add_layer(EncodedLayer(99, encoded[0].tensors))
 
 
-def test_a_new_recipe_is_one_place_and_one_registration() -> None:
-    assert "toy" in recipe_names() and get_recipe("toy") is TOY
-    assert Recipe.from_json(TOY.to_json()) == TOY
+def test_indices_outside_the_prompt_are_refused(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    for part in (Part.POSITIONS, Part.OUTLIERS):
+        for name, tensor in encoded[3].tensors.get(part, {}).items():
+            if tensor.dtype != torch.int32:
+                continue
+            for value in (-1, N):
+                broken = tensor.clone()
+                broken[-1] = value
+                group = dict(encoded[3].tensors[part]) | {name: broken}
+                cache = make_cache(recipe, prompt.shape, N, lab.rope)
+                with pytest.raises(FrameMismatch, match=f"{part.name}.{name} is not within"):
+                    cache.add_layer(EncodedLayer(3, dict(encoded[3].tensors) | {part: group}))
+
+
+def test_a_new_recipe_is_one_place_and_one_registration(lab: Any) -> None:
+    assert "toy" in recipe_names() and get_recipe("toy") is lab.toy
+    assert Recipe.from_json(lab.toy.to_json()) == lab.toy
