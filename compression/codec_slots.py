@@ -197,5 +197,8 @@ class ProfileKeys(CodecFilling):
     kind = "profile"
     head_shared: ClassVar[bool] = True
 
+    def open_field(self) -> str | None:
+        return "kind"
+
     def build(self, role: Literal["key", "value"]) -> Codec:
         raise InvalidRecipe("recipe.key_codec", "is not resolved", "a recipe that went through resolve()")

@@ -40,6 +40,10 @@ class Filling:
         for slot in cls.slot:
             _FILLINGS[slot][cls.kind] = cls
 
+    def open_field(self) -> str | None:
+        """A field that resolution must still fill in, None when there is none."""
+        return next((f.name for f in fields(self) if getattr(self, f.name) is None), None)  # type: ignore[arg-type]
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 

@@ -91,6 +91,17 @@ class Recipe:
             self.retrieval.chunk,
         )
 
+    def check_resolved(self) -> None:
+        """Check that no number is open, as every engine needs it.
+
+        Raises:
+            InvalidRecipe: names the first slot and field that `resolve` would have filled in.
+        """
+        for slot in SLOT_NAMES:
+            name = getattr(self, slot).open_field()
+            if name is not None:
+                raise InvalidRecipe(f"recipe.{slot}.{name}", "is open", "what `resolve` fills in for the model")
+
     def _check_eviction(self) -> None:
         if not self.budget.evicts:
             return

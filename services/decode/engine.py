@@ -130,11 +130,9 @@ class DecodeEngine:
 
         Raises:
             DuplicateRequest: a request of this id is here already.
-            InvalidRequest: it could never fit, or a number is out of range.
+            InvalidRequest: it could never fit, a number is out of range, or the recipe is not resolved.
             Overloaded: it would have to wait and the queue is full.
         """
-        if request.num_prompt_tokens < 1:
-            raise InvalidRequest("num_prompt_tokens", f"got {request.num_prompt_tokens}", "at least 1")
         if request.credits is not None and request.credits < 0:
             raise InvalidRequest("credits", f"got {request.credits}", "at least 0")
         demand = self.demand(request)
@@ -143,7 +141,14 @@ class DecodeEngine:
         self._admit()
 
     def demand(self, request: DecodeRequest) -> Demand:
-        """What admission reserves for a request."""
+        """What admission reserves for a request.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or a number of the recipe is open.
+        """
+        if request.num_prompt_tokens < 1:
+            raise InvalidRequest("num_prompt_tokens", f"got {request.num_prompt_tokens}", "at least 1")
+        request.recipe.check_resolved()
         sampling, itemsize = request.sampling, self.model.dtype.itemsize
         one, two = (
             bound_nbytes(
@@ -197,7 +202,7 @@ class DecodeEngine:
     def cancel(self, request_id: str, choice: int | None = None) -> bool:
         """End a request with a FailedEvent, or one choice of it as if it had finished. False when it is not here."""
         run = self._runs.get(request_id)
-        if run is None:
+        if run is None or (choice is not None and not 0 <= choice < run.request.sampling.n):
             return False
         if choice is None:
             self._fail(request_id, RequestCancelled(f"request {request_id} was cancelled"))
@@ -346,12 +351,15 @@ class DecodeEngine:
         )
 
     def _fail(self, request_id: str, exc: Exception) -> KvsluiceError:
-        """End a request that is here, free what it holds and tell. Returns the error that was told."""
-        run = self._runs.pop(request_id)
-        self.scheduler.end_request(request_id)
+        """End a request, free what it holds and tell, unless it has ended. Returns the error that `exc` stands for."""
+        error = typed(exc, request_id)
+        run = self._runs.pop(request_id, None)
+        if run is None:
+            return error
+        if self.scheduler.phase(request_id) is not None:  # a fault may have come while it was ending
+            self.scheduler.end_request(request_id)
         run.cache = None
         run.choices.clear()
-        error = typed(exc, request_id)
         self._events.append(FailedEvent(request_id, run.request.epoch, error))
         return error
 

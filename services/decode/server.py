@@ -37,6 +37,7 @@ from .engine import (
     TokensEvent,
 )
 from .receiver import Receiver
+from .sequence import typed
 
 
 class _Session:
@@ -204,8 +205,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = _decode_request(message)
             max_bytes = self.engine.demand(request).total_bytes
-        except KvsluiceError as exc:
-            session.send(_failed(message.request_id, message.epoch, exc))
+        except Exception as exc:  # whatever it is, the stream's other requests go on
+            session.send(_failed(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
         self._requests[message.request_id] = _Request(session, self._ident(message, request), max_bytes)
         self._thread.post(lambda: self._open_in_engine(request))
@@ -213,8 +214,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _open_in_engine(self, request: DecodeRequest) -> None:
         try:
             self.engine.open(request)
-        except KvsluiceError as exc:
-            self._tell([FailedEvent(request.request_id, request.epoch, exc)])
+        except Exception as exc:
+            self._tell([FailedEvent(request.request_id, request.epoch, typed(exc, request.request_id))])
 
     def _close(self, request_id: str) -> None:
         """Forget a request and free what the engine holds of it."""

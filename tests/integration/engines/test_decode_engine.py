@@ -10,10 +10,12 @@ from itertools import pairwise
 import pytest
 
 from kvsluice.compression.interfaces import EncodedLayer
+from kvsluice.compression.recipe import get_recipe
 from kvsluice.errors import (
     DuplicateRequest,
     FrameMismatch,
     InternalError,
+    InvalidRecipe,
     InvalidRequest,
     Overloaded,
     RequestCancelled,
@@ -419,3 +421,42 @@ def test_caches_never_hold_more_than_was_reserved(bench, encode, prompt, samplin
     for i, n in enumerate((1, 3)):
         b.start(str(i), encode(prompt(100 + i), sampling.drawn(70, n=n)))
     b.run()
+
+
+@pytest.mark.parametrize("name", ["fastkv", "shadowkv", "sluice"])
+def test_a_recipe_with_open_numbers_is_refused(bench, sampling, name: str) -> None:
+    b = bench()
+    with pytest.raises(InvalidRecipe, match=r"recipe\.(propagation|key_codec)\."):
+        b.engine.open(DecodeRequest("a", 1, 500, get_recipe(name), sampling.greedy()))
+    assert not b.engine.cancel("a")
+
+
+@pytest.mark.parametrize("choice", [-1, 2, 10**6])
+def test_a_choice_that_the_request_does_not_have_cannot_be_cancelled(bench, encode, prompt, sampling, choice) -> None:
+    encoded = encode(prompt(20), sampling.drawn(4, n=2))
+    b = bench()
+    b.open("a", encoded)
+    assert not b.engine.cancel("a", choice)
+    b.feed("a", encoded)
+    assert not b.engine.cancel("a", choice)
+    b.run()
+    assert isinstance(b.ended("a"), FinishedEvent)
+
+
+def test_a_fault_that_meets_a_request_which_has_ended_fails_the_others(
+    monkeypatch, bench, encode, prompt, sampling
+) -> None:
+    encoded = encode(prompt(20), sampling.drawn(4))
+    b = bench()
+    for name in "ab":
+        b.start(name, encoded)
+
+    def end_one_and_fail(*args):
+        b.engine.cancel("a")
+        raise RuntimeError("fault")
+
+    monkeypatch.setattr(engine_module, "forward_rows", end_one_and_fail)
+    b.step()
+    monkeypatch.undo()
+    assert isinstance(b.ended("a").error, RequestCancelled)
+    assert isinstance(b.ended("b").error, InternalError)

@@ -17,6 +17,7 @@ from kvsluice.models.forward import forward_tokens
 from kvsluice.protos import worker_pb2 as wpb
 from kvsluice.protos import worker_pb2_grpc
 from kvsluice.protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
+from kvsluice.services.decode.engine import DecodeEngine
 from kvsluice.services.lifecycle import WorkerHost
 
 
@@ -197,6 +198,36 @@ async def test_decode_refuses_an_open_request_a_second_time(real_fleet):
         await call.write(wpb.ToDecode(open=again))
         assert (await call.read()).failed.error_type == "DuplicateRequest"
         call.cancel()
+
+
+@pytest.mark.parametrize("fault", ["open recipe", "no text", "unforeseen"])
+async def test_a_bad_open_leaves_the_other_requests_of_its_stream_alone(monkeypatch, real_fleet, fault):
+    channel, call, _ = await attach_and_open(real_fleet, "r", 5)
+    async with channel:
+        name = "sluice" if fault == "open recipe" else "exact"
+        text = "{" if fault == "no text" else get_recipe(name).to_json()
+        sampling = wpb.Sampling(max_tokens=4, top_p=1, repetition_penalty=1, n=1)
+        bad = wpb.Open(request_id="bad", epoch=1, num_prompt_tokens=500, recipe_json=text, sampling=sampling)
+        with monkeypatch.context() as patch:
+            if fault == "unforeseen":
+                patch.setattr(DecodeEngine, "demand", lambda *args: 1 // 0)
+            await call.write(wpb.ToDecode(open=bad))
+            failed = (await call.read()).failed
+        wanted = "InternalError" if fault == "unforeseen" else "InvalidRecipe"
+        assert (failed.request_id, failed.epoch, failed.error_type) == ("bad", 1, wanted)
+        await call.write(wpb.ToDecode(cancel=wpb.Cancel(request_id="r", epoch=5)))
+        again = wpb.Open(
+            request_id="s",
+            epoch=1,
+            num_prompt_tokens=8,
+            recipe_json=get_recipe("exact").to_json(),
+            sampling=sampling,
+            credits=4,
+        )
+        await call.write(wpb.ToDecode(open=again))
+        assert (await call.read()).opened.request_id == "s", "the stream goes on"
+        call.cancel()
+    await real_fleet.until_idle()
 
 
 def prefill_request(request_id: str, ids: list[int], decode_address: str) -> wpb.PrefillRequest:

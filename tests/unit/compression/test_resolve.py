@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvsluice.compression import slots as s
 from kvsluice.compression.layout import NEVER, layer_layout, layer_specs, rows_until_seal, sealed_end
-from kvsluice.compression.recipe import ModelShape, default_rank, fill, get_recipe, recipe_names, resolve
+from kvsluice.compression.recipe import ModelShape, Recipe, default_rank, fill, get_recipe, recipe_names, resolve
 from kvsluice.errors import InvalidRecipe
 
 SMOLLM = ModelShape(30, 9, 3, 64, 8192, (None,) * 30)
@@ -49,6 +49,22 @@ def test_a_resolved_recipe_has_no_open_number(name: str) -> None:
     assert resolved.fallback_reason is None and resolved.requested == name == resolved.recipe.name
     assert "null" not in resolved.recipe.to_json() and "profile" not in resolved.recipe.to_json()
     assert resolve(resolved.recipe, SMOLLM, 4096, {"tsp_layer": 3}).recipe == resolved.recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        (get_recipe("fastkv"), "recipe.propagation.layer"),
+        (replace(get_recipe("fastkv"), propagation=s.TspPropagation(layer=3)), "recipe.propagation.rate"),
+        (get_recipe("shadowkv"), "recipe.key_codec.rank"),
+        (replace(get_recipe("exact"), key_codec=s.ProfileKeys()), "recipe.key_codec.kind"),
+    ],
+)
+def test_an_open_number_is_named(recipe: Recipe, field: str) -> None:
+    with pytest.raises(InvalidRecipe) as caught:
+        recipe.check_resolved()
+    assert caught.value.field == field
+    fill(recipe, SMOLLM, {}).check_resolved()
 
 
 @pytest.mark.parametrize("name", recipe_names())
