@@ -7,12 +7,16 @@ is fixed by its own prompt, so packing changes results by no more than the matri
 Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows N x (hidden row + one layer's keys
 before and after RoPE, and values). See `state.py`; `benchmarks/prefill_memory.py` measures it.
 
+A pack that fails is run again prompt by prompt, so that only those fail which fail alone; the others lose nothing but
+time, for rows are computed from their own prompt. What an error's traceback refers to is let go of with its prompt.
+
 In the last layer only the last row goes on, so only that row's attention and MLP are computed.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +35,8 @@ from .state import PrefillSink, Prompt, sample_first
 __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
 
 logger = logging.getLogger(__name__)
+
+_Outcome = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ class PrefillEngine:
 
         Raises:
             DuplicateRequest: a prompt of this request is here already.
-            InvalidRequest: the prompt is empty, or an id in the prompt or in the sampling parameters is outside the
-                vocabulary.
+            InvalidRequest: the prompt is empty, an id in the prompt or in the sampling parameters is outside the
+                vocabulary, or the recipe is not resolved.
         """
         if job.request_id in self._running:
             raise DuplicateRequest(f"request {job.request_id} is already running")
@@ -107,6 +113,7 @@ class PrefillEngine:
         vocab_size = config.vocab_size
         if min(job.prompt_ids) < 0 or max(job.prompt_ids) >= vocab_size:
             raise InvalidRequest("prompt", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+        job.recipe.check_resolved()
         samplers = [
             SamplerState(params, choice, job.prompt_ids, vocab_size, config.eos_token_ids) for choice in range(params.n)
         ]
@@ -126,14 +133,10 @@ class PrefillEngine:
         planned = self._batcher.plan(self._is_ready)
         if not planned:
             return False
-        items = [item for item in planned if self._begin(item)]
-        try:
-            self._run(items)
-        except Exception as exc:
-            for request_id in dict.fromkeys(item.request_id for item in items):
-                self._fail(request_id, exc)
-            return True
-        for request_id in self._batcher.advance(items):
+        begun = [item for item in planned if self._begin(item)]
+        # a sink may have cancelled another prompt meanwhile
+        done = self._run_isolated([item for item in begun if item.request_id in self._running])
+        for request_id in self._batcher.advance(done):
             try:
                 self._finish_layer(request_id)
             except Exception as exc:
@@ -163,17 +166,45 @@ class PrefillEngine:
             self._fail(item.request_id, exc)
         return item.request_id in self._running
 
-    def _run(self, items: Sequence[WorkItem]) -> None:
-        """Take the rows of a pack through their layer, into the prompts' KV buffers and hidden rows."""
-        if not items:
-            return
+    def _run_isolated(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """Run a pack; where it fails, each of its prompts alone. Returns the items of those that did not fail."""
+        by_prompt: dict[str, list[WorkItem]] = {}
+        for item in items:
+            by_prompt.setdefault(item.request_id, []).append(item)
+        packed = self._run_together(items) if len(by_prompt) > 1 else None
+        done: list[WorkItem] = []
+        for request_id, own in by_prompt.items():
+            try:
+                outcome = self._run(own) if packed is None else packed
+                for target, rows in outcome[request_id]:
+                    target.copy_(rows)
+            except Exception as exc:
+                self._fail(request_id, exc)
+            else:
+                done += own
+        return done
+
+    def _run_together(self, items: Sequence[WorkItem]) -> _Outcome | None:
+        try:
+            return self._run(items)
+        except Exception as exc:
+            logger.warning("a pack failed (%s), each of its prompts runs alone now", type(exc).__name__)
+            _let_go(exc)
+            return None
+
+    def _run(self, items: Sequence[WorkItem]) -> _Outcome:
+        """Take the rows of a pack through their layer, into the prompts' KV buffers. Running it again changes nothing.
+
+        Returns:
+            of every prompt, pairs of hidden rows [n, D]: where they belong, and their values behind the layer.
+        """
         layer = items[0].layer
         prompts = [self._prompt(item.request_id) for item in items]
         x = _join([prompt.hidden[item.begin : item.end] for prompt, item in zip(prompts, items, strict=True)])
         sizes = [item.num_rows for item in items]
         rows_in: list[Tensor] = []
         attended: list[Tensor] = []
-        rows_out: list[Tensor] = []
+        rows_out: list[tuple[str, Tensor]] = []
         parts = zip(*(torch.split(t, sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
         for prompt, item, (x_rows, q, k_pre, v) in zip(prompts, items, parts, strict=True):
             q = prompt.write(item.begin, item.end, q, k_pre, v)
@@ -181,11 +212,14 @@ class PrefillEngine:
             if first < item.end:
                 rows_in.append(x_rows[first - item.begin :])
                 attended.append(self._attend(prompt, q[first - item.begin :], first, item.end))
-                rows_out.append(prompt.hidden[first : item.end])
+                rows_out.append((item.request_id, prompt.hidden[first : item.end]))
+        outcome: _Outcome = {item.request_id: [] for item in items}
         if rows_out:
             y = self.model.finish_layer(layer, _join(rows_in), _join(attended))
-            for target, rows in zip(rows_out, torch.split(y, [len(t) for t in rows_out]), strict=True):
-                target.copy_(rows)
+            parts_out = torch.split(y, [len(target) for _, target in rows_out])
+            for (request_id, target), rows in zip(rows_out, parts_out, strict=True):
+                outcome[request_id].append((target, rows))
+        return outcome
 
     def _first_row_on(self, item: WorkItem, prompt: Prompt) -> int:
         """The first row of the item whose output anything depends on."""
@@ -201,12 +235,16 @@ class PrefillEngine:
         return causal_attention(q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True)
 
     def _finish_layer(self, request_id: str) -> None:
-        running = self._running[request_id]
+        running = self._running.get(request_id)
+        if running is None:  # another prompt's sink has cancelled it
+            return
         prompt = self._prompt(request_id)
         is_last = prompt.layer + 1 == self.model.config.num_layers
         if is_last:
             sampled = sample_first(self.model, prompt.hidden[-1:], running.samplers)
             running.sink.on_first_tokens(sampled)
+            if request_id not in self._running:  # the sink has cancelled it
+                return
             if all(token.finish_reason for token in sampled):
                 self._end(request_id, lambda sink: sink.on_done())
                 return
@@ -228,6 +266,7 @@ class PrefillEngine:
         else:
             logger.error("prefill of request %s failed", request_id, exc_info=exc)
             error = InternalError(f"prefill failed: {type(exc).__name__}")
+        _let_go(exc)
         self._end(request_id, lambda sink: sink.on_error(error))
 
     def _end(self, request_id: str, last_call: Callable[[PrefillSink], None]) -> None:
@@ -244,3 +283,11 @@ class PrefillEngine:
 
 def _join(rows: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _let_go(exc: BaseException) -> None:
+    """Clear the frames that an error came through: whoever keeps the error, or its log record, keeps no tensors."""
+    link: BaseException | None = exc
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__

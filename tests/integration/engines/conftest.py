@@ -89,8 +89,8 @@ class RecordingSink:
     on_call: Callable[[str, int | None], None] = lambda verb, layer: None
 
     def _record(self, verb: str, layer: int | None = None) -> None:
+        self.log.append((self.name, verb, layer))  # first: the engine catches what a sink raises
         assert self.num_ends == 0, "nothing follows the last call"
-        self.log.append((self.name, verb, layer))
         self.on_call(verb, layer)
 
     def ready(self) -> bool:

@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from kvsluice.compression.interfaces import EncodedLayer, Part
-from kvsluice.errors import DuplicateRequest, InternalError, InvalidRequest, RequestCancelled, StoreUnavailable
+from kvsluice.errors import (
+    DuplicateRequest,
+    InternalError,
+    InvalidRecipe,
+    InvalidRequest,
+    RequestCancelled,
+    StoreUnavailable,
+)
 from kvsluice.models.forward import forward_tokens
 from kvsluice.models.sampling import SamplerState
 from kvsluice.services.prefill import state
+from kvsluice.services.prefill.engine import PrefillEngine
 
 # fp32 sums of at most 512 terms in another order: 512 * 2^-24 relative to values of order 1, with room for 4 layers
 TOLERANCE = 2e-4
@@ -129,7 +137,25 @@ def test_a_sink_may_cancel_its_own_prompt(prefill, prompt, sink) -> None:
         engine.submit(prefill.job(verb, prompt(40)), out)
         prefill.run(engine)
         assert isinstance(out.error, RequestCancelled)
+        assert [called for _, called, _ in out.log[-2:]] == [verb, "error"]
         assert engine.num_requests == 0
+
+
+@pytest.mark.parametrize("verb", ["start", "layer", "tokens"])
+def test_a_sink_may_cancel_another_prompt(prefill, prompt, sink, verb: str) -> None:
+    engine, alone = prefill.engine(chunk=16, pack=64), sink("alone")
+    engine.submit(prefill.job("alone", prompt(30, 1)), alone)
+    prefill.run(engine)
+    by = sink("by", on_call=lambda v, _: v == verb and engine.cancel("victim"))
+    victim, third = sink("victim"), sink("third")
+    order = (victim, by, third) if verb == "start" else (by, victim, third)
+    for out in order:
+        engine.submit(prefill.job(out.name, prompt(30, 1)), out)
+    prefill.run(engine)
+    assert isinstance(victim.error, RequestCancelled) and victim.num_ends == 1
+    for out in (by, third):
+        assert out.error is None and out.num_ends == 1 and out.token_ids == alone.token_ids
+    assert (engine.num_requests, engine.num_pending_tokens) == (0, 0)
 
 
 def test_a_prompt_that_is_held_back_waits_and_loses_nothing(prefill, prompt, sink) -> None:
@@ -171,6 +197,57 @@ def test_a_fault_in_one_pack_fails_its_prompts_once_and_no_others(monkeypatch, m
         assert isinstance(out.error, InternalError) and out.num_ends == 1
         assert "secret" not in out.error.message
     assert engine.num_requests == 0
+
+
+@pytest.mark.parametrize("faulty_layer", [0, 2, 3])
+def test_a_prompt_that_breaks_its_pack_fails_alone(monkeypatch, prefill, prompt, sink, faulty_layer) -> None:
+    good_ids = [prompt(length, length) for length in (20, 45)]
+    engine, alone = prefill.engine(chunk=16, pack=128), [sink("0"), sink("1")]
+    for out, ids in zip(alone, good_ids, strict=True):
+        engine.submit(prefill.job(out.name, ids), out)
+        prefill.run(engine)
+    attend = PrefillEngine._attend
+
+    def attend_or_fail(self, prompt, q, begin, end):
+        if prompt.layer == faulty_layer and prompt.num_prompt_tokens == 30:
+            raise RuntimeError("fault")
+        return attend(self, prompt, q, begin, end)
+
+    monkeypatch.setattr(PrefillEngine, "_attend", attend_or_fail)
+    bad, good = sink("bad"), [sink("0"), sink("1")]
+    engine.submit(prefill.job("0", good_ids[0]), good[0])
+    engine.submit(prefill.job("bad", prompt(30)), bad)
+    engine.submit(prefill.job("1", good_ids[1]), good[1])
+    prefill.run(engine)
+    assert isinstance(bad.error, InternalError) and bad.num_ends == 1
+    for one, other in zip(alone, good, strict=True):
+        assert other.error is None and other.log == one.log
+        assert other.token_ids == one.token_ids
+    assert (engine.num_requests, engine.num_pending_tokens) == (0, 0)
+
+
+def test_a_pack_too_large_for_the_memory_costs_no_prompt(monkeypatch, model, prefill, prompt, sink) -> None:
+    engine, alone, packed = prefill.engine(chunk=16, pack=64), sink("a"), [sink("a"), sink("b")]
+    engine.submit(prefill.job("a", prompt(30)), alone)
+    prefill.run(engine)
+    finish_layer = type(model).finish_layer
+
+    def limited(self, layer, x, attn):
+        if len(x) > 30 or (layer == 3 and len(x) > 1):
+            raise torch.OutOfMemoryError("out of memory")
+        return finish_layer(self, layer, x, attn)
+
+    monkeypatch.setattr(type(model), "finish_layer", limited)
+    for out in packed:
+        engine.submit(prefill.job(out.name, prompt(30)), out)
+    prefill.run(engine)
+    for out in packed:
+        assert out.error is None and out.token_ids == alone.token_ids
+        for one, other in zip(alone.layers, out.layers, strict=True):
+            for name in (Part.KEYS, Part.VALUES):
+                torch.testing.assert_close(
+                    one.tensors[name]["rows"], other.tensors[name]["rows"], atol=TOLERANCE, rtol=TOLERANCE
+                )
 
 
 @pytest.mark.parametrize("verb", ["start", "layer", "tokens", "ready", "done"])
@@ -257,6 +334,9 @@ def test_bad_prompts_are_refused_before_any_work(prefill, prompt, sink, sampling
             engine.submit(prefill.job("a", ids), sink("a"))
     with pytest.raises(InvalidRequest, match="stop_token_ids"):
         engine.submit(prefill.job("a", (5,), replace(sampling.greedy(), stop_token_ids=(97,))), sink("a"))
+    for name in ("fastkv", "shadowkv", "sluice"):
+        with pytest.raises(InvalidRecipe, match=r"recipe\.(propagation|key_codec)\."):
+            engine.submit(prefill.job("a", prompt(500), recipe=name), sink("a"))
     engine.submit(prefill.job("a", prompt(4)), sink("a"))
     with pytest.raises(DuplicateRequest):
         engine.submit(prefill.job("a", prompt(4)), sink("a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kvsluice.benchmarks import prefill_memory
 from kvsluice.benchmarks.live_bytes import LiveBytes
 from kvsluice.benchmarks.prefill_memory import Measurement, measure
+from kvsluice.errors import KvsluiceError, StoreUnavailable
 from kvsluice.models.config import SHAPES, config_from_hf
 
 CHUNK, PACK = 16, 32
@@ -45,6 +47,34 @@ def test_the_peak_does_not_grow_with_the_depth(recipe: str) -> None:
     assert deep.recipe == recipe
     assert deep.peak_bytes <= 1.02 * shallow.peak_bytes
     assert deep.peak_bytes < deep.kv_cache_bytes
+
+
+@pytest.mark.parametrize("where", ["qkv", "finish_layer", "logits"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, StoreUnavailable])
+def test_a_prompt_that_fails_leaves_no_tensor_behind(
+    monkeypatch, model, prefill, prompt, sink, where: str, error: type[Exception]
+) -> None:
+    def fault(*args):
+        held = [torch.ones(1000), *(arg * 2 for arg in args if isinstance(arg, torch.Tensor))]
+        raise error(f"no room beside {len(held)} tensors")
+
+    engine, outs = prefill.engine(chunk=16, pack=64), [sink("a"), sink("b")]
+    gc.collect()
+    gc.disable()  # memory must not wait for the garbage collector
+    try:
+        with LiveBytes() as counter:
+            for out in outs:
+                engine.submit(prefill.job(out.name, prompt(30)), out)
+            engine.step()
+            assert counter.live_bytes > 0
+            monkeypatch.setattr(type(model), where, fault)
+            prefill.run(engine)
+            for out in outs:
+                assert isinstance(out.error, KvsluiceError) and out.num_ends == 1
+                out.layers.clear()
+            assert counter.live_bytes == 0
+    finally:
+        gc.enable()
 
 
 def test_live_bytes_counts_what_is_alive() -> None:
