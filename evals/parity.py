@@ -1,7 +1,8 @@
-"""Does the service say what transformers says? Greedy tokens under `exact` against `generate`, token by token.
+"""Do we say what transformers says? Greedy tokens under `exact` against `generate`, token by token.
 
-Two fp32 programs that sum in different orders differ in the last bits of a logit, so where the two best tokens are
-closer than that, either may win. How much that can be:
+This is the one rule for comparisons with transformers' tokens, those of the engines without the services included. Two
+fp32 programs that sum in different orders differ in the last bits of a logit, so where the two best tokens are closer
+than that, either may win. How much that can be:
 
 - One product of rows of length n, summed in fp32, is off by about sqrt(n) * 2^-24 of its size; the longest rows here
   (1536, the MLP) give 2.3e-6. 30 layers of four such steps in sequence add up like a random walk: 2.6e-5 of a logit.
@@ -17,6 +18,7 @@ puts it less than `NOISE` below its best. Such places are counted and reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ..client import Client, Completion
+from ..client import Choice, Client, Completion
 from ..models.tokenizer import Tokenizer
 from .tasks import SUITE, TaskMaker
 from .texts import python_topics, token_ids
@@ -68,6 +70,21 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Tokens of one prompt, held against the reference.
+
+    Attributes:
+        num_near_ties: places where another token was taken, closer than `NOISE` to the reference's best.
+        first_difference: index of the first token that is simply another one, or None.
+        logprobs: what the reference, given the same tokens before it, puts each token's log-probability at.
+    """
+
+    num_near_ties: int
+    first_difference: int | None
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One prompt, the service against the reference.
 
@@ -75,7 +92,8 @@ class Comparison:
         num_tokens: tokens compared.
         num_near_ties: places where another token was taken, closer than `NOISE` to the reference's best.
         first_difference: index of the first token that is simply another one, or None.
-        logprob_error: largest difference of a token's log-probability.
+        logprob_error: largest difference of a token's log-probability; infinite when one is missing, not finite or of
+            another token.
     """
 
     prompt: str
@@ -102,8 +120,11 @@ def parity_prompts(tokenizer: Tokenizer, *, long: bool = False) -> dict[str, lis
 
 
 @torch.no_grad()
-def generate_reference(model: Any, prompt_ids: Sequence[int], num_tokens: int = NUM_NEW_TOKENS) -> Reference:
+def generate_reference(
+    model: Any, prompt_ids: Sequence[int], num_tokens: int = NUM_NEW_TOKENS, *, ignore_eos: bool = False
+) -> Reference:
     """Greedy `generate` of a transformers model."""
+    endless = {"min_new_tokens": num_tokens, "eos_token_id": None, "pad_token_id": 0} if ignore_eos else {}
     ids = torch.tensor([list(prompt_ids)])
     output = model.generate(
         ids,
@@ -112,6 +133,7 @@ def generate_reference(model: Any, prompt_ids: Sequence[int], num_tokens: int = 
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
+        **endless,
     )
     tokens = output.sequences[0, ids.shape[1] :].tolist()
     rows = torch.stack([step[0] for step in output.logits]).float().log_softmax(-1)
@@ -123,27 +145,41 @@ def forced_gaps(model: Any, prompt_ids: Sequence[int], tokens: Sequence[int]) ->
     """The reference given these tokens: log-probability of each, and how far each lies below the best one."""
     rows = model(torch.tensor([[*prompt_ids, *tokens]]), logits_to_keep=len(tokens) + 1).logits[0, :-1]
     logprobs = rows.float().log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0]
     return own.tolist(), (logprobs.max(-1).values - own).tolist()
+
+
+def judge(model: Any, prompt_ids: Sequence[int], tokens: Sequence[int], reference: Reference) -> Verdict:
+    """Hold tokens against the reference; see the module's docstring for the rule. Their number is not judged."""
+    if list(tokens) == reference.tokens:
+        return Verdict(0, None, reference.logprobs)
+    logprobs, gaps = forced_gaps(model, prompt_ids, tokens)
+    near_ties = sum(0.0 < gap < NOISE for gap in gaps)
+    return Verdict(near_ties, next((index for index, gap in enumerate(gaps) if not gap < NOISE), None), logprobs)
 
 
 def compare(
     model: Any, name: str, prompt_ids: Sequence[int], reference: Reference, completion: Completion
 ) -> Comparison:
-    """Hold a completion against the reference; see the module's docstring for the rule."""
+    """Hold a completion against the reference."""
     choice = completion.choices[0]
     tokens = list(choice.token_ids)
     if choice.finish_reason == "stop" and tokens[-1:] != [END_TOKEN]:
         tokens.append(END_TOKEN)  # the service need not send the token that ended the answer
-    near_ties, wrong, logprobs = 0, None, reference.logprobs
-    if tokens != reference.tokens:
-        logprobs, gaps = forced_gaps(model, prompt_ids, tokens)
-        near_ties = sum(0.0 < gap < NOISE for gap in gaps)
-        wrong = next((index for index, gap in enumerate(gaps) if gap >= NOISE), None)
-        if wrong is None and choice.finish_reason == "length" and len(tokens) < NUM_NEW_TOKENS:
-            wrong = len(tokens)  # cut short
-    errors = [abs(item.logprob - own) for item, own in zip(choice.logprobs, logprobs, strict=False)]
-    return Comparison(name, len(prompt_ids), len(tokens), near_ties, wrong, max(errors, default=0.0))
+    verdict = judge(model, prompt_ids, tokens, reference)
+    wrong = verdict.first_difference
+    if wrong is None and tokens != reference.tokens and choice.finish_reason == "length":
+        wrong = len(tokens) if len(tokens) < NUM_NEW_TOKENS else None  # cut short
+    error = _logprob_error(choice, verdict.logprobs)
+    return Comparison(name, len(prompt_ids), len(tokens), verdict.num_near_ties, wrong, error)
+
+
+def _logprob_error(choice: Choice, wanted: Sequence[float]) -> float:
+    """The largest difference of a log-probability from those wanted, which may be one more than the choice's tokens."""
+    if tuple(item.token_id for item in choice.logprobs) != tuple(choice.token_ids):
+        return math.inf
+    errors = [abs(item.logprob - own) for item, own in zip(choice.logprobs, wanted, strict=False)]
+    return max((error if math.isfinite(error) else math.inf for error in errors), default=0.0)
 
 
 def ask(client: Client, prompt_ids: Sequence[int], num_tokens: int = NUM_NEW_TOKENS) -> Completion:

@@ -1,25 +1,20 @@
-"""Greedy tokens of both engines together, against transformers' own generate.
-
-Both compute in fp32, but add in another order: a logit may differ by `NOISE` times the largest logit, as between the
-dense passes (tests/parity/models). A difference between tokens therefore counts as equal only where the reference's two
-best logits lie within twice that; such cases are counted and printed.
-"""
+"""Greedy tokens of both engines together, against transformers' own generate, by the rule of `evals.parity`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
-from kvsluice.evals.pipeline import LocalPipeline
+from kvsluice.evals import parity
+from kvsluice.evals.pipeline import Generation, LocalPipeline
 from kvsluice.evals.reference_model import load_base
 from kvsluice.models.loader import load_model
 from kvsluice.models.sampling import SamplingParams
 from kvsluice.models.tokenizer import load_tokenizer
 
-NOISE = 2e-5
 MAX_TOKENS = 16
 
 PROMPTS = {
@@ -34,47 +29,23 @@ PROMPTS = {
 }
 
 
-@dataclass
-class Reference:
-    """Greedy tokens and the logits that they were chosen from, [steps, V]."""
-
-    tokens: list[int]
-    logits: torch.Tensor
+def reference(model: Any, ids: Sequence[int]) -> parity.Reference:
+    return parity.generate_reference(model, ids, MAX_TOKENS, ignore_eos=True)
 
 
-def reference(model, ids: Sequence[int], max_tokens: int = MAX_TOKENS) -> Reference:
-    out = model.generate(
-        torch.tensor([list(ids)]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        max_new_tokens=max_tokens,
-        min_new_tokens=max_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return Reference(out.sequences[0, len(ids) :].tolist(), torch.cat(out.logits).float())
-
-
-def near_ties(got: Sequence[int], wanted: Reference) -> int:
+def near_ties(model: Any, ids: Sequence[int], answer: Generation, wanted: parity.Reference) -> int:
     """0 when the tokens are equal, 1 when they part at a near tie; anything else fails."""
-    for step, (a, b) in enumerate(zip(got, wanted.tokens, strict=True)):
-        if a != b:
-            logits = wanted.logits[step]
-            best = logits.topk(2)
-            gap, noise = float(best.values[0] - best.values[1]), NOISE * float(logits.abs().max())
-            assert a in best.indices.tolist() and gap < 2 * noise, (
-                f"step {step}: got {a}, wanted {b}, the best two are {best}"
-            )
-            return 1
-    return 0
+    (tokens,), (sampled,) = answer.token_ids, answer.sampled
+    verdict = parity.judge(model, ids, tokens, wanted)
+    assert len(tokens) == MAX_TOKENS
+    assert verdict.first_difference is None, f"got {tokens}, wanted {wanted.tokens}"
+    for token, logprob in zip(sampled, verdict.logprobs, strict=True):
+        assert abs(token.logprob - logprob) < parity.NOISE
+    return int(tokens != wanted.tokens)
 
 
 def greedy() -> SamplingParams:
-    return SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    return SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,11 +100,8 @@ def test_a_random_model(tiny, report, chunk: int) -> None:
     wanted = [reference(hf, ids) for ids in prompts]
     assert len({token for answer in wanted for token in answer.tokens}) > 50, "the answers say something"
     answers = pipeline.generate_many([(ids, "exact", greedy()) for ids in prompts])
-    ties = sum(near_ties(a.token_ids[0], w) for a, w in zip(answers, wanted, strict=True))
-    ties += sum(
-        near_ties(pipeline.generate(ids, "exact", greedy()).token_ids[0], w)
-        for ids, w in zip(prompts, wanted, strict=True)
-    )
+    answers += [pipeline.generate(ids, "exact", greedy()) for ids in prompts]
+    ties = sum(near_ties(hf, *each) for each in zip(prompts * 2, answers, wanted * 2, strict=True))
     report("random Llama", ties, 2 * len(prompts))
     pipeline.check_integrity()
 
@@ -144,10 +112,10 @@ def test_smollm2_singly_and_eight_at_once(smollm2, report) -> None:
     wanted = [reference(hf, ids) for ids in prompts]
     pipeline = LocalPipeline(model, chunk_tokens=64, max_pack_tokens=256)
     together = pipeline.generate_many([(ids, "exact", greedy()) for ids in prompts])
-    ties = sum(near_ties(a.token_ids[0], w) for a, w in zip(together, wanted, strict=True))
+    ties = sum(near_ties(hf, *each) for each in zip(prompts, together, wanted, strict=True))
     report("SmolLM2-135M, eight at once", ties, len(prompts))
     some = (0, 3, 7)  # the running service's tests take all of them singly
     singly = [pipeline.generate(prompts[i], "exact", greedy()) for i in some]
-    ties = sum(near_ties(a.token_ids[0], wanted[i]) for a, i in zip(singly, some, strict=True))
+    ties = sum(near_ties(hf, prompts[i], answer, wanted[i]) for i, answer in zip(some, singly, strict=True))
     report("SmolLM2-135M, singly", ties, len(some))
     pipeline.check_integrity()

@@ -97,3 +97,22 @@ def test_wrong_log_probabilities_are_no_equality(model, reference):
     result = parity.compare(model, "p", PROMPT, reference, done)
     assert result.first_difference is None
     assert not result.equal
+
+
+@pytest.mark.parametrize("num_sent", [0, 23])
+def test_an_answer_without_its_log_probabilities_is_no_equality(model, reference, num_sent: int):
+    done = completion(reference.tokens, reference.logprobs)
+    choice = replace(done.choices[0], logprobs=done.choices[0].logprobs[:num_sent])
+    result = parity.compare(model, "p", PROMPT, reference, replace(done, choices=(choice,)))
+    assert result.first_difference is None
+    assert not result.equal
+
+
+def test_log_probabilities_that_are_no_numbers_are_no_equality(model, reference):
+    for index in (0, 5):
+        logprobs = [float("nan") if i == index else value for i, value in enumerate(reference.logprobs)]
+        assert not parity.compare(model, "p", PROMPT, reference, completion(reference.tokens, logprobs)).equal
+
+
+def test_an_answer_without_tokens_is_different(model, reference):
+    assert parity.compare(model, "p", PROMPT, reference, completion([], [])).first_difference == 0
