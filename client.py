@@ -11,12 +11,14 @@ Every failure raises an error of `kvsluice.errors`.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Unpack
 
 import grpc
 import grpc.aio
 
+from .errors import InvalidRequest
 from .protos import generation_pb2 as pb
 from .protos.generation_pb2_grpc import GenerationStub
 from .services.api import (
@@ -56,13 +58,15 @@ __all__ = [
 
 DEFAULT_ADDRESS = "127.0.0.1:8033"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_ADDRESS = re.compile(r"unix:.+|.*[^:]:(\d{1,5})", re.DOTALL)
 
 
 class Stream(Iterator[Chunk]):
     """Chunks of a running request. `cancel` ends it, from any thread; `completion` holds the result once it is read."""
 
-    def __init__(self, call: Any, request_id: str) -> None:
+    def __init__(self, call: Any, request_id: str, address: str = "") -> None:
         self._call = call
+        self._address = address
         self._collector = Collector(request_id)
 
     @property
@@ -86,14 +90,15 @@ class Stream(Iterator[Chunk]):
                 raise StopIteration
             return chunk
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
 
 
 class AsyncStream(AsyncIterator[Chunk]):
     """Chunks of a running request. `cancel` ends it; `completion` holds the result once it is read."""
 
-    def __init__(self, call: Any, request_id: str) -> None:
+    def __init__(self, call: Any, request_id: str, address: str = "") -> None:
         self._call = call
+        self._address = address
         self._collector = Collector(request_id)
 
     @property
@@ -119,7 +124,7 @@ class AsyncStream(AsyncIterator[Chunk]):
                 raise StopAsyncIteration
             return chunk
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
         except asyncio.CancelledError:
             if is_cancelled():
                 raise
@@ -129,9 +134,17 @@ class AsyncStream(AsyncIterator[Chunk]):
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # the server says how much it takes
+    ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 ]
+
+
+def _checked(address: str) -> str:
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not 0 < int(found.group(1) or 1) < 2**16:
+        raise InvalidRequest("address", f"{address[:128]!r} has no port", f"host:port, such as {DEFAULT_ADDRESS}")
+    return address
 
 
 class Client:
@@ -140,10 +153,14 @@ class Client:
     Args:
         address: host:port of the generate API.
         timeout_s: deadline of requests that bring none; None = the server's.
+
+    Raises:
+        InvalidRequest: the address has no port.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
         self._timeout_s = timeout_s
+        self._address = _checked(address)
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = GenerationStub(self._channel)
 
@@ -151,7 +168,7 @@ class Client:
         """Start a request and return its chunks as they come."""
         request = build_request(prompt, options)
         call = self._stub.Generate(request, timeout=options.get("timeout_s", self._timeout_s))
-        return Stream(call, request.request_id)
+        return Stream(call, request.request_id, self._address)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Run a request to its end."""
@@ -165,14 +182,14 @@ class Client:
         try:
             return bool(self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=self._timeout_s).found)
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
 
     def model_info(self) -> ModelInfo:
         """What is served."""
         try:
             return parse_info(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=self._timeout_s))
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
 
     def close(self) -> None:
         self._channel.close()
@@ -189,6 +206,7 @@ class AsyncClient:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
         self._timeout_s = timeout_s
+        self._address = _checked(address)
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = GenerationStub(self._channel)
 
@@ -196,7 +214,7 @@ class AsyncClient:
         """Start a request and return its chunks as they come."""
         request = build_request(prompt, options)
         call = self._stub.Generate(request, timeout=options.get("timeout_s", self._timeout_s))
-        return AsyncStream(call, request.request_id)
+        return AsyncStream(call, request.request_id, self._address)
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Run a request to its end."""
@@ -210,7 +228,7 @@ class AsyncClient:
         try:
             reply = await self._stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=self._timeout_s)
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
         return bool(reply.found)
 
     async def model_info(self) -> ModelInfo:
@@ -218,7 +236,7 @@ class AsyncClient:
         try:
             return parse_info(await self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=self._timeout_s))
         except grpc.RpcError as exc:
-            raise error_from_rpc(exc) from exc
+            raise error_from_rpc(exc, self._address) from exc
 
     async def close(self) -> None:
         await self._channel.close()

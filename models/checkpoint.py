@@ -86,7 +86,8 @@ def locate(name_or_path: str) -> Checkpoint:
         return Checkpoint(path.stem, path, is_gguf=True)
     if name_or_path in SHAPES:
         raise UnknownModel(f"{name_or_path} is a shape without weights: give a folder, or ask for random weights")
-    built_in, shapes = ", ".join(BUILTIN_MODELS), ", ".join(SHAPES)
+    built_in = ", ".join(BUILTIN_MODELS)
+    shapes = ", ".join(name for name in SHAPES if name not in BUILTIN_MODELS)
     raise UnknownModel(
         f"unknown model {path.name[:128]!r}: neither a folder, a .gguf file nor a built-in name ({built_in}); "
         f"with random weights also {shapes}"

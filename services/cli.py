@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 
 if TYPE_CHECKING:
@@ -20,27 +21,52 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 EXIT_FAILED = 1
 
+_CONFIG_HELP = (
+    "YAML file, keys are the flags' names with _ for -, as in max_num_seqs: 8; the environment (KVSLUICE_MAX_NUM_SEQS) "
+    "wins over it, flags win over both"
+)
+_SERVERS = "default: the server's"
+
 
 def main() -> None:
-    """Entry point. Errors of the tree end the command with one line and a status other than 0."""
+    """Entry point. Errors of the tree end the command with one line that says what is wrong, and a status of 1."""
     try:
         app()
     except KvsluiceError as exc:
-        print(f"kvsluice: {type(exc).__name__}: {exc.message}", file=sys.stderr)
+        print(f"kvsluice: {exc.message}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvsluice {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvsluice(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Serve long prompts with prefill and decode apart and compressed KV caches."""
 
 
 def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for every configuration key, named as the key."""
-    from .config import ServeConfig
+    from .config import ServeConfig, metavar, shown_default
 
-    parameters = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [
+        p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD
+    ]
     for name, field in ServeConfig.model_fields.items():
         # values are checked in one place, with the file's and the environment's
         kind: Any = bool | None if field.annotation is bool else str | None
         flag = name.replace("_", "-")
         spelled = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
-        option = typer.Option(spelled, help=field.description, show_default=str(field.default))
+        help_text = f"{field.description}{shown_default(name)}"
+        # flags that are not given stay None, which is not the default to show
+        option = typer.Option(spelled, help=help_text, metavar=metavar(name), show_default=False)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
         )
@@ -57,12 +83,14 @@ def _check_start(config: ServeConfig) -> ServeConfig:
     from ..compression.recipe import get_recipe
     from ..models.tokenizer import load_tokenizer
 
+    path = Path(config.model).expanduser()
+    if (os.sep in config.model or config.model.startswith((".", "~"))) and not path.exists():
+        raise ConfigError(f"model: {config.model} does not exist")
     load_tokenizer(config.model)
     try:
         get_recipe(config.default_recipe)
     except InvalidRecipe as exc:
         raise ConfigError(f"default_recipe: {exc.problem}; allowed: {exc.allowed}") from exc
-    path = Path(config.model)
     if not path.exists():
         return config
     # workers run in another folder; clients go on using the name that was given
@@ -72,7 +100,7 @@ def _check_start(config: ServeConfig) -> ServeConfig:
 @app.command()
 @_config_flags
 def serve(
-    config: Annotated[Path | None, typer.Option(help="YAML file; the environment and flags win over it")] = None,
+    config: Annotated[Path | None, typer.Option(help=_CONFIG_HELP, metavar="FILE", show_default=False)] = None,
     **flags: Any,
 ) -> None:
     """Start the service on this machine and run until SIGTERM or Ctrl-C."""
@@ -84,28 +112,32 @@ def serve(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the prompt; `-` reads standard input")] = None,
-    file: Annotated[Path | None, typer.Option(help="read the prompt from a file")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="the prompt, or the question about --file; `-` reads standard input")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="text file that the prompt begins with", metavar="FILE")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a user's chat message")] = False,
     system: Annotated[str | None, typer.Option(help="system message; implies --chat")] = None,
     address: Annotated[str, typer.Option(help="host:port of the service")] = "127.0.0.1:8033",
-    model: Annotated[str | None, typer.Option(help="served model's name")] = None,
-    recipe: Annotated[str | None, typer.Option(help="recipe or preset, such as exact, balanced, fast")] = None,
+    model: Annotated[str | None, typer.Option(help=f"served model's name; {_SERVERS}")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"recipe or preset, such as exact, balanced, fast; {_SERVERS}")
+    ] = None,
     slots: Annotated[str | None, typer.Option(help="JSON object of slots that replace the recipe's")] = None,
-    max_tokens: Annotated[int | None, typer.Option()] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 = greedy")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    min_p: Annotated[float | None, typer.Option()] = None,
-    repetition_penalty: Annotated[float | None, typer.Option()] = None,
-    presence_penalty: Annotated[float | None, typer.Option()] = None,
-    frequency_penalty: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option(help=f"longest answer, in tokens; {_SERVERS}")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = greedy; default: 1")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample from this much probability; default: 1")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample from so many tokens; default: 0 = all")] = None,
+    min_p: Annotated[float | None, typer.Option(help="least share of the best token's probability; default: 0")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="default: 1 = none")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="default: 0 = none")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="default: 0 = none")] = None,
+    seed: Annotated[int | None, typer.Option(help="default: drawn by the server")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
-    min_tokens: Annotated[int | None, typer.Option()] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="number of choices")] = None,
-    timeout_s: Annotated[float | None, typer.Option(help="deadline in seconds")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="shortest answer, in tokens; default: 0")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the model's end of text")] = False,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="number of choices; default: 1")] = None,
+    timeout_s: Annotated[float | None, typer.Option(help=f"deadline; {_SERVERS}", metavar="SECONDS")] = None,
 ) -> None:
     """Generate text with a running service and print it as it comes."""
     from .terminal import parse_slots, read_prompt, stream_to_terminal

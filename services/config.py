@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -28,24 +28,32 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
     model: str = Field("smollm2-135m-longctx", min_length=1, description="built-in name, Hugging Face folder or GGUF")
-    served_model_name: str | None = Field(None, min_length=1, max_length=256, description="name that clients use")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype")
+    served_model_name: str | None = Field(
+        None, min_length=1, max_length=256, description="name that clients use; default: that of --model"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute dtype; auto = fp32 on a CPU, bf16 on a GPU"
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     random_weights: bool = Field(False, description="random weights of the model's shape")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="seed of weights and of requests that bring none")
-    max_model_len: int | None = Field(None, ge=8, description="prompt and answer together; None = the model's own")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="seed of random weights and of requests that bring none; default: drawn anew"
+    )
+    max_model_len: int | None = Field(
+        None, ge=8, description="tokens of prompt and answer together; default: the model's own"
+    )
     max_new_tokens: Positive = Field(4096, description="answer length when a request names none, at most")
     max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
     kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, description="KV cache of each decode worker")
     chunk_tokens: int = Field(512, ge=16, le=65536, description="rows of one prefill work item")
     default_recipe: str = Field("balanced", min_length=1, description="recipe of requests that name none")
-    torch_threads: Positive | None = Field(None, description="threads of each worker's torch; None = cores / workers")
+    torch_threads: Positive | None = Field(None, description="threads of each worker's torch; default: cores / workers")
 
     host: str = Field("127.0.0.1", min_length=1, description="address that the gateway listens on")
     port: int = Field(8033, ge=0, le=65535, description="port that the gateway listens on; 0 = any free one")
     role: Literal["split", "both"] = Field("split", description="prefill and decode apart, or both in each worker")
-    prefill_workers: int = Field(1, ge=1, le=64)
-    decode_workers: int = Field(1, ge=1, le=64)
+    prefill_workers: int = Field(1, ge=1, le=64, description="processes that run prompts")
+    decode_workers: int = Field(1, ge=1, le=64, description="processes that generate")
 
     max_queue: int = Field(64, ge=0, description="requests that may wait for room")
     max_message_bytes: int = Field(16 * MIB, ge=64 * 1024, le=512 * MIB, description="largest message of a client")
@@ -58,7 +66,7 @@ class ServeConfig(BaseModel):
     start_timeout_s: Seconds = Field(300.0, description="how long the workers may take to come up")
     object_store_bytes: int = Field(80 * MIB, ge=76 * MIB, description="Ray's object store; no KV goes through it")
     dashboard: bool = Field(False, description="Ray's dashboard, on loopback")
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what is worth a log line")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -86,11 +94,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as exc:
         raise ConfigError(f"config: cannot read {path}: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"config: {path} is not YAML") from exc
+        raise ConfigError(f"config: {path} is not a YAML file") from exc
     if raw is None:
         return {}
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise ConfigError(f"config: {path} is not a mapping from keys to values")
+        raise ConfigError(f"config: {path} is not a YAML mapping from keys to values, such as `port: 8033`")
     return {key.replace("-", "_"): value for key, value in raw.items()}
 
 
@@ -99,6 +107,33 @@ def _check_keys(source: str, values: Mapping[str, Any], spelled: Mapping[str, st
         if key not in ServeConfig.model_fields:
             known = ", ".join(sorted(ServeConfig.model_fields))
             raise ConfigError(f"{spelled.get(key, key)}: unknown key in {source}; known: {known}")
+
+
+def metavar(key: str) -> str | None:
+    """What `--help` calls a key's value; None where it is a switch."""
+    annotation: Any = ServeConfig.model_fields[key].annotation
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if annotation is bool:
+        return None
+    if get_origin(annotation) is Literal:
+        return "|".join(kinds)
+    if key.endswith("_bytes"):
+        return "BYTES"
+    if key.endswith("_s"):
+        return "SECONDS"
+    return "TEXT" if str in kinds else "INTEGER"
+
+
+def shown_default(key: str) -> str:
+    """How a key's description in `--help` goes on; keys without a value by default say in words what holds then."""
+    default = ServeConfig.model_fields[key].default
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return f"; default: {'on' if default else 'off'}"
+    if key.endswith("_bytes"):
+        return f"; default: {default} = {default // MIB} MiB"
+    return f"; default: {default:g}" if isinstance(default, float) else f"; default: {default}"
 
 
 def load_config(
@@ -121,7 +156,7 @@ def load_config(
     env.pop("config", None)
     from_file = _read_yaml(Path(path)) if path else {}
     given = {k: v for k, v in (flags or {}).items() if v is not None}
-    _check_keys("the file", from_file, {})
+    _check_keys("the YAML file", from_file, {})
     _check_keys("the environment", env, {key: ENV_PREFIX + key.upper() for key in env})
     _check_keys("the flags", given, {})
     try:
@@ -129,5 +164,5 @@ def load_config(
     except ValidationError as exc:
         first = exc.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "config"
-        source = "flag" if key in given else f"environment {ENV_PREFIX}{key.upper()}" if key in env else "file"
+        source = "flag" if key in given else f"environment {ENV_PREFIX}{key.upper()}" if key in env else "YAML file"
         raise ConfigError(f"{key}: {first['msg']} (from the {source}, got {str(first['input'])[:64]!r})") from exc

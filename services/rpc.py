@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -71,11 +73,21 @@ def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     literal = f"[{host}]" if ":" in host else host
     try:
         bound = int(server.add_insecure_port(f"{literal}:{port}"))
-    except RuntimeError as exc:
-        raise ConfigError(f"host, port: cannot listen on {host} port {port}") from exc
+    except RuntimeError:
+        bound = 0
     if bound == 0:
-        raise ConfigError(f"host, port: cannot listen on {host} port {port}")
+        raise ConfigError(f"host, port: cannot listen on {host} port {port}: {_why_not(host, port)}")
     return bound
+
+
+def _why_not(host: str, port: int) -> str:
+    """Why nothing can listen there; gRPC itself does not say."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as exc:
+        return "it is already in use" if exc.errno == errno.EADDRINUSE else exc.strerror or type(exc).__name__
+    return "the address does not fit"
 
 
 async def call_error(call: Any) -> KvsluiceError:

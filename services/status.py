@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from .. import errors
@@ -9,6 +11,10 @@ from ..errors import InvalidRequest, KvsluiceError
 from ..protos import generation_pb2 as pb
 
 ERROR_METADATA_KEY = "kvsluice-error-bin"
+
+# how gRPC says that a connection never came about
+_NEVER_CONNECTED = re.compile(r"failed to connect|connection refused|resolv|resolution", re.IGNORECASE)
+_SIZES = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
 
 _CODES = {code.name: code for code in grpc.StatusCode}
 
@@ -56,14 +62,31 @@ def build_error(type_name: str, message: str, field: str = "", allowed: str = ""
     return cls(message)
 
 
-def error_from_rpc(error: grpc.RpcError) -> KvsluiceError:
-    """The typed error behind a failed call: from its `ErrorInfo`, else from what gRPC itself reported."""
+def error_from_rpc(error: grpc.RpcError, address: str = "") -> KvsluiceError:
+    """The typed error behind a failed call: from its `ErrorInfo`, else from what gRPC itself reported.
+
+    Args:
+        address: of the service as the client's user gave it; named where it cannot be reached.
+    """
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_METADATA_KEY and isinstance(value, bytes):
             info = pb.ErrorInfo.FromString(value)
             return build_error(info.type, info.message, info.field, info.allowed)
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        return InvalidRequest("message", "is larger than what one side accepts", "a smaller message")
+        return _too_large(details)
+    if code is grpc.StatusCode.UNAVAILABLE and address:
+        if _NEVER_CONNECTED.search(details):
+            return errors.WorkerLost(f'cannot reach {address}; is "kvsluice serve" running?')
+        return errors.WorkerLost(f"the connection to {address} was lost")
     cls, message = _BY_CODE.get(code, (errors.InternalError, f"the call failed with status {code.name}"))
     return cls(message)
+
+
+def _too_large(details: str) -> InvalidRequest:
+    found = _SIZES.search(details)
+    if found is None:
+        return InvalidRequest("message", "is larger than the other side accepts", "a smaller prompt")
+    size, limit = found.groups()
+    allowed = f"up to {limit} bytes, the --max-message-bytes of the server"
+    return InvalidRequest("message", f"the request has {size} bytes", allowed)

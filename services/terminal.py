@@ -10,23 +10,29 @@ from typing import Any
 from rich.console import Console
 
 from ..client import Client, Completion, Options, Prompt, Stream
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, KvsluiceError
 
 EXIT_INTERRUPTED = 130
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from where the command line says: argument, file, or standard input."""
-    if prompt is not None and file is not None:
-        raise InvalidRequest("prompt", "is given twice", "either PROMPT or --file")
-    if file is not None:
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InvalidRequest("--file", f"cannot be read: {type(exc).__name__}", "a text file in UTF-8") from exc
-    if prompt is None or prompt == "-":
-        return sys.stdin.read()
-    return prompt
+    """The prompt from where the command line says: argument, file, or standard input.
+
+    An argument beside a file is the question about it: the file's text, a blank line, the argument.
+    """
+    document = None if file is None else _read_text(file)
+    if document is not None and prompt is None:
+        return document
+    question = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    return question if document is None else f"{document.rstrip()}\n\n{question}"
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise InvalidRequest("--file", f"cannot read {file}: {why}", "a text file in UTF-8") from exc
 
 
 def parse_slots(text: str | None) -> dict[str, Any] | None:
@@ -48,9 +54,7 @@ def stream_to_terminal(address: str, prompt: Prompt, options: dict[str, Any]) ->
         stream = client.stream(prompt, **_typed(options))
         try:
             if options.get("n", 1) == 1:
-                for chunk in stream:
-                    print(chunk.text, end="", flush=True)
-                print()
+                _print_text(stream)
             else:
                 _print_choices(stream)
         except KeyboardInterrupt:
@@ -62,6 +66,20 @@ def stream_to_terminal(address: str, prompt: Prompt, options: dict[str, Any]) ->
 
 def _typed(options: dict[str, Any]) -> Options:
     return options  # type: ignore[return-value]
+
+
+def _print_text(stream: Stream) -> None:
+    printed = False
+    try:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+            printed = printed or chunk.text != ""
+    except (KvsluiceError, KeyboardInterrupt):
+        if printed:
+            # what comes next on the terminal gets a line of its own
+            print(flush=True)
+        raise
+    print()
 
 
 def _print_choices(stream: Stream) -> None:

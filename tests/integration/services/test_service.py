@@ -124,7 +124,7 @@ def test_the_command_line_generates(service, tmp_path):
 
     file = tmp_path / "prompt.txt"
     file.write_text("Say hello.")
-    chat = run(service, "generate", "--file", str(file), "--chat", "--max-tokens", "4", "-n", "2")
+    chat = run(service, "generate", "How?", "--file", str(file), "--chat", "--max-tokens", "4", "-n", "2")
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.startswith("[0] ")
     assert "[1] " in chat.stdout

@@ -74,6 +74,26 @@ def test_failures_that_grpc_reports_itself_are_typed(code, details, cls):
     assert "secret" not in error.message
 
 
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        ("failed to connect to all addresses; last error: …", 'cannot reach h:1; is "kvsluice serve" running?'),
+        ("errors resolving h:1: [address lookup failed]", 'cannot reach h:1; is "kvsluice serve" running?'),
+        ("Socket closed", "the connection to h:1 was lost"),
+    ],
+)
+def test_a_client_is_told_whom_it_cannot_reach(details, said):
+    assert error_from_rpc(Failed(grpc.StatusCode.UNAVAILABLE, details), "h:1").message == said
+
+
+def test_a_message_that_is_too_large_names_the_limit_and_its_flag():
+    details = "SERVER: Received message larger than max (20971530 vs. 16777216)"
+    error = error_from_rpc(Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
+    assert "20971530 bytes" in error.message
+    assert "16777216" in error.allowed
+    assert "--max-message-bytes" in error.allowed
+
+
 def test_an_error_of_a_newer_version_is_internal():
     assert type(build_error("QuantumFault", "x")) is errors.InternalError
 

@@ -1,0 +1,113 @@
+"""What the command line says without a service: help, version, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from kvsluice import __version__
+from kvsluice.errors import WorkerLost
+from kvsluice.services import cli, terminal
+from kvsluice.services.api import Chunk
+from kvsluice.services.config import ServeConfig
+
+
+@pytest.fixture
+def kvsluice(monkeypatch, capsys):
+    """Runs the command as its entry point does; gives status, standard output and standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kvsluice", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
+
+
+def shown_help(command: str) -> str:
+    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0
+    return shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("generate", "hi", "--address", "127.0.0.1:1"),
+            'kvsluice: cannot reach 127.0.0.1:1; is "kvsluice serve" running?\n',
+        ),
+        (("generate", "hi", "--address", "foo"), "kvsluice: address: 'foo' has no port; allowed: host:port"),
+        (("models", "--address", "127.0.0.1:0"), "kvsluice: address: '127.0.0.1:0' has no port"),
+        (("generate", "--file", "/no/such/file"), "kvsluice: --file: cannot read /no/such/file: No such file"),
+        (("generate", "hi", "--slots", "["), "kvsluice: --slots: is not JSON"),
+        (("serve", "--model", "/no/such/model"), "kvsluice: model: /no/such/model does not exist\n"),
+        (("serve", "--config", "/no/such/file"), "kvsluice: config: cannot read /no/such/file"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_line_that_says_why(kvsluice, arguments, said):
+    code, out, err = kvsluice(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_model_lists_each_name_once(kvsluice):
+    _, _, err = kvsluice("serve", "--model", "nope")
+    names = err.replace(",", " ").replace("(", " ").replace(")", " ").split()
+    assert names.count("smollm2-135m") == 1
+
+
+def test_the_version(kvsluice):
+    assert kvsluice("--version") == (0, f"kvsluice {__version__}\n", "")
+
+
+def test_the_help_of_serve_says_of_every_setting_what_it_takes_and_what_holds_without_it():
+    lines = [line.split() for line in shown_help("serve").splitlines() if " --" in line]
+    flags = {words[1]: " ".join(words[2:]) for words in lines if len(words) > 1}
+    for name, field in ServeConfig.model_fields.items():
+        text = flags["--" + name.replace("_", "-")]
+        assert "default: " in text, name
+        assert "None" not in text
+        assert "<str>" not in text
+        assert field.description
+    assert flags["--port"].startswith("INTEGER ")
+    assert flags["--grace-s"].startswith("SECONDS ")
+    assert flags["--max-message-bytes"].startswith("BYTES ")
+    assert flags["--role"].startswith("split|both ")
+    assert "YAML file" in flags["--config"]
+
+
+def test_the_help_of_generate_says_what_holds_without_an_option():
+    text = shown_help("generate")
+    for flag in ("--max-tokens", "--temperature", "--top-p", "--recipe", "--seed", "--timeout-s"):
+        line = next(line for line in text.splitlines() if f" {flag} " in line)
+        assert "default: " in line
+
+
+def test_a_prompt_beside_a_file_is_the_question_about_it(tmp_path, monkeypatch):
+    file = tmp_path / "long.txt"
+    file.write_text("A document.\n")
+    assert terminal.read_prompt("What is it?", file) == "A document.\n\nWhat is it?"
+    assert terminal.read_prompt(None, file) == "A document.\n"
+    assert terminal.read_prompt("What is it?", None) == "What is it?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?"))
+    assert terminal.read_prompt("-", file) == "A document.\n\nWho?"
+
+
+@pytest.mark.parametrize("end", [WorkerLost("gone"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("texts", "shown"), [(["A ", "part"], "A part\n"), ([""], ""), ([], "")])
+def test_what_follows_a_partial_answer_starts_a_new_line(capsys, end, texts, shown):
+    def stream():
+        for text in texts:
+            yield Chunk(0, text, (), (), None)
+        raise end
+
+    with pytest.raises(type(end)):
+        terminal._print_text(stream())
+    assert capsys.readouterr().out == shown
