@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from ..errors import BrokenCheckpoint, UnsupportedModel
@@ -40,6 +40,8 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "qwen2": lambda: _split(_QWEN2),
     "llama-bpe": lambda: _split(_LLAMA3),
 }
+# as llama.cpp does for files without add_bos_token
+_STARTS_BY_DEFAULT = ("llama-bpe",)
 
 
 def bpe_of_gguf(file: GgufFile) -> Tokenizer:
@@ -76,4 +78,17 @@ def bpe_of_gguf(file: GgufFile) -> Tokenizer:
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
+    _add_start_of_text(tokenizer, file, str(pre))
     return tokenizer
+
+
+def _add_start_of_text(tokenizer: Tokenizer, file: GgufFile, pre: str) -> None:
+    """Make plain prompts start with start-of-text where the file says so, or is silent and the family does so."""
+    flag, bos = file.fields.get("tokenizer.ggml.add_bos_token"), file.fields.get("tokenizer.ggml.bos_token_id")
+    if flag is False or (flag is None and (bos is None or pre not in _STARTS_BY_DEFAULT)):
+        return
+    token = tokenizer.id_to_token(bos) if isinstance(bos, int) and bos >= 0 else None
+    if token is None or not isinstance(flag, bool | None):
+        raise BrokenCheckpoint(f"{file.name}: tokenizer.ggml.add_bos_token and the bos_token do not fit together")
+    start = {"id": "start", "ids": [bos], "tokens": [token]}
+    tokenizer.post_processor = processors.TemplateProcessing(single=["start", "$A"], special_tokens=[start])

@@ -9,6 +9,7 @@ from typing import Protocol
 from tokenizers import pre_tokenizers
 
 REPLACEMENT = "\ufffd"
+MAX_CHARACTER_BYTES = 4  # of UTF-8
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -57,7 +58,9 @@ class ByteLevelDecoder:
 class WindowDecoder:
     """For any other vocabulary: decodes a short window of tokens twice, with and without the new ones.
 
-    Text is held back while it ends in U+FFFD or in a single-byte token, because the next token may change it.
+    Text is held back while it ends in U+FFFD or in a single-byte token, because the next token may change it, but never
+    for longer than the four bytes that a character can take. Decoding at once turns a whole run of single-byte tokens
+    into U+FFFD for one wrong byte in it; of runs longer than that, only what was still held back turns so here.
 
     Args:
         decode: text of a list of ids.
@@ -68,29 +71,47 @@ class WindowDecoder:
     def __init__(self, decode: Callable[[Sequence[int]], str], is_open: Callable[[int], bool | None]) -> None:
         self._decode = decode
         self._is_open = is_open
+        # the tokens of the text given last, `_num_given` of them, then those that are held back
         self._ids: list[int] = []
-        self._context = 0
-        self._read = 0
-        self._open = False
+        self._num_given = 0
+        self._run = 0  # open tokens at the end
 
     def push(self, ids: Sequence[int]) -> str:
-        self._ids.extend(ids)
-        for state in filter(lambda s: s is not None, map(self._is_open, ids)):
-            self._open = bool(state)
-        if self._open:
-            return ""
-        text = self._decode(self._ids[self._context :])
-        if text.endswith(REPLACEMENT):
-            return ""
-        return self._take(text)
+        for token_id in ids:
+            state = self._is_open(token_id)
+            if state is None:
+                # it is no context either: the next word would lose its leading space
+                continue
+            self._ids.append(token_id)
+            self._run = self._run + 1 if state else 0
+        num_ids = len(self._ids)
+        if not self._run and not self._decode(self._ids).endswith(REPLACEMENT):
+            return self._take(num_ids)
+        num_held = self._run or num_ids - self._num_given
+        return self._take(self._decided()) if num_held > MAX_CHARACTER_BYTES else ""
 
     def finish(self) -> str:
-        return self._take(self._decode(self._ids[self._context :]))
+        return self._take(len(self._ids))
 
-    def _take(self, text: str) -> str:
-        new = text[len(self._decode(self._ids[self._context : self._read])) :]
+    def _decided(self) -> int:
+        """How many of the tokens nothing that follows can change: all but those of a last character's first bytes."""
+        decided = num_ids = len(self._ids)
+        for end in range(num_ids, num_ids - MAX_CHARACTER_BYTES, -1):
+            if not self._run and self._is_open(self._ids[end - 1]):
+                continue  # a run that is over is decided as a whole
+            decided = end
+            if not self._decode(self._ids[:end]).endswith(REPLACEMENT):
+                break
+        self._run = min(self._run, num_ids - decided)
+        return decided
+
+    def _take(self, end: int) -> str:
+        """Text of the tokens held back up to `end`."""
+        given, text = self._decode(self._ids[: self._num_given]), self._decode(self._ids[:end])
+        # a wrong byte after part of its run was given takes that part back: then the new tokens stand by themselves
+        new = text[len(given) :] if text.startswith(given) else self._decode(self._ids[self._num_given : end])
         if new:
-            # tokens without text are no context: the next word would lose its leading space
-            self._context = self._read
-        self._read = len(self._ids)
+            del self._ids[: self._num_given]
+            end -= self._num_given
+        self._num_given = end
         return new

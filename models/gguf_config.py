@@ -11,6 +11,29 @@ from .hf_config import supported
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FREQUENCY_FACTORS = "rope_freqs.weight"
+# keys that change what a model computes and that the forward pass does not know, with the values that change nothing
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "expert_count": (0,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.temperature_scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.causal": (True,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 
 
 def config_of_gguf(file: GgufFile) -> dict[str, Any]:
@@ -28,8 +51,8 @@ def config_of_gguf(file: GgufFile) -> dict[str, Any]:
     read = _Metadata(file, str(architecture))
     heads, hidden = read.number("attention.head_count"), read.number("embedding_length")
     head_dim = read.number("attention.key_length", hidden // heads if heads else 0)
-    read.refuse("expert_count", 0)
-    read.refuse("attention.sliding_window", 0)
+    for name, neutral in _NEUTRAL.items():
+        read.refuse(name, *neutral)
     read.refuse("attention.value_length", head_dim)
     read.refuse("rope.dimension_count", head_dim)
     raw: dict[str, Any] = {
@@ -46,7 +69,7 @@ def config_of_gguf(file: GgufFile) -> dict[str, Any]:
         "vocab_size": _vocab_size(file),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": end_of_text_ids(file),
     }
     scaling = _rope_scaling(file, read, head_dim, float(raw["rope_theta"]))
     if scaling is not None:
@@ -54,6 +77,23 @@ def config_of_gguf(file: GgufFile) -> dict[str, Any]:
     if architecture == "llama":
         raw["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     return raw
+
+
+def end_of_text_ids(file: GgufFile) -> list[int]:
+    """Ids that end a text: of the text itself, of a turn, of a message. Empty when the file names none.
+
+    Raises:
+        BrokenCheckpoint: one is not an id.
+    """
+    found: dict[int, None] = {}
+    for name in ("eos", "eot", "eom"):
+        index = file.fields.get(f"tokenizer.ggml.{name}_token_id")
+        if index is None:
+            continue
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise BrokenCheckpoint(f"{file.name}: tokenizer.ggml.{name}_token_id is not a token id")
+        found[index] = None
+    return list(found)
 
 
 def _vocab_size(file: GgufFile) -> int:
@@ -66,7 +106,8 @@ def _vocab_size(file: GgufFile) -> int:
 def _rope_scaling(file: GgufFile, read: _Metadata, head_dim: int, theta: float) -> dict[str, Any] | None:
     if _FREQUENCY_FACTORS in file.tensors:
         return _llama3_scaling(file, head_dim, theta)
-    kind = read.text("rope.scaling.type", "none")
+    # as llama.cpp reads them: a factor without a type is linear
+    kind = read.text("rope.scaling.type", "linear" if read.has("rope.scaling.factor") else "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
@@ -76,6 +117,8 @@ def _rope_scaling(file: GgufFile, read: _Metadata, head_dim: int, theta: float) 
     scaling: dict[str, Any] = {"rope_type": kind, "factor": float(read.number("rope.scaling.factor"))}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = read.number("rope.scaling.original_context_length")
+        scaling["beta_fast"] = read.number("rope.scaling.yarn_beta_fast", 32.0)
+        scaling["beta_slow"] = read.number("rope.scaling.yarn_beta_slow", 1.0)
     return scaling
 
 
@@ -112,6 +155,9 @@ class _Metadata:
         self._file = file
         self._architecture = architecture
 
+    def has(self, name: str) -> bool:
+        return f"{self._architecture}.{name}" in self._file.fields
+
     def number(self, name: str, default: float | None = None) -> Any:
         value = self._file.fields.get(f"{self._architecture}.{name}", default)
         if value is None:
@@ -125,12 +171,12 @@ class _Metadata:
     def text(self, name: str, default: str) -> str:
         return str(self._file.fields.get(f"{self._architecture}.{name}", default))
 
-    def refuse(self, name: str, allowed: object) -> None:
-        value = self._file.fields.get(f"{self._architecture}.{name}", allowed)
-        if value != allowed:
+    def refuse(self, name: str, *allowed: object) -> None:
+        value = self._file.fields.get(f"{self._architecture}.{name}", allowed[0])
+        if value not in allowed:
             raise UnsupportedModel(
                 f"{self._file.name}: {self._architecture}.{name} = {str(value)[:64]} is not supported; "
-                f"supported: {allowed}"
+                f"supported: {', '.join(map(str, allowed))}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -73,7 +74,9 @@ def rope_from_hf(raw: Mapping[str, Any], max_position_embeddings: int) -> RopeCo
         return RopeConfig(
             "dynamic", theta, factor=read.factor(), original_max_position_embeddings=max_position_embeddings
         )
-    original = raw.get("original_max_position_embeddings", parameters.get("original_max_position_embeddings"))
+    original = raw.get("original_max_position_embeddings")
+    if original is None:
+        original = parameters.get("original_max_position_embeddings")
     original = max_position_embeddings if original is None else _whole("original_max_position_embeddings", original)
     return _llama3(read, theta, original) if kind == "llama3" else _yarn(read, theta, original, max_position_embeddings)
 
@@ -93,9 +96,8 @@ def _llama3(read: _Reader, theta: float, original: int) -> RopeConfig:
 
 
 def _yarn(read: _Reader, theta: float, original: int, max_position_embeddings: int) -> RopeConfig:
-    factor = read.optional("factor")
-    if factor is None:
-        factor = max_position_embeddings / original
+    given = read.parameters.get("factor")
+    factor = max_position_embeddings / original if given is None else read.factor()
     attention_factor = read.optional("attention_factor")
     if attention_factor is None:
         mscale, mscale_all = read.optional("mscale"), read.optional("mscale_all_dim")
@@ -110,7 +112,7 @@ def _yarn(read: _Reader, theta: float, original: int, max_position_embeddings: i
         original_max_position_embeddings=original,
         beta_fast=read.optional("beta_fast") or 32.0,
         beta_slow=read.optional("beta_slow") or 1.0,
-        truncate=bool(read.parameters.get("truncate", True)),
+        truncate=read.flag("truncate", True),
         attention_factor=attention_factor,
     )
 
@@ -135,6 +137,14 @@ class _Reader:
             raise BrokenCheckpoint(f"config.json: RoPE parameter {name} is missing")
         return _positive(name, value)
 
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.parameters.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise BrokenCheckpoint(f"config.json: RoPE parameter {name} is not a boolean")
+        return value
+
     def factor(self) -> float:
         factor = self.number("factor")
         if factor < 1:
@@ -143,7 +153,8 @@ class _Reader:
 
 
 def _positive(name: str, value: object, zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # comparing finds what no float can hold: NaN, infinities and integers that are too large
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise BrokenCheckpoint(f"config.json: {name} is not a finite number")
     if value < 0 or (value == 0 and not zero):
         raise BrokenCheckpoint(f"config.json: {name} must be positive, got {value}")

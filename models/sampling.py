@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,8 @@ MAX_LOGPROBS = 20
 _NOT_FINITE = "the model's logits are not finite"
 # as in vLLM; dividing by less would overflow
 GREEDY_BELOW = 1e-5
+# far beyond any context, and exact in every format that carries them
+_MOST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,18 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, math.inf)
+        for name in ("max_tokens", "top_k", "min_tokens", "n", "seed", "logprobs"):
+            _check_whole(name, getattr(self, name))
+        _check_range("max_tokens", self.max_tokens, 1, _MOST)
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("top_p", self.top_p, 0, 1, open_low=True)
-        _check_range("top_k", self.top_k, 0, math.inf)
+        _check_range("top_k", self.top_k, 0, _MOST)
         _check_range("min_p", self.min_p, 0, 1)
-        _check_range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 10)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_range("n", self.n, 1, math.inf)
+        _check_range("n", self.n, 1, _MOST)
         _check_range("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
@@ -84,10 +87,20 @@ class SamplingParams:
 
 
 def _check_range(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # NaN is in no range
+    if not low <= value <= high or (open_low and value == low):
         bound = "above" if open_low else "from"
-        limit = f"{bound} {low}" + ("" if high == math.inf else f" to {high}")
-        raise InvalidRequest(f"sampling.{name}", f"got {value!r}"[:64], f"a number {limit}")
+        raise InvalidRequest(f"sampling.{name}", _shown(value), f"a number {bound} {low} to {high}")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InvalidRequest(f"sampling.{name}", _shown(value), "a whole number")
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write out very long integers
+    return "got a number of many digits" if isinstance(value, int) and abs(value) > 1 << 64 else f"got {value!r}"[:64]
 
 
 @dataclass(frozen=True)
@@ -110,25 +123,46 @@ class Sampled:
     stop_token: int | None = None
 
 
+class PromptIds:
+    """What sampling needs of a prompt, made once and shared, read-only, by all choices of a request.
+
+    Args:
+        ids: the prompt.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.num_tokens = len(ids)
+        self._ids = ids
+        self._seen: Tensor | None = None
+
+    def seen(self, vocab_size: int, device: torch.device) -> Tensor:
+        """Which ids occur: bool [V], shared by the callers, who do not write to it."""
+        if self._seen is None or self._seen.device != device or len(self._seen) != vocab_size:
+            ids = torch.tensor(self._ids, dtype=torch.int64, device=device)
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, ids, True)
+        return self._seen
+
+
 class SamplerState:
     """Sampling of one choice; a function of its parameters and of the ids so far, nothing else.
 
     Args:
         params: the request's parameters.
         choice: index of the choice, from 0 to n - 1.
-        prompt_ids: the prompt.
+        prompt_ids: the prompt; choices of one request share the work on it when they share one `PromptIds`.
         vocab_size: width of the logits.
         eos_token_ids: the model's own end-of-text ids.
 
     Raises:
-        InvalidRequest: an id of `logit_bias` or `stop_token_ids` is outside the vocabulary.
+        InvalidRequest: an id of `logit_bias` or `stop_token_ids` is outside the vocabulary, or `min_tokens` and
+            `stop_token_ids` leave no id to sample.
     """
 
     def __init__(
         self,
         params: SamplingParams,
         choice: int,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] | PromptIds,
         vocab_size: int,
         eos_token_ids: Sequence[int],
     ) -> None:
@@ -139,14 +173,23 @@ class SamplerState:
                 )
         self.params = params
         self.choice = choice
-        self._start = len(prompt_ids)
-        self._seen = set(prompt_ids) if params.repetition_penalty != 1 else set()
-        self._counts: Counter[int] = Counter()
+        prompt = prompt_ids if isinstance(prompt_ids, PromptIds) else PromptIds(prompt_ids)
+        self._start = prompt.num_tokens
+        self._vocab_size = vocab_size
+        self._prompt = prompt if params.repetition_penalty != 1 else None
+        self._seen: Tensor | None = None  # bool [V]: the ids of prompt and output
+        self._counts: Tensor | None = None  # float32 [V]: how often the output has each id
+        self._is_counted = bool(self._prompt or params.presence_penalty or params.frequency_penalty)
+        self._uncounted: list[int] = []  # emitted since the last sampling, not in the tensors yet
         self._num_sampled = 0
         self._stops = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         )
         self._masked = sorted({i for i in (*params.stop_token_ids, *eos_token_ids) if i < vocab_size})
+        if params.min_tokens and len(self._masked) == vocab_size:
+            raise InvalidRequest(
+                "sampling.min_tokens", "every token would end the choice", "0, or fewer stop_token_ids"
+            )
 
     @property
     def num_sampled(self) -> int:
@@ -172,11 +215,8 @@ class SamplerState:
 
     def force(self, token_id: int) -> None:
         """Move on as if `token_id` had been sampled: replay."""
-        params = self.params
-        if params.repetition_penalty != 1:
-            self._seen.add(token_id)
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts[token_id] += 1
+        if self._is_counted:
+            self._uncounted.append(token_id)
         self._num_sampled += 1
 
     def _process(self, logits: Tensor) -> Tensor:
@@ -188,16 +228,32 @@ class SamplerState:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=device)
             scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-        if self._seen:
-            ids = torch.tensor(sorted(self._seen), device=device)
-            values = scores[ids]
+        if self._is_counted:
+            self._count(device)
+        if self._seen is not None:
             penalty = params.repetition_penalty
-            scores[ids] = torch.where(values > 0, values / penalty, values * penalty)
-        if self._counts:
-            ids = torch.tensor(list(self._counts), device=device)
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32, device=device)
-            scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
+            penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+            scores = torch.where(self._seen, penalised, scores)
+        if self._counts is not None:
+            counts = self._counts
+            scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
         return scores
+
+    def _count(self, device: torch.device) -> None:
+        """Bring the tensors of seen and counted ids up to date: work of the tokens since the last time only."""
+        params, vocab_size = self.params, self._vocab_size
+        if self._seen is None and self._prompt is not None:
+            self._seen, self._prompt = self._prompt.seen(vocab_size, device).clone(), None
+        if self._counts is None and (params.presence_penalty or params.frequency_penalty):
+            self._counts = torch.zeros(vocab_size, device=device)
+        if not self._uncounted:
+            return
+        ids = torch.tensor(self._uncounted, device=device)
+        self._uncounted.clear()
+        if self._seen is not None:
+            self._seen.index_fill_(0, ids, True)
+        if self._counts is not None:
+            self._counts.index_put_((ids,), torch.ones(len(ids), device=device), accumulate=True)
 
     def _draw(self, scores: Tensor) -> int:
         """Inverse of the cumulative distribution, in order of token ids, at the counter's random number."""

@@ -169,17 +169,22 @@ class AdapterSource:
         if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, plain)):
             raise UnsupportedModel("adapter_config.json: only plain LoRA without biases is supported")
         rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-            raise BrokenCheckpoint("adapter_config.json: r or lora_alpha is missing")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+            raise BrokenCheckpoint("adapter_config.json: r or lora_alpha is missing or out of range")
         self._scale = alpha / rank
         self._factors = _adapter_factors(folder)
-        self._check()
+        self._check(rank)
 
-    def _check(self) -> None:
+    def _check(self, rank: int) -> None:
         shapes = self._base.shapes()
         for name, (a, b) in self._factors.items():
-            if shapes.get(name) != (len(b), a.shape[1]) or len(a) != b.shape[1]:
+            if a.dim() != 2 or b.dim() != 2 or shapes.get(name) != (len(b), a.shape[1]) or len(a) != b.shape[1]:
                 raise BrokenCheckpoint(f"adapter_model.safetensors: factors of {name[:128]} do not fit the model")
+            if len(a) != rank:
+                raise BrokenCheckpoint(
+                    f"adapter_model.safetensors: factors of {name[:128]} have rank {len(a)}, "
+                    f"adapter_config.json says r = {rank}"[:400]
+                )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._base.shapes()

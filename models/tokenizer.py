@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders
 
 from ..errors import BrokenCheckpoint, InvalidRequest, UnsupportedModel
 from .bpe import bpe_of_gguf
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["IncrementalDecoder", "Tokenizer", "load_tokenizer"]
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# begins what stands for a control token of the template; in the last plane, for private use, where no text is
+_STAND_IN = "\U0010fffd"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -58,9 +60,6 @@ class Tokenizer:
         raw.no_truncation()
         raw.no_padding()
         self._raw = raw
-        # the same tokenizer, but for text in which control tokens are only characters
-        self._plain = RawTokenizer.from_str(raw.to_str())
-        self._plain.encode_special_tokens = True
         self._template = None if template is None else ChatTemplate(template, named)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
@@ -70,6 +69,12 @@ class Tokenizer:
         # longest first, as the tokenizer matches them
         contents = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, contents)) or r"(?!)")
+        # also finds those that begin inside another
+        self._control_start = re.compile(rf"(?=({self._control_pattern.pattern}))(.)", re.DOTALL)
+        self._heads = frozenset(content[:i] for content in contents for i in range(1, len(content)))
+        self._tails = frozenset(content[i:] for content in contents for i in range(1, len(content)))
+        self._longest = max(map(len, contents), default=0)
+        self._disarmed, self._stand_ins = self._stand_in_tokenizer(added)
         self._is_byte_level = isinstance(raw.decoder, decoders.ByteLevel)
 
     @cached_property
@@ -115,34 +120,77 @@ class Tokenizer:
         if self._template is None:
             raise InvalidRequest("messages", "this model has no chat template", "a plain prompt")
         strings = list(_strings(messages))
-        if not any(map(self._control_pattern.search, strings)):
+        if not any(map(self._is_armed, strings)):
             return self.encode(self._template.render(messages, add_generation_prompt))
         mark = _unused_character(strings)
         text = self._template.render([self._disarm(m, mark) for m in messages], add_generation_prompt)
         return self._encode_disarmed(_valid(text), mark)
 
+    def _stand_in_tokenizer(self, added: Mapping[int, AddedToken]) -> tuple[RawTokenizer, dict[int, int]]:
+        """The same tokenizer, but control tokens are only characters, and others stand in for them.
+
+        So a text is encoded in one call, like any other: where a word begins, and what spaces a control token takes
+        with it, do not depend on what the messages hold.
+
+        Returns:
+            (tokenizer, its id of a stand-in -> id of the control token).
+        """
+        plain = RawTokenizer.from_str(self._raw.to_str())
+        plain.encode_special_tokens = True
+        names = {index: self._stand_in(index) for index in self._control.values()}
+        plain.add_tokens(
+            [
+                AddedToken(
+                    name,
+                    single_word=added[index].single_word,
+                    lstrip=added[index].lstrip,
+                    rstrip=added[index].rstrip,
+                    normalized=added[index].normalized,
+                    special=False,
+                )
+                for index, name in names.items()
+            ]
+        )
+        found = {plain.token_to_id(name): index for index, name in names.items()}
+        return plain, {index: control for index, control in found.items() if index is not None}
+
+    @staticmethod
+    def _stand_in(index: int) -> str:
+        # of one length, so that none begins another, and no letter at its ends, which tokens of whole words look at
+        return f"{_STAND_IN}{index:08x}{_STAND_IN}"
+
+    def _is_armed(self, text: str) -> bool:
+        """Whether a message's string holds a control token, or could be part of one beside what stands around it."""
+        return self._control_pattern.search(text) is not None or self._ends_in_head(text) or self._starts_in_tail(text)
+
+    def _ends_in_head(self, text: str) -> bool:
+        return any(text[-i:] in self._heads for i in range(1, min(len(text) + 1, self._longest)))
+
+    def _starts_in_tail(self, text: str) -> bool:
+        return any(text[:i] in self._tails for i in range(1, min(len(text) + 1, self._longest)))
+
     def _disarm(self, value: Any, mark: str) -> Any:
-        """Put `mark` after the first character of every control token spelled out in a message, at any depth."""
+        """Put `mark` inside every control token spelled out in a message, at any depth, and where one could be joined.
+
+        That is behind a string that ends as a control token begins, and before one that begins as a control token
+        ends: other messages or the template may hold the rest.
+        """
         if isinstance(value, str):
-            return self._control_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+            text = self._control_start.sub(lambda m: m[2] + mark, value)
+            return mark * self._starts_in_tail(value) + text + mark * self._ends_in_head(value)
         if isinstance(value, Mapping):
             return {key: self._disarm(item, mark) for key, item in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [self._disarm(item, mark) for item in value]
         return value
 
     def _encode_disarmed(self, text: str, mark: str) -> list[int]:
         """Encode a rendered template in which every control token is the template's own."""
-        ids: list[int] = []
-        start = 0
-        for match in self._control_pattern.finditer(text):
-            ids += self._encode_plain(text[start : match.start()].replace(mark, ""))
-            ids.append(self._control[match[0]])
-            start = match.end()
-        return ids + self._encode_plain(text[start:].replace(mark, ""))
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return list(self._plain.encode(text, add_special_tokens=False).ids) if text else []
+        if _STAND_IN in text:
+            raise InvalidRequest("messages", "hold both U+10FFFD and parts of control tokens", "text without U+10FFFD")
+        text = self._control_pattern.sub(lambda m: self._stand_in(self._control[m[0]]), text).replace(mark, "")
+        ids = self._disarmed.encode(text, add_special_tokens=False).ids
+        return [self._stand_ins.get(i, i) for i in ids]
 
     @cached_property
     def _alphabet(self) -> dict[str, int]:
@@ -211,6 +259,8 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def _from_gguf(file: GgufFile) -> Tokenizer:
+    from .gguf_config import end_of_text_ids
+
     raw = bpe_of_gguf(file)
     ids = {
         "bos_token": file.fields.get("tokenizer.ggml.bos_token_id"),
@@ -227,8 +277,10 @@ def _from_gguf(file: GgufFile) -> Tokenizer:
             raise BrokenCheckpoint(f"{file.name}: the {name} lies outside the vocabulary")
         named[name] = token
     template = file.fields.get("tokenizer.chat_template")
-    eos = ids["eos_token"]
-    return Tokenizer(raw, template, named, ids["bos_token"], () if eos is None else (eos,))
+    ends = tuple(end_of_text_ids(file))
+    if any(raw.id_to_token(index) is None for index in ends):
+        raise BrokenCheckpoint(f"{file.name}: a token that ends a text lies outside the vocabulary")
+    return Tokenizer(raw, template, named, ids["bos_token"], ends)
 
 
 def _from_folder(folder: Path) -> Tokenizer:

@@ -20,7 +20,7 @@ from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.forward import Rows, forward_rows
 from ...models.model import Model
-from ...models.sampling import Sampled, SamplerState
+from ...models.sampling import PromptIds, Sampled, SamplerState
 from ..model_shape import model_shape
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
@@ -272,9 +272,9 @@ class DecodeEngine:
         request, cache, config = run.request, run.cache, self.model.config
         assert cache is not None, "made when the request was let in"
         live = [i for i, c in enumerate(emitted) if not c.finish_reason and i not in run.cancelled]
-        choices = {}
+        prompt, choices = PromptIds(prompt_ids), {}
         for index in live:
-            sampler = SamplerState(request.sampling, index, prompt_ids, config.vocab_size, config.eos_token_ids)
+            sampler = SamplerState(request.sampling, index, prompt, config.vocab_size, config.eos_token_ids)
             own = cache if index == live[-1] else cache.fork()
             choices[index] = ChoiceRun(own, sampler, request.num_prompt_tokens, emitted[index].token_ids)
         run.resident_bytes = cache.nbytes()

@@ -27,7 +27,7 @@ from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
-from ...models.sampling import SamplerState, SamplingParams
+from ...models.sampling import PromptIds, SamplerState, SamplingParams
 from ..model_shape import model_shape
 from .batcher import Batcher, WorkItem
 from .state import PrefillSink, Prompt, sample_first
@@ -114,8 +114,9 @@ class PrefillEngine:
         if min(job.prompt_ids) < 0 or max(job.prompt_ids) >= vocab_size:
             raise InvalidRequest("prompt", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
         job.recipe.check_resolved()
+        prompt = PromptIds(job.prompt_ids)
         samplers = [
-            SamplerState(params, choice, job.prompt_ids, vocab_size, config.eos_token_ids) for choice in range(params.n)
+            SamplerState(params, choice, prompt, vocab_size, config.eos_token_ids) for choice in range(params.n)
         ]
         self._batcher.add(job.request_id, len(job.prompt_ids))
         self._running[job.request_id] = _Running(job, sink, samplers)

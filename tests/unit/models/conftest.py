@@ -83,6 +83,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
                 writer.add_string(key, value)
             elif isinstance(value, list):
                 writer.add_array(key, value)
+            elif isinstance(value, bool):
+                writer.add_bool(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             else:

@@ -96,6 +96,8 @@ def test_more_than_plain_lora_is_refused(changes: dict[str, Any], tmp_path: Path
         (factors(a=torch.zeros(2, 5)), "do not fit"),
         (factors(b=torch.zeros(4, 2)), "do not fit"),
         (factors(b=torch.zeros(3, 1)), "do not fit"),
+        (factors(a=torch.zeros(2)), "do not fit"),
+        (factors(b=torch.zeros(3)), "do not fit"),
         ({PREFIX + "lora_A.weight": torch.zeros(2, 4)}, "lora_B.weight is missing"),
         (factors() | {"base_model.model.lm_head.weight": torch.zeros(2)}, "not pairs"),
         ({name.replace("up_proj", "no_proj"): t for name, t in factors().items()}, "do not fit"),
@@ -104,6 +106,18 @@ def test_more_than_plain_lora_is_refused(changes: dict[str, Any], tmp_path: Path
 def test_factors_that_do_not_fit_are_refused(pair: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
     with pytest.raises(BrokenCheckpoint, match=words):
         AdapterSource(Base(), write(tmp_path, pair))
+
+
+def test_factors_of_another_rank_than_configured_are_refused(tmp_path: Path) -> None:
+    # the scale alpha / r would be wrong
+    with pytest.raises(BrokenCheckpoint, match=r"rank 2, adapter_config\.json says r = 8"):
+        AdapterSource(Base(), write(tmp_path, factors(), r=8))
+
+
+def test_scales_that_no_number_can_hold_are_refused(tmp_path: Path) -> None:
+    for alpha in (10**400, float("nan")):
+        with pytest.raises(BrokenCheckpoint, match="lora_alpha"):
+            AdapterSource(Base(), write(tmp_path, factors(), lora_alpha=alpha))
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def test_what_is_not_covered_is_refused(raw: dict[str, Any], change: dict[str, A
         ({"eos_token_id": [-1]}, "eos_token_id"),
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "factor must be positive"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": "false"}}, "truncate is not a boolean"),
         ({"rope_scaling": ["linear"]}, "rope_parameters"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
@@ -124,6 +127,15 @@ def test_yarn_factor_from_lengths_and_neutral_features_pass(raw: dict[str, Any])
     config = config_from_hf(raw | {"rope_scaling": scaling, "quantization_config": None, "num_experts": 0})
 
     assert config.rope.factor == 4.0
+
+
+@pytest.mark.parametrize(("outer", "length"), [({}, 16), ({"original_max_position_embeddings": None}, 16)])
+def test_a_null_beside_the_scaling_hides_nothing(raw: dict[str, Any], outer: dict[str, Any], length: int) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": length, "truncate": False}
+    rope = config_from_hf(raw | outer | {"rope_scaling": scaling}).rope
+
+    assert rope.original_max_position_embeddings == length
+    assert not rope.truncate
 
 
 def test_digest_follows_what_changes_logits(raw: dict[str, Any]) -> None:

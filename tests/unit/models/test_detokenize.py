@@ -113,7 +113,11 @@ def _single_bytes() -> dict[int, int]:
 
 
 def fallback_tokenizer() -> RawTokenizer:
-    vocab = {"<unk>": 0} | {f"<0x{b:02X}>": b + 1 for b in range(256)} | {"▁": 257, "▁hi": 258, "a": 259, "<s>": 260}
+    vocab = (
+        {"<unk>": 0}
+        | {f"<0x{b:02X}>": b + 1 for b in range(256)}
+        | {"▁": 257, "▁hi": 258, "a": 259, "<s>": 260, REPLACEMENT: 261}
+    )
     raw = RawTokenizer(BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -125,10 +129,14 @@ def fallback_tokenizer() -> RawTokenizer:
 FALLBACK = fallback_tokenizer()
 
 
+BYTES = st.sampled_from([0x41, 0xC3, 0xA9, 0xE4, 0xF0, 0x9F]).map(lambda b: b + 1)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    ids=st.lists(
-        st.one_of(st.integers(257, 260), st.sampled_from([0x41, 0xC3, 0xA9, 0xE4, 0xF0, 0x9F]).map(lambda b: b + 1))
+    # runs of at most four bytes, which are given as a whole
+    ids=st.lists(st.tuples(st.lists(BYTES, max_size=4), st.lists(st.integers(257, 261), min_size=1, max_size=3))).map(
+        lambda groups: [i for run, texts in groups for i in (*run, 257 if set(texts) == {260} else texts[0], *texts)]
     ),
     sizes=st.lists(st.integers(0, 4), max_size=12),
 )
@@ -139,3 +147,44 @@ def test_window_decoder_over_byte_fallback(ids: list[int], sizes: list[int]) -> 
     given_out = pieces(WindowDecoder(decode, lambda i: None if i == 260 else 1 <= i <= 256), ids, sizes)
 
     assert "".join(given_out) == decode(ids)
+
+
+def fallback_stream(num_decoded: list[int] | None = None) -> WindowDecoder:
+    def decode(some: Sequence[int]) -> str:
+        if num_decoded is not None:
+            num_decoded.append(len(some))
+        return FALLBACK.decode(list(some))
+
+    return WindowDecoder(decode, lambda i: None if i == 260 else 1 <= i <= 256)
+
+
+@pytest.mark.parametrize("token", [261, 0x41 + 1, 0xFF + 1, 259, 260])
+def test_nothing_is_withheld_or_decoded_again_for_long(token: int) -> None:
+    num_decoded: list[int] = []
+    stream = fallback_stream(num_decoded)
+    text, wanted = "", FALLBACK.decode([259] + [token] * 200)
+    for count, token_id in enumerate([259] + [token] * 200):
+        text += stream.push([token_id])
+        assert len(text) >= len(FALLBACK.decode(([259] + [token] * 200)[: count + 1])) - 4
+
+    assert max(num_decoded) <= 12
+    assert text + stream.finish() == wanted
+
+
+def test_long_runs_of_bytes_come_character_by_character() -> None:
+    text = "語🙂éA" * 30
+    ids = [byte + 1 for byte in text.encode()]
+    given_out = pieces(fallback_stream(), [259, *ids, 259], [1] * (len(ids) + 2))
+
+    assert "".join(given_out) == f"a{text}a"
+    assert not any(REPLACEMENT in piece for piece in given_out)
+    # all at once as well
+    assert "".join(pieces(fallback_stream(), [259, *ids, 259], [])) == f"a{text}a"
+
+
+def test_a_wrong_byte_spoils_only_what_was_held_back() -> None:
+    ids = [byte + 1 for byte in "éééé".encode()] + [0xFF + 1, 259]
+    text = "".join(pieces(fallback_stream(), ids, [1] * len(ids)))
+
+    assert text.startswith("éé") and text.endswith("a")
+    assert text.count(REPLACEMENT) <= 5

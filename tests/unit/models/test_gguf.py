@@ -179,6 +179,13 @@ def test_structure_equals_the_gguf_packages_own_reader() -> None:
         ({"ARCH.rope.dimension_count": 8}, "dimension_count"),
         ({"ARCH.attention.head_count_kv": [2, 1]}, "not one number"),
         ({"ARCH.rope.scaling.type": "longrope"}, "longrope"),
+        ({"ARCH.rope.scale_linear": 4.0}, "scale_linear"),
+        ({"ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.attn_factor": 0.5}, "attn_factor"),
+        ({"ARCH.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier"),
+        ({"ARCH.logit_scale": 0.5}, "logit_scale"),
+        ({"ARCH.attention.scale": 0.5}, r"attention\.scale"),
+        ({"ARCH.residual_scale": 3.0}, "residual_scale"),
+        ({"ARCH.embedding_scale": 3.0}, "embedding_scale"),
     ],
 )
 def test_what_is_not_covered_is_refused(more: dict[str, Any], words: str, write_gguf: Write) -> None:
@@ -199,6 +206,39 @@ def test_rope_scaling(kind: str, write_gguf: Write) -> None:
 
     assert (config.rope.kind, config.rope.factor) == (kind, 4.0)
     assert config.rope.original_max_position_embeddings == (16 if kind == "yarn" else 0)
+
+
+def test_a_scaling_factor_without_a_type_is_linear(write_gguf: Write) -> None:
+    # as llama.cpp reads it
+    tensors = to_gguf("llama", hf_tensors("llama"))
+    rope = load_config(str(write_gguf(fields_of("llama", **{"ARCH.rope.scaling.factor": 4.0}), tensors))).rope
+    none = {"ARCH.rope.scaling.factor": 4.0, "ARCH.rope.scaling.type": "none"}
+
+    assert (rope.kind, rope.factor) == ("linear", 4.0)
+    assert load_config(str(write_gguf(fields_of("llama", **none), tensors))).rope.kind == "default"
+
+
+def test_bounds_of_yarns_ramp_are_read(write_gguf: Write) -> None:
+    more = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 24.0, "yarn_beta_slow": 2.0}
+    fields = fields_of("llama", **{f"ARCH.rope.scaling.{name}": value for name, value in more.items()})
+    rope = load_config(str(write_gguf(fields, to_gguf("llama", hf_tensors("llama"))))).rope
+
+    assert (rope.beta_fast, rope.beta_slow) == (24.0, 2.0)
+
+
+def test_neutral_values_pass(write_gguf: Write) -> None:
+    neutral = {"ARCH.logit_scale": 1.0, "ARCH.residual_scale": 0.0, "ARCH.rope.scaling.attn_factor": 1.0}
+    tensors = to_gguf("llama", hf_tensors("llama"))
+    plain, same = (load_config(str(write_gguf(fields_of("llama", **f), tensors))) for f in ({}, neutral))
+
+    assert plain == same
+
+
+def test_ids_that_end_a_turn_or_a_message_end_a_text(write_gguf: Write) -> None:
+    ids = {f"tokenizer.ggml.{name}_token_id": index for name, index in (("eos", 5), ("eot", 7), ("eom", 5))}
+    path = write_gguf(fields_of("llama", **ids), to_gguf("llama", hf_tensors("llama")))
+
+    assert load_config(str(path)).eos_token_ids == (5, 7)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

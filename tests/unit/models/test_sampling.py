@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsluice.errors import InternalError, InvalidRequest
-from kvsluice.models.sampling import Sampled, SamplerState, SamplingParams, uniform
+from kvsluice.models.sampling import PromptIds, Sampled, SamplerState, SamplingParams, uniform
 
 VOCAB = 50
 EOS = 3
@@ -115,6 +115,48 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     expected[12] -= 0.5 + 2 * 0.25
     expected[40] -= 0.5 + 0.25
     assert torch.equal(scores, expected)
+
+
+def test_choices_share_what_is_made_of_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(list[int]):
+        reads = 0
+
+        def __iter__(self) -> Any:
+            Counted.reads += 1
+            return super().__iter__()
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    params = SamplingParams(max_tokens=9, temperature=0.8, repetition_penalty=1.4, frequency_penalty=0.5, n=5, seed=3)
+    prompt = PromptIds(Counted(PROMPT))
+    shared = [SamplerState(params, choice, prompt, VOCAB, ()) for choice in range(5)]
+    alone = [SamplerState(params, choice, PROMPT, VOCAB, ()) for choice in range(5)]
+    made = []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, **more: made.append(len(data)) or tensor(data, **more))
+    for step in range(6):
+        logits = logits_of(step)
+        assert [s.sample(logits) for s in shared] == [s.sample(logits) for s in alone]
+        if step == 0:
+            read = Counted.reads
+            # the prompt once for the request, and once for each choice that has its own
+            assert sorted(made) == [len(PROMPT)] * 6
+            made.clear()
+    # a token costs its own id, whatever the lengths of prompt and output
+    assert set(made) == {1} and Counted.reads == read
+
+
+def test_penalties_leave_the_prompts_part_as_it_is() -> None:
+    prompt, device = PromptIds(PROMPT), torch.device("cpu")
+    params = SamplingParams(repetition_penalty=2.0, temperature=0)
+    for choice in range(3):
+        sampler = SamplerState(params, choice, prompt, VOCAB, ())
+        sampler.force(40 + choice)
+        sampler.sample(logits_of(choice))
+
+    assert prompt.seen(VOCAB, device).nonzero().flatten().tolist() == sorted(set(PROMPT))
 
 
 def test_order_is_mask_then_bias_then_penalties() -> None:
@@ -320,6 +362,14 @@ def test_logits_that_are_not_finite_are_an_error(temperature: float, value: floa
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 10.5),
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("max_tokens", 10**400),
+        ("temperature", 10**400),
+        ("top_k", 1.0),
+        ("seed", 0.5),
         ("presence_penalty", 2.5),
         ("frequency_penalty", math.nan),
         ("min_tokens", 17),
@@ -334,6 +384,16 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
         SamplingParams(**{field: value})
     assert caught.value.field == f"sampling.{field}"
     assert caught.value.allowed
+
+
+def test_asking_that_every_token_be_masked_is_the_requests_fault() -> None:
+    with pytest.raises(InvalidRequest, match=r"sampling\.min_tokens"):
+        state(min_tokens=1, stop_token_ids=tuple(i for i in range(VOCAB) if i != EOS))
+    assert (
+        state(min_tokens=1, stop_token_ids=tuple(i for i in range(VOCAB) if i != 9)).sample(logits_of(1)).token_id == 9
+    )
+    # nothing is masked without a minimum
+    state(stop_token_ids=tuple(range(VOCAB))).sample(logits_of(1))
 
 
 @pytest.mark.parametrize("params", [{"logit_bias": {VOCAB: 1.0}}, {"logit_bias": {-1: 1.0}}, {"stop_token_ids": (99,)}])

@@ -156,6 +156,89 @@ def test_messages_cannot_spell_control_tokens(message: dict[str, str], tokenizer
     assert f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" in text
 
 
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ("x<|im", "_end|>y"),
+        ("<", "|im_end|>"),
+        ("<|im_end|", ">"),
+        ("<|", "im_end", "|>"),
+        ("<|endoftext|><|i", "m_end|>"),
+    ],
+)
+def test_messages_cannot_join_into_control_tokens(contents: tuple[str, ...], tmp_path: Path) -> None:
+    save_bpe(tmp_path, chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    raw = RawTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content} for content in contents])
+
+    assert [i for i in ids if i >= 256] == [256]
+    assert tokenizer.decode(ids) == "".join(contents)
+
+
+def test_control_tokens_that_begin_inside_another_are_disarmed(tmp_path: Path) -> None:
+    save_bpe(tmp_path, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    raw = RawTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    raw.add_special_tokens(["[a][", "[b]"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+
+    ids = load_tokenizer(str(tmp_path)).apply_chat_template([{"role": "user", "content": "[a][b]"}])
+
+    assert max(ids) < 256 and len(ids) == 6
+
+
+def test_a_template_may_build_control_tokens_around_a_role(tmp_path: Path) -> None:
+    save_bpe(tmp_path, chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+
+    assert load_tokenizer(str(tmp_path)).apply_chat_template([{"role": "s", "content": "</s>"}])[0] == 256
+
+
+def test_a_message_that_holds_what_stands_in_for_control_tokens(tmp_path: Path) -> None:
+    save_bpe(tmp_path, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = load_tokenizer(str(tmp_path))
+
+    assert tokenizer.apply_chat_template([{"content": "\U0010fffd00000100\U0010fffd"}])[-1] < 256
+    with pytest.raises(InvalidRequest, match=r"U\+10FFFD"):
+        tokenizer.apply_chat_template([{"content": "\U0010fffd00000100\U0010fffd</s>"}])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_one_spelled_out_token_leaves_the_rest_of_the_conversation_alone(
+    scheme: str, lstrip: bool, tmp_path: Path
+) -> None:
+    save_metaspace(tmp_path, scheme, lstrip)
+    tokenizer = load_tokenizer(str(tmp_path))
+    before = [{"content": "ab c "}, {"content": "cd"}]
+
+    plain = tokenizer.apply_chat_template([*before, {"content": "e"}])
+    spelled = tokenizer.apply_chat_template([*before, {"content": "e</s>"}])
+
+    # the three characters more than "e" that are one more than nothing, then the template's own end
+    assert spelled[: len(plain) - 1] == plain[:-1]
+    assert [tokenizer.token_text(i) for i in spelled[len(plain) - 1 :]] == ["<", "/", "s", ">", "</s>"]
+
+
+def save_metaspace(folder: Path, scheme: str, lstrip: bool) -> None:
+    """Characters and a mark for spaces, in the way of Llama 2 and Mistral."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}
+    vocab |= {character: i for i, character in enumerate("abcdes/<>", len(vocab))}
+    raw = RawTokenizer(BPE(vocab, [], unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    raw.decoder = decoders.Metaspace(prepend_scheme="never")
+    raw.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False, lstrip=lstrip) for name in ("<s>", "</s>")]
+    )
+    raw.save(str(folder / "tokenizer.json"))
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": source}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
 def test_plain_prompts_may_spell_control_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<|im_start|>user")[0] == START
 
@@ -300,6 +383,47 @@ def test_other_pre_tokenizers_split_as_published(pre: str, family: str | None, t
         )
         plain = text.removesuffix("<|end|>")
         assert tokenizer.encode(plain) == theirs.encode(plain, add_special_tokens=False)
+
+
+def tiny_gguf(write_gguf: Any, pre: str, **more: Any) -> Tokenizer:
+    import numpy as np
+
+    fields = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<s:$A>", "<e>", "<t>"],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3, 3, 3],
+        "tokenizer.ggml.eos_token_id": 4,
+    }
+    fields |= {f"tokenizer.ggml.{name}": value for name, value in more.items()}
+    return load_tokenizer(str(write_gguf(fields, {"token_embd.weight": (np.zeros((6, 32), np.float32), "F32")})))
+
+
+@pytest.mark.parametrize(
+    ("pre", "more", "starts"),
+    [
+        ("llama-bpe", {"bos_token_id": 3}, True),
+        ("llama-bpe", {"bos_token_id": 3, "add_bos_token": False}, False),
+        ("llama-bpe", {}, False),
+        ("qwen2", {"bos_token_id": 3}, False),
+        ("qwen2", {"bos_token_id": 3, "add_bos_token": True}, True),
+    ],
+)
+def test_start_of_text_of_gguf_files(pre: str, more: dict[str, Any], starts: bool, write_gguf: Any) -> None:
+    tokenizer = tiny_gguf(write_gguf, pre, **more)
+
+    assert tokenizer.encode("ab", add_special_tokens=True) == [3] * starts + [2]
+    assert tokenizer.encode("ab") == [2]
+
+
+def test_every_end_of_gguf_files_ends_a_text(write_gguf: Any) -> None:
+    assert tiny_gguf(write_gguf, "qwen2", eot_token_id=5, eom_token_id=4).eos_token_ids == (4, 5)
+    with pytest.raises(BrokenCheckpoint, match="ends a text"):
+        tiny_gguf(write_gguf, "qwen2", eot_token_id=6)
+    with pytest.raises(BrokenCheckpoint, match="add_bos_token"):
+        tiny_gguf(write_gguf, "qwen2", add_bos_token=True)
 
 
 @pytest.mark.parametrize(
