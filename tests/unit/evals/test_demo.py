@@ -83,7 +83,17 @@ def test_wrong_answers_stay_in_what_is_shown():
         console.print(line)
     shown = console.file.getvalue()
     assert "0 of 2" in shown
+    assert "fastkv (fast)" in shown
+    assert "last 8 rows" in " ".join(shown.split())
     assert re.search(r"fastkv +wrong +12", shown)
+
+
+def test_without_a_wrong_answer_none_is_explained():
+    assert demo.why_wrong([make_run("exact", "12"), make_run("fastkv", "11")]) == ""
+
+
+def test_recipes_are_shown_with_their_presets():
+    assert [demo.label(name) for name in demo.RECIPES] == ["exact", "fastkv (fast)", "sluice (balanced)"]
 
 
 def test_results_hold_the_numbers_of_the_table():
