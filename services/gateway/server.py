@@ -75,7 +75,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         self._health_task: Task[None] | None = None
         self._server = make_server(config.max_message_bytes)
 
