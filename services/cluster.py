@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -33,10 +33,11 @@ from .config import ServeConfig
 from .gateway.membership import Member, MembershipTable, Role, View
 from .lifecycle import LoopThread, WorkerHost, WorkerService
 from .model_shape import model_shape
-from .processes import Process, descendants, kill, wait_gone
+from .processes import Process, descendants, forget_source_tree, kill, remove_folder, wait_gone
 from .status import build_error
 from .telemetry import configure_logging, where
 from .worker import WorkerIdentity, check_fit, compute_dtype
+from .worker_watch import Status, WorkerWatch
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -87,13 +88,13 @@ class Host:
     """An actor that hosts services. Never raises on start: the driver asks `status` and gets the typed error."""
 
     def __init__(self, config_json: str, worker_id: str) -> None:
-        _forget_source_tree()
+        forget_source_tree()
         self._config = ServeConfig.from_json(config_json)
         configure_logging(self._config.log_level)
         self._worker_id = worker_id
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._loop = LoopThread(f"{worker_id}-loop")
-        self._status: dict[str, str] = {}
+        self._status = {"pid": str(os.getpid())}
         try:
             self._status["address"] = self._start()
         except KvsluiceError as exc:
@@ -102,7 +103,7 @@ class Host:
             self._status |= {"error_type": "InternalError", "message": f"{worker_id} cannot start: {where(exc)}"}
 
     def status(self) -> dict[str, str]:
-        """`address`, or `error_type` and `message` of the error that kept it from starting."""
+        """`pid`, and `address` or `error_type` and `message` of the error that kept it from starting."""
         return self._status
 
     def _start(self) -> str:
@@ -217,12 +218,9 @@ def _crash(exc: BaseException) -> None:
     os._exit(1)
 
 
-def _forget_source_tree() -> None:
-    """Take the package's own folder off the import path: other libraries probe for a top-level `kernels`."""
-    import sys
-
-    root = Path(__file__).resolve().parent.parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != root]
+def _ask(actor: Actor) -> Future[Status]:
+    answer: Future[Status] = actor.status.remote().future()
+    return answer
 
 
 def start_ray(config: ServeConfig, temp_dir: str, num_actors: int) -> None:
@@ -262,6 +260,7 @@ class Fleet:
         self._controller: Actor | None = None
         self._gateway: Actor | None = None
         self._workers: list[tuple[str, Actor]] = []
+        self._status: dict[str, dict[str, str]] = {}
         self.address = ""
 
     def start(self, stopped: Callable[[], bool], after_ray: Callable[[], None]) -> bool:
@@ -325,7 +324,7 @@ class Fleet:
             done, _ = ray.wait(list(waiting), timeout=0.2)
             for ref in done:
                 name = waiting.pop(ref)
-                status = self._get(ref, name)
+                status = self._status[name] = self._get(ref, name)
                 if "error_type" in status:
                     raise build_error(status["error_type"], status["message"])
                 if name == "gateway-0":
@@ -344,9 +343,14 @@ class Fleet:
         except RayError as exc:
             raise InternalError(f"{name} died while it started: {type(exc).__name__}") from exc
 
-    def watch(self, stop: threading.Event) -> str | None:
-        """Wait until `stop` is set. Returns None then, or at once what has died that the service needs to live."""
-        assert self._controller is not None
+    def watch(self, stop: threading.Event, say: Callable[[str], None]) -> str | None:
+        """Wait until `stop` is set. Returns None then, or at once what has died that the service needs to live.
+        `say` is told of other parts that die, and of their successors."""
+        assert self._controller is not None and self._gateway is not None
+        watches = [
+            WorkerWatch(name, self._status[name], partial(_ask, actor), say)
+            for name, actor in [*self._workers, ("gateway-0", self._gateway)]
+        ]
         ping: Any = self._controller.view.remote()
         while not stop.wait(WATCH_PERIOD_S):
             gone = [p.name for p in self._core if not p.alive]
@@ -359,6 +363,8 @@ class Fleet:
                 except RayError:
                     return "the controller is gone"
                 ping = self._controller.view.remote()
+            for watch in watches:
+                watch.look()
         return None
 
     def drain(self) -> bool:
@@ -385,5 +391,8 @@ class Fleet:
 
     def kill(self, tree: list[Process] | None = None) -> None:
         """End everything at once."""
-        kill(descendants() if tree is None else [*tree, *descendants()])
-        shutil.rmtree(self._temp_dir, ignore_errors=True)
+        tree = [*(tree or ()), *descendants()]
+        kill(tree)
+        wait_gone(tree, 2.0)
+        if not remove_folder(self._temp_dir):
+            log.warning("%s is left over", self._temp_dir)

@@ -1,10 +1,12 @@
-"""The process tree below this process, read from /proc."""
+"""The process tree below this process, read from /proc, and what processes leave behind."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +42,11 @@ def _read(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), name, int(fields[19]))
 
 
+def find(pid: int) -> Process | None:
+    """The process with this id, if it runs."""
+    return _read(pid)
+
+
 def descendants(pid: int | None = None) -> list[Process]:
     """All processes below a process (default: this one)."""
     processes = [p for entry in os.listdir("/proc") if entry.isdigit() and (p := _read(int(entry))) is not None]
@@ -68,3 +75,19 @@ def wait_gone(processes: Iterable[Process], timeout_s: float) -> list[Process]:
         time.sleep(0.05)
         left = [p for p in left if p.alive]
     return left
+
+
+def remove_folder(folder: str, tries: int = 20) -> bool:
+    """Remove a folder that processes which are just ending may still write to. Returns whether it is gone."""
+    for _ in range(tries):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def forget_source_tree() -> None:
+    """Take the package's own folder off this process's import path: other libraries probe for a top-level `kernels`."""
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != root]

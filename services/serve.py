@@ -57,6 +57,8 @@ def run(config: ServeConfig) -> int:
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             fleet.kill()
+            # the signal may have come in the middle of a print, which cannot be entered again
+            os.write(sys.stderr.fileno(), b"kvsluice: stopped at once\n")
             os._exit(EXIT_KILLED)
         stop.set()
 
@@ -66,13 +68,13 @@ def run(config: ServeConfig) -> int:
         if not fleet.start(stop.is_set, lambda: _handle(on_signal)):
             return EXIT_OK
         print(f"kvsluice: serving {config.model_name} on {fleet.address} ({_describe(config)})", flush=True)
-        failure = fleet.watch(stop)
+        failure = fleet.watch(stop, _say)
         if failure is not None:
             _say(f"{failure}; the service stops")
             fleet.shutdown()
             # Ray's exit handlers would wait for what is gone
             os._exit(EXIT_FAILED)
-        _say(f"stopping; running requests may take {config.grace_s:g} s more")
+        _say(f"stopping; running requests may take {config.grace_s:g} s more (signal again to stop now)")
         drained = fleet.drain()
         _say("stopped" if drained else "stopped; the gateway did not answer in time")
         return EXIT_OK if drained else EXIT_FAILED
@@ -97,5 +99,6 @@ def _say(line: str) -> None:
 
 def _describe(config: ServeConfig) -> str:
     if config.role == "both":
-        return f"{max(config.prefill_workers, config.decode_workers)} workers of both roles"
+        num = max(config.prefill_workers, config.decode_workers)
+        return f"{num} worker{'s' if num > 1 else ''} of both roles"
     return f"{config.prefill_workers} prefill, {config.decode_workers} decode"

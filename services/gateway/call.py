@@ -195,7 +195,7 @@ class Call:
         try:
             await self._accepted(call)
             self._queue_s = time.monotonic() - self._job.accepted_s
-            reader = asyncio.create_task(self._read_prefill(call, inbox))
+            reader = asyncio.create_task(self._read_prefill(call, inbox, route.prefill.called))
             await self._stream(route, request.epoch, inbox)
         finally:
             route.prefill.done(request.request_id, request.epoch)
@@ -212,7 +212,7 @@ class Call:
                 raise _NotStarted from error
             raise error
 
-    async def _read_prefill(self, call: Any, inbox: Inbox) -> None:
+    async def _read_prefill(self, call: Any, inbox: Inbox, worker: str) -> None:
         def take(event: wpb.PrefillEvent) -> None:
             kind = event.WhichOneof("event")
             if kind is not None:
@@ -225,7 +225,7 @@ class Call:
             if not self._decoding and not self._ended:
                 # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
                 lost = isinstance(exc, (RequestCancelled, WorkerLost))
-                inbox.fail(WorkerLost("the prefill worker was lost while it worked on the request") if lost else exc)
+                inbox.fail(WorkerLost(f"the {worker} was lost while it worked on the request") if lost else exc)
 
     @property
     def _ended(self) -> bool:

@@ -133,6 +133,11 @@ class Link:
             self._lost()
         self._on_change()
 
+    @property
+    def called(self) -> str:
+        """What errors call the worker."""
+        return "worker" if self.info.role == "both" else f"{self.member.role} worker"
+
     async def _greet(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
         self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S, wait_for_ready=True)
         if self.info.worker_id != self.member.worker_id:
@@ -168,7 +173,7 @@ class PrefillLink(Link):
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
         if self._stub is None or not self.up:
-            raise WorkerLost("the prefill worker was lost")
+            raise WorkerLost(f"the {self.called} was lost")
         self._ours[request.request_id, request.epoch] = len(request.prompt_ids)
         return self._stub.Prefill(request, timeout=timeout_s)
 
@@ -214,7 +219,7 @@ class DecodeLink(Link):
     def open(self, message: wpb.Open, inbox: Inbox) -> None:
         """Ask for room for a request; answers and tokens go to `inbox` until `close`."""
         if not self.up:
-            raise WorkerLost("the decode worker was lost")
+            raise WorkerLost(f"the {self.called} was lost")
         self._inboxes[message.request_id, message.epoch] = inbox
         self._outbox.put_nowait(wpb.ToDecode(open=message))
 
@@ -272,4 +277,4 @@ class DecodeLink(Link):
     def _lost(self) -> None:
         inboxes, self._inboxes = self._inboxes, {}
         for inbox in inboxes.values():
-            inbox.fail(WorkerLost("the decode worker was lost while it worked on the request"))
+            inbox.fail(WorkerLost(f"the {self.called} was lost while it worked on the request"))

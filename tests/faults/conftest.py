@@ -39,6 +39,10 @@ class Victim:
         os.kill(process.pid, signal.SIGKILL)
         return process
 
+    def wait_said(self, text: str) -> None:
+        """Wait until the service has printed a text."""
+        wait_for(lambda: text in self.service.log.read_text(), 30.0)
+
     def wait_busy(self, name: str, seconds: float) -> None:
         """Wait until a process has computed for so long from now on."""
         process = self.find(name)

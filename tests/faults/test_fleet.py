@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,36 @@ def test_both_roles_in_one_worker_and_the_end_of_the_service(part):
             "kvsluice: Ray's gcs_server is gone; the service stops",
         )
         assert wait_gone(tree, 5.0) == []
+
+
+def test_a_lost_worker_of_both_roles_and_a_second_signal():
+    arguments = ("--role", "both", "--model", "smollm2-135m", "--random-weights", "--seed", "3")
+    with running_service(*arguments) as service, Client(service.address, timeout_s=60.0) as client:
+        while "(1 worker of both roles)" not in service.log_tail():
+            time.sleep(0.05)
+        tree = descendants(service.process.pid)
+        (raylet,) = [p for p in tree if p.name == "raylet"]
+        folder = re.search(r"/[^ =]*/kvsluice-\w+", Path(f"/proc/{raylet.pid}/cmdline").read_text())[0]
+        assert Path(folder).is_dir()
+        stream = client.stream("A story:", max_tokens=2000, ignore_eos=True)
+        next(stream)
+        (worker,) = [p for p in tree if "ray::CombinedWorker" in Path(f"/proc/{p.pid}/cmdline").read_text()]
+        os.kill(worker.pid, 9)
+        with pytest.raises(WorkerLost, match="the worker was lost"):
+            for _ in stream:
+                pass
+        stream = client.stream("A story:", max_tokens=2000, ignore_eos=True)
+        next(stream)
+
+        tree = descendants(service.process.pid)
+        service.process.send_signal(signal.SIGTERM)
+        while "(signal again to stop now)" not in service.log_tail():
+            time.sleep(0.05)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(30) == 130
+        assert service.log_tail().endswith("kvsluice: stopped at once\n")
+        assert wait_gone(tree, 5.0) == []
+        assert not Path(folder).exists()
 
 
 def test_a_broken_checkpoint_stops_the_start_with_one_line(tmp_path):

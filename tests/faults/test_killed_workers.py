@@ -33,9 +33,11 @@ def test_prefill_killed_while_it_computes(victim, client):
     stream = client.stream(LONG_PROMPT, max_tokens=8)
     victim.wait_busy("ray::PrefillWorker", 0.5)
     victim.kill("ray::PrefillWorker")
-    with pytest.raises(WorkerLost, match="prefill"):
+    with pytest.raises(WorkerLost, match="the prefill worker was lost"):
         next(stream)
     assert works(client)
+    victim.wait_said("kvsluice: the new prefill-0 serves")
+    assert victim.service.log.read_text().count("kvsluice: prefill-0 died; a new one is started") == 1
 
 
 def test_decode_killed_while_it_streams(victim, client):
