@@ -76,8 +76,10 @@ class WorkerPool:
                 self.model = route.model
                 return route
         except TimeoutError:
-            missing = "prefill" if self._decodes() else "decode"
-            raise WorkerLost(f"no {missing} worker is there; none came within the time allowed") from None
+            missing = "prefill worker" if self._decodes() else "decode worker"
+            if self._config.role == "both":
+                missing = "worker"
+            raise WorkerLost(f"no {missing} is there; none came within the time allowed") from None
 
     def _decodes(self) -> list[DecodeLink]:
         return [link for link in self._links.values() if isinstance(link, DecodeLink) and link.up]
