@@ -4,7 +4,8 @@
                                                         any time: cancel, or a fault ──> Finished or Failed
 
 Everything that happens to a request is told by the events that `step` returns. Every request that `open` accepted ends
-in exactly one FinishedEvent or FailedEvent, and by then its memory is free.
+in exactly one FinishedEvent or FailedEvent, and by then its memory is free. Where a caller gives the epoch that it
+means, another attempt under the same request id is left alone.
 """
 
 from __future__ import annotations
@@ -160,21 +161,27 @@ class DecodeEngine:
         return Demand(one - tail_bytes, tail_bytes, sampling.n)
 
     @torch.inference_mode()
-    def add_layer(self, request_id: str, encoded: EncodedLayer) -> None:
+    def add_layer(self, request_id: str, encoded: EncodedLayer, epoch: int | None = None) -> None:
         """Place an arrived layer. A fault ends the request and is raised as well.
 
         Raises:
             RequestCancelled: there is no such request (any more).
             FrameMismatch: the layer does not fit; see `sequence.add_layer`.
         """
-        run = self._receiving(request_id)
+        run = self._receiving(request_id, epoch)
         try:
             add_layer(run, encoded, self.model.config.num_layers, self.model.device)
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
     @torch.inference_mode()
-    def commit(self, request_id: str, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
+    def commit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        emitted: Sequence[EmittedChoice],
+        epoch: int | None = None,
+    ) -> None:
         """Start a request whose layers are all here. A fault ends the request and is raised as well.
 
         Args:
@@ -185,7 +192,7 @@ class DecodeEngine:
             RequestCancelled: there is no such request (any more).
             FrameMismatch, InvalidRequest: see `sequence.check_start`.
         """
-        run = self._receiving(request_id)
+        run = self._receiving(request_id, epoch)
         config = self.model.config
         try:
             check_start(run, prompt_ids, emitted, config.num_layers, config.vocab_size)
@@ -193,15 +200,16 @@ class DecodeEngine:
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
-    def grant(self, request_id: str, tokens: int) -> None:
+    def grant(self, request_id: str, tokens: int, epoch: int | None = None) -> None:
         """Allow `tokens` ≥ 0 more to be sent. Without effect on a request that is gone or has no limit."""
         if tokens < 0:
             raise InvalidRequest("credits", f"got {tokens}", "at least 0")
-        self.scheduler.grant(request_id, tokens)
+        if self._find(request_id, epoch) is not None:
+            self.scheduler.grant(request_id, tokens)
 
-    def cancel(self, request_id: str, choice: int | None = None) -> bool:
+    def cancel(self, request_id: str, choice: int | None = None, epoch: int | None = None) -> bool:
         """End a request with a FailedEvent, or one choice of it as if it had finished. False when it is not here."""
-        run = self._runs.get(request_id)
+        run = self._find(request_id, epoch)
         if run is None or (choice is not None and not 0 <= choice < run.request.sampling.n):
             return False
         if choice is None:
@@ -258,8 +266,12 @@ class DecodeEngine:
             else:
                 self._events.append(OpenedEvent(request_id, request.epoch))
 
-    def _receiving(self, request_id: str) -> RequestRun:
+    def _find(self, request_id: str, epoch: int | None) -> RequestRun | None:
         run = self._runs.get(request_id)
+        return run if run is not None and epoch in (None, run.request.epoch) else None
+
+    def _receiving(self, request_id: str, epoch: int | None) -> RequestRun:
+        run = self._find(request_id, epoch)
         if run is None:
             raise RequestCancelled(f"request {request_id} is not open here")
         phase = self.scheduler.phase(request_id)

@@ -71,16 +71,17 @@ class _Request:
 class _EngineTarget:
     """A request's layers on their way into the engine."""
 
-    def __init__(self, thread: EngineThread, engine: DecodeEngine, request_id: str) -> None:
+    def __init__(self, thread: EngineThread, engine: DecodeEngine, request_id: str, epoch: int) -> None:
         self._thread = thread
         self._engine = engine
         self._request_id = request_id
+        self._epoch = epoch
 
     async def add_layer(self, encoded: EncodedLayer) -> None:
-        await self._thread.call(lambda: self._engine.add_layer(self._request_id, encoded))
+        await self._thread.call(lambda: self._engine.add_layer(self._request_id, encoded, self._epoch))
 
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
-        await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted))
+        await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -172,7 +173,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return request
 
     def _receiver(self, request: _Request, context: Any) -> Receiver:
-        target = _EngineTarget(self._thread, self.engine, request.ident.request_id)
+        target = _EngineTarget(self._thread, self.engine, request.ident.request_id, request.ident.epoch)
         num_layers = self._identity.shape.num_layers
         return Receiver(request.ident, num_layers, request.max_bytes, target, context.write, self._recorder)
 
@@ -189,13 +190,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request = self._requests.get(body.request_id)
         if request is None or request.session is not session or request.ident.epoch != body.epoch:
             return
-        request_id = body.request_id
+        request_id, epoch = body.request_id, body.epoch
         if kind == "credit":
             tokens = message.credit.tokens
-            self._thread.post(lambda: self.engine.grant(request_id, tokens))
+            self._thread.post(lambda: self.engine.grant(request_id, tokens, epoch))
         elif message.cancel.HasField("choice"):
             choice = message.cancel.choice
-            self._thread.post(lambda: self._cancel(request_id, choice))
+            self._thread.post(lambda: self._cancel(request_id, choice, epoch))
         elif kind == "cancel":
             self._close(request_id)
 
@@ -219,11 +220,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _close(self, request_id: str) -> None:
         """Forget a request and free what the engine holds of it."""
-        del self._requests[request_id]
-        self._thread.post(lambda: self._cancel(request_id, None))
+        epoch = self._requests.pop(request_id).ident.epoch
+        self._thread.post(lambda: self._cancel(request_id, None, epoch))
 
-    def _cancel(self, request_id: str, choice: int | None) -> None:
-        self.engine.cancel(request_id, choice)
+    def _cancel(self, request_id: str, choice: int | None, epoch: int) -> None:
+        self.engine.cancel(request_id, choice, epoch)
 
     def _step(self) -> bool:
         events = self.engine.step()

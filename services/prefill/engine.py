@@ -121,9 +121,10 @@ class PrefillEngine:
         self._batcher.add(job.request_id, len(job.prompt_ids))
         self._running[job.request_id] = _Running(job, sink, samplers)
 
-    def cancel(self, request_id: str) -> bool:
-        """End a prompt before its next item. False when it is not here (any more)."""
-        if request_id not in self._running:
+    def cancel(self, request_id: str, sink: PrefillSink | None = None) -> bool:
+        """End a prompt before its next item. False when it is not here (any more), or runs for another `sink`."""
+        running = self._running.get(request_id)
+        if running is None or (sink is not None and running.sink is not sink):
             return False
         self._fail(request_id, RequestCancelled(f"request {request_id} was cancelled"))
         return True

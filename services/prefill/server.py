@@ -90,7 +90,6 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("prefill-engine", engine.step, setup, on_crash)
         self._peers = _Peers(max_message_bytes)
-        self._publishers: dict[str, Publisher] = {}
 
     def add_to(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
@@ -113,20 +112,18 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         publisher = Publisher(
             job, self._ident(request, job), self._window, self._thread.wake, asyncio.get_running_loop(), self._recorder
         )
-        await self._thread.call(lambda: self.engine.submit(job, publisher))
-        self._publishers[job.request_id] = publisher
         try:
+            # cancelled meanwhile, the engine may take the prompt all the same
+            await self._thread.call(lambda: self.engine.submit(job, publisher))
             await context.send_initial_metadata(())
             async with self._peers.stub(request.decode_address) as stub:
                 await publisher.run(stub, context.write)
         finally:
-            # a newer attempt may be running under the same id by now
-            if self._publishers.get(job.request_id) is publisher:
-                del self._publishers[job.request_id]
-                self._thread.post(lambda: self._cancel(job.request_id))
+            self._thread.post(lambda: self._cancel(job.request_id, publisher))
 
-    def _cancel(self, request_id: str) -> None:
-        self.engine.cancel(request_id)
+    def _cancel(self, request_id: str, publisher: Publisher) -> None:
+        # another attempt may be running under the same id
+        self.engine.cancel(request_id, publisher)
 
     def _ident(self, request: wpb.PrefillRequest, job: PrefillJob) -> FrameIdent:
         return FrameIdent(
