@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK_ROWS = 2048  # rows compared with their means at once, so that float32 copies do not grow with n
+
 
 def chunk_means(k: Tensor, chunk: int) -> Tensor:
     """See `op.chunk_means`."""
@@ -16,11 +18,18 @@ def chunk_means(k: Tensor, chunk: int) -> Tensor:
 
 def min_cosine_outliers(k: Tensor, chunk: int, num_outliers: int) -> Tensor:
     """See `op.min_cosine_outliers`."""
-    keys = k.unflatten(0, (-1, chunk)).float()
-    means = keys.mean(dim=1, keepdim=True)
-    worst = F.cosine_similarity(keys, means, dim=-1).amin(dim=1)
+    chunks = k.unflatten(0, (-1, chunk))
+    worst = torch.empty(len(chunks), k.shape[1], dtype=torch.float32, device=k.device)
+    step = max(1, BLOCK_ROWS // chunk)
+    for begin in range(0, len(chunks), step):
+        worst[begin : begin + step] = _least_cosine(chunks[begin : begin + step].float())
     order = torch.sort(worst, dim=0, stable=True).indices[:num_outliers]
     return order.sort(dim=0).values
+
+
+def _least_cosine(keys: Tensor) -> Tensor:
+    """keys float32 [n, chunk, Hkv, d] -> [n, Hkv]."""
+    return F.cosine_similarity(keys, keys.mean(dim=1, keepdim=True), dim=-1).amin(dim=1)
 
 
 def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tensor:

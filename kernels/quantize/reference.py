@@ -10,11 +10,25 @@ from torch import Tensor
 _HALF_ULP = 2.0**-11
 _HALF_TINY = 2.0**-25
 _FP16_MAX = 65504.0
+BLOCK_ROWS = 2048  # rows packed at once, so that float32 copies do not grow with n
 
 
 def quantize(x: Tensor, bits: int, group: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack x [n, ..., c]; see `op.quantize`."""
-    x = x.float()
+    """Pack x [n, ..., c], a block of rows at a time; see `op.quantize`."""
+    n, channels = x.shape[0], x.shape[-1]
+    by_rows = axis == "channel"
+    groups = (-(-n // group), *x.shape[1:]) if by_rows else (*x.shape[:-1], -(-channels // group))
+    codes = x.new_empty((*x.shape[:-1], -(-channels * bits // 8)), dtype=torch.uint8)
+    scale, minimum = (x.new_empty(groups, dtype=torch.float16) for _ in range(2))
+    step = max(1, BLOCK_ROWS // group) * group if by_rows else BLOCK_ROWS
+    for begin in range(0, n, step):
+        end = min(begin + step, n)
+        at = slice(begin // group, -(-end // group)) if by_rows else slice(begin, end)
+        codes[begin:end], scale[at], minimum[at] = _quantize_block(x[begin:end].float(), bits, group, axis)
+    return codes, scale, minimum
+
+
+def _quantize_block(x: Tensor, bits: int, group: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
     dim = 0 if axis == "channel" else x.dim() - 1
     size = x.shape[dim]
     grouped = _split_groups(x, dim, group)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsluice.kernels.quantize import dequantize, dequantize_chunks, quantize
+from kvsluice.kernels.quantize import dequantize, dequantize_chunks, quantize, reference
 
 SHAPES = [(1, 1, 64), (33, 3, 64), (70, 2, 96), (5, 1, 128), (8, 2, 17)]
 
@@ -83,6 +83,15 @@ def test_chunk_reads_equal_a_full_decode_and_touch_nothing_else(axis: str, bits:
     got = dequantize_chunks(codes, poisoned, minimum, heads, chunks, 4, bits, 16, axis, 24)
     for entry, (head, chunk) in enumerate(zip(heads.tolist(), chunks.tolist(), strict=True)):
         assert torch.equal(got[entry], full[chunk * 4 : chunk * 4 + 4, head])
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("group", [3, 16, 64])
+def test_blocks_of_rows_give_what_one_pass_gives(monkeypatch: pytest.MonkeyPatch, axis: str, group: int) -> None:
+    x = torch.randn(150, 2, 24, generator=torch.Generator().manual_seed(5))
+    whole = quantize(x, 4, group, axis)
+    monkeypatch.setattr(reference, "BLOCK_ROWS", 32)
+    assert all(torch.equal(a, b) for a, b in zip(whole, quantize(x, 4, group, axis), strict=True))
 
 
 def test_groups_of_rows_do_not_depend_on_rows_after_them() -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvsluice.kernels.window_saliency import window_saliency
+from kvsluice.benchmarks.live_bytes import LiveBytes
+from kvsluice.kernels.window_saliency import reference, window_saliency
 
 
 def published(q: Tensor, k: Tensor, kernel: int, pool: str, window: int | None = None) -> Tensor:
@@ -46,6 +47,26 @@ def test_a_sliding_window_hides_what_the_layer_never_saw() -> None:
     got = window_saliency(q, k, 1, "max", positions=torch.arange(60), window=20)
     assert torch.allclose(got, published(q, k, 1, "max", window=20), atol=1e-6)
     assert got[:, : 60 - 8 + 1 - 20].eq(0).all() and got[:, 41:].gt(0).all()
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("w", [8, 40])
+def test_blocks_of_keys_give_what_one_softmax_gives(
+    monkeypatch: pytest.MonkeyPatch, w: int, window: int | None
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_ROWS", 32)
+    generator = torch.Generator().manual_seed(9)
+    q, k = torch.randn(w, 6, 16, generator=generator), torch.randn(301, 2, 16, generator=generator)
+    got = window_saliency(q, k, 7, "max", positions=torch.arange(301), window=window)
+    assert torch.allclose(got, published(q, k, 7, "max", window), atol=1e-6)
+
+
+def test_scores_of_all_keys_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_SCORES", 64 * 64)
+    q, k = torch.randn(64, 4, 8), torch.randn(4000, 1, 8)
+    with LiveBytes() as counter:
+        window_saliency(q, k, 7, "max")
+    assert counter.peak_bytes < 4 * 64 * 4000  # [w, n] floats, of one query head
 
 
 def test_a_planted_key_and_its_neighbours_rank_first() -> None:
