@@ -116,15 +116,12 @@ def tail_is_unrotated(recipe: Recipe) -> bool:
     return recipe.window.seal_block > 0 and recipe.key_codec.domain == "pre_rope"
 
 
-def short_reason(recipe: Recipe, num_tokens: int) -> str | None:
-    """Why a prompt is too short for a recipe, or None."""
+def short_reason(recipe: Recipe, num_layers: int, num_tokens: int) -> str | None:
+    """Why a prompt is too short for a recipe on a model of `num_layers`, or None."""
     window, retrieval = recipe.window, recipe.retrieval
     end = sealed_end(recipe, num_tokens)
     if end <= window.sinks:
         return f"{num_tokens} tokens are no more than the {window.sinks + window.local} exact ones at both ends"
-    for codec in (recipe.key_codec, recipe.value_codec):
-        if num_tokens < codec.min_rows():
-            return f"{num_tokens} tokens are fewer than the rank, {codec.min_rows()}"
     if recipe.propagation.too_short(num_tokens, retrieval.chunk, window.sinks):
         return f"{num_tokens} tokens leave nothing to select beside the window of {recipe.propagation.window}"
     if recipe.budget.evicts:
@@ -135,4 +132,8 @@ def short_reason(recipe: Recipe, num_tokens: int) -> str | None:
         attended = (retrieval.selected_chunks(num_tokens) + retrieval.outliers) * retrieval.chunk
         if end - window.sinks <= attended:
             return f"{num_tokens} tokens are no more than the {attended} that a step attends to"
+    fewest = min(layer_layout(recipe, num_tokens, layer).num_sealed for layer in range(num_layers))
+    for codec in (recipe.key_codec, recipe.value_codec):
+        if fewest < codec.min_rows():
+            return f"{num_tokens} tokens leave a layer {fewest} rows to pack, fewer than the rank, {codec.min_rows()}"
     return None

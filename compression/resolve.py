@@ -28,7 +28,7 @@ def resolve(recipe: Recipe, shape: ModelShape, num_tokens: int, profile: Mapping
         InvalidRecipe: slots that do not fit the model.
     """
     filled = fill(recipe, shape, profile)
-    reason = short_reason(filled, num_tokens)
+    reason = short_reason(filled, shape.num_layers, num_tokens)
     if reason is not None:
         return Resolved(requested=recipe.name, recipe=EXACT, fallback_reason=reason)
     return Resolved(requested=recipe.name, recipe=filled)

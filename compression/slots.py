@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .scoring import Scorer
 
 
+MAX_SCORING_WINDOW = 512  # last rows whose queries score all others: their scores are window x heads floats a row
+
 # --- propagation: which rows enter the next layer ---------------------------------------------------------
 
 
@@ -37,13 +39,11 @@ class PropagationFilling(Filling):
 
     Attributes:
         selects: some rows do not enter the deep layers.
-        recallable: rows that did not can be fetched back while decoding.
         window: last rows that always go on, 0 = no such promise.
         chunk_aligned: rows go on in whole position-aligned chunks of the retrieval's size.
     """
 
     selects: ClassVar[bool] = False
-    recallable: ClassVar[bool] = False
     window: int = 0
     chunk_aligned: bool = False
 
@@ -66,7 +66,6 @@ class FullPropagation(PropagationFilling):
 
     slot = ("propagation",)
     kind = "full"
-    recallable: ClassVar[bool] = True
 
     def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
         return num_tokens
@@ -104,7 +103,7 @@ class TspPropagation(PropagationFilling):
     def __post_init__(self) -> None:
         check_int("recipe.propagation.layer", self.layer, 0, 1023, optional=True)
         check_rate("recipe.propagation.rate", self.rate, optional=True)
-        check_int("recipe.propagation.window", self.window, 1, 4096)
+        check_int("recipe.propagation.window", self.window, 1, MAX_SCORING_WINDOW)
         check_odd("recipe.propagation.kernel", self.kernel, 255)
         check_choice("recipe.propagation.chunk_aligned", self.chunk_aligned, (True, False))
         check_choice("recipe.propagation.recall", self.recall, (0.0, 0))
@@ -180,7 +179,7 @@ class SnapScorer(ScorerFilling):
     pool: Literal["max", "avg"] = "max"
 
     def __post_init__(self) -> None:
-        check_int("recipe.scorer.window", self.window, 1, 4096)
+        check_int("recipe.scorer.window", self.window, 1, MAX_SCORING_WINDOW)
         check_odd("recipe.scorer.kernel", self.kernel, 255)
         check_choice("recipe.scorer.pool", self.pool, ("max", "avg"))
 

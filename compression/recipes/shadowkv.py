@@ -10,6 +10,8 @@ over the GQA group and attends to the best chunks of each KV head: 1/64 of the p
 Deviations:
 - The SVD is Gram + eigh in float64 (the same subspace), and the factor rows carry the singular values (K V and V^T
   instead of U and S V^T), both in bfloat16.
+- The SVD is fitted on the sealed rows alone, those that it will stand for; the code factors all rows of the prompt,
+  the exact last ones included.
 - Landmarks are rebuilt where decode runs, from the decoded keys, and never sent; the paper takes the mean of the
   exact keys. Outliers are chosen on the exact keys during prefill.
 - The share 1/64 with a floor of 256 tokens replaces a constant budget of 2,048, which the paper uses at >= 122K.

@@ -97,6 +97,8 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"propagation": {"kind": "tsp", "layer": -1}}, "recipe.propagation.layer", "0 to"),
     ({"propagation": {"kind": "tsp", "layer": 2.0}}, "recipe.propagation.layer", "integer"),
     ({"propagation": {"kind": "tsp", "window": 0}}, "recipe.propagation.window", "1 to"),
+    ({"propagation": {"kind": "tsp", "window": 513}}, "recipe.propagation.window", "to 512"),
+    ({"scorer": {"kind": "snap", "window": 513}}, "recipe.scorer.window", "to 512"),
     ({"propagation": {"kind": "tsp", "kernel": 4}}, "recipe.propagation.kernel", "odd"),
     ({"propagation": {"kind": "tsp", "recall": 0.05}}, "recipe.propagation.recall", "0"),
     ({"scorer": {"kind": "snap", "pool": "median"}}, "recipe.scorer.pool", "max, avg"),
