@@ -6,13 +6,13 @@ Prefill is layer-major, so beside the weights it should hold no more than
 
     c x max_pack_tokens  +  N x (one hidden row + one layer's Q, K and V)
 
-for a prompt of N tokens: nothing that grows with N x layers. What a recipe needs to encode one layer comes on top while
-it is encoded: for its scores about 12 bytes x scoring window x query heads per KV head a token, for a factorization
-the keys once more. One line of JSON a run: `bytes_per_token` compares with the shorter prompt of the same depth,
-`row_bytes` is the bracket above, `kv_cache_bytes` what the prompt's whole KV takes in the compute dtype.
+for a prompt of N tokens, a few bytes a token aside: nothing that grows with N x layers. What a recipe needs to encode
+one layer it makes in blocks of about 2,048 rows, which count as part of c. One line of JSON a run: `bytes_per_token`
+compares with the shorter prompt of the same depth, `row_bytes` is the bracket above, `kv_cache_bytes` what the prompt's
+whole KV takes in the compute dtype.
 
 On a GPU the allocator's peak counts; elsewhere `LiveBytes`, which does not see what one operation allocates within
-itself. Where attention takes an explicit mask (CPU), that adds chunk_tokens bytes a token.
+itself. Where attention takes an explicit mask (CPU), that adds up to 5 x chunk_tokens bytes a token.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def make_cache(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: 
         shape=shape,
         rope=rope,
         num_prompt_tokens=num_prompt_tokens,
-        key_codec=recipe.key_codec.build("key"),
-        value_codec=recipe.value_codec.build("value"),
+        key_codec=recipe.key_codec.build(),
+        value_codec=recipe.value_codec.build(),
         retrieval=recipe.retrieval.build(),
     )
     return RecipeCache(kit)

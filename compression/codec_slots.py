@@ -56,7 +56,7 @@ class CodecFilling(Filling):
     def append_block(self) -> int:
         return 1
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         """The torch side."""
         raise NotImplementedError
 
@@ -80,10 +80,10 @@ class Native(CodecFilling):
     slot = ("key_codec", "value_codec")
     kind = "native"
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         from .codecs import DenseCodec
 
-        return DenseCodec(role, None)
+        return DenseCodec(None)
 
     def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
         return {"rows": TensorSpec(native, (num_rows, num_kv_heads, head_dim))}
@@ -101,10 +101,10 @@ class Dense(CodecFilling):
     def __post_init__(self) -> None:
         check_choice("recipe.codec.dtype", self.dtype, ("bfloat16", "float16", "float32"))
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         from .codecs import DenseCodec
 
-        return DenseCodec(role, self.dtype)
+        return DenseCodec(self.dtype)
 
     def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
         return {"rows": TensorSpec(self.dtype, (num_rows, num_kv_heads, head_dim))}
@@ -137,10 +137,10 @@ class Affine(CodecFilling):
     def append_block(self) -> int:
         return self.group if self.axis == "channel" else 1
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         from .codecs import AffineCodec
 
-        return AffineCodec(role, self)
+        return AffineCodec(self)
 
     def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
         if self.axis == "channel":
@@ -171,7 +171,7 @@ class LowRank(CodecFilling):
         check_int("recipe.key_codec.rank", self.rank, 1, 8192, optional=True)
         check_choice("recipe.key_codec.bits", self.bits, (16, 8, 4))
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         from .lowrank import LowRankCodec
 
         return LowRankCodec(self)
@@ -200,5 +200,5 @@ class ProfileKeys(CodecFilling):
     def open_field(self) -> str | None:
         return "kind"
 
-    def build(self, role: Literal["key", "value"]) -> Codec:
+    def build(self) -> Codec:
         raise InvalidRecipe("recipe.key_codec", "is not resolved", "a recipe that went through resolve()")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from ..kernels.quantize import dequantize, dequantize_chunks, quantize
 from .slots import Affine
 
 Tensors = Mapping[str, Tensor]
-Role = Literal["key", "value"]
 
 
 class Reader(Protocol):
@@ -43,7 +42,9 @@ class Codec(Protocol):
         ...
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
-        """Pack rows [n, Hkv, d]; the tensors own their storage."""
+        """Pack rows [n, Hkv, d], block by block so that no copy of all rows is made; the tensors own their storage.
+
+        Rows that are kept as they are, and own their storage, are handed over: the caller no longer writes to them."""
         ...
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
@@ -72,7 +73,7 @@ def chunk_rows(chunks: Tensor, chunk: int) -> Tensor:
 class DenseCodec:
     """Rows in a floating-point dtype, or in the one they come in."""
 
-    def __init__(self, role: Role, dtype: str | None) -> None:
+    def __init__(self, dtype: str | None) -> None:
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ class DenseCodec:
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
-        return {"rows": owned(rows, self._dtype or rows.dtype)}
+        return {"rows": compact(rows.to(self._dtype or rows.dtype))}
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
         """See `Codec`."""
@@ -111,7 +112,7 @@ class DenseReader:
 class AffineCodec:
     """Integers with a scale and a minimum per group."""
 
-    def __init__(self, role: Role, spec: Affine) -> None:
+    def __init__(self, spec: Affine) -> None:
         self._spec = spec
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ class AffineCodec:
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
         packed = quantize(rows, self._spec.bits, self._spec.group, self._spec.axis)
-        return {name: compact(tensor) for name, tensor in zip(("codes", "scale", "minimum"), packed, strict=True)}
+        return dict(zip(("codes", "scale", "minimum"), packed, strict=True))
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
         """See `Codec`."""

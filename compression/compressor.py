@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codecs import owned
-from .interfaces import Compressor, EncodedLayer, LayerObs, Part, Rope
+from .codecs import compact, owned
+from .interfaces import Compressor, EncodedLayer, LayerObs, Part
 from .layout import LayerLayout, layer_layout, tail_is_unrotated
 from .spec import ModelShape, Recipe
 
+# in which a layer's parts are sent, as in `layout.layer_specs`
+_ORDER = (Part.BASIS, Part.KEYS, Part.VALUES, Part.POSITIONS, Part.OUTLIERS, Part.TAIL)
 
-def make_compressor(recipe: Recipe, shape: ModelShape, rope: Rope) -> Compressor:
+
+def make_compressor(recipe: Recipe, shape: ModelShape) -> Compressor:
     """A compressor for one prompt.
 
     Args:
         recipe: resolved for the model and the prompt's length.
-        rope: the prompt's rotation.
     """
     return RecipeCompressor(recipe, shape)
 
@@ -26,12 +28,13 @@ class RecipeCompressor:
 
     def __init__(self, recipe: Recipe, shape: ModelShape) -> None:
         self.recipe = recipe
+        self.wants_unrotated_keys = recipe.key_codec.domain == "pre_rope"
         self._shape = shape
         self._propagation = recipe.propagation.build(recipe.retrieval.chunk, recipe.window.sinks)
         self._scorer = recipe.scorer.build()
         self._budget = recipe.budget.build()
-        self._key_codec = recipe.key_codec.build("key")
-        self._value_codec = recipe.value_codec.build("value")
+        self._key_codec = recipe.key_codec.build()
+        self._value_codec = recipe.value_codec.build()
         self._retrieval = recipe.retrieval.build()
 
     def query_window(self, layer: int) -> int:
@@ -45,23 +48,14 @@ class RecipeCompressor:
         """See `Compressor`."""
         at = layer_layout(self.recipe, obs.num_prompt_tokens, obs.layer)
         assert len(obs.positions) == at.num_rows, f"layer {obs.layer} got {len(obs.positions)} of {at.num_rows} rows"
-        tensors: dict[Part, dict[str, Tensor]] = {}
-        if at.num_sealed:
-            tensors = self._encode_sealed(obs, at)
-        tail = self._encode_ends(obs, at)
-        if tail:
-            tensors[Part.TAIL] = tail
         selected = self._propagation.select(obs, self._shape.layer_windows[obs.layer])
-        return EncodedLayer(obs.layer, tensors), selected
+        tensors = self._encode_sealed(obs, at) if at.num_sealed else self._encode_ends(obs, at)
+        return EncodedLayer(obs.layer, {part: tensors[part] for part in _ORDER if tensors.get(part)}), selected
 
     def _encode_sealed(self, obs: LayerObs, at: LayerLayout) -> dict[Part, dict[str, Tensor]]:
+        """The whole layer: first what needs all keys, then the packed keys, and when those are gone the values."""
         kept = self._kept_rows(obs, at)
-        keys = obs.k_pre if self.recipe.key_codec.domain == "pre_rope" else obs.k
-        keys = _take(keys, kept)
-        basis = self._key_codec.fit(keys)
-        tensors: dict[Part, dict[str, Tensor]] = {Part.BASIS: basis} if basis else {}
-        tensors[Part.KEYS] = self._key_codec.encode(keys, basis)
-        tensors[Part.VALUES] = self._value_codec.encode(_take(obs.v, kept), {})
+        tensors = self._encode_ends(obs, at)
         if at.per_head:
             tensors[Part.POSITIONS] = {"rows": owned(obs.positions[kept], torch.int32)}
         elif not at.contiguous:
@@ -70,6 +64,12 @@ class RecipeCompressor:
         outliers = None if self._retrieval is None else self._retrieval.outliers(_take(obs.k, kept))
         if outliers is not None:
             tensors[Part.OUTLIERS] = self._encode_outliers(obs, at, outliers)
+        keys = _take(obs.k_pre if self.wants_unrotated_keys else obs.k, kept)
+        obs.release_keys()
+        tensors[Part.BASIS] = self._key_codec.fit(keys)
+        tensors[Part.KEYS] = self._key_codec.encode(keys, tensors[Part.BASIS])
+        del keys
+        tensors[Part.VALUES] = self._value_codec.encode(_take(obs.v, kept), {})
         return tensors
 
     def _kept_rows(self, obs: LayerObs, at: LayerLayout) -> Tensor | slice:
@@ -92,7 +92,7 @@ class RecipeCompressor:
             "v": owned(_take(obs.v, rows), dtype),
         }
 
-    def _encode_ends(self, obs: LayerObs, at: LayerLayout) -> dict[str, Tensor]:
+    def _encode_ends(self, obs: LayerObs, at: LayerLayout) -> dict[Part, dict[str, Tensor]]:
         dtype = self._exact_dtype(obs.k)
         tail_keys = obs.k_pre if tail_is_unrotated(self.recipe) else obs.k
         tail_begin = at.num_rows - at.num_tail
@@ -102,7 +102,7 @@ class RecipeCompressor:
             "k": tail_keys[tail_begin:],
             "v": obs.v[tail_begin:],
         }
-        return {name: owned(rows, dtype) for name, rows in ends.items() if len(rows)}
+        return {Part.TAIL: {name: compact(rows.to(dtype)) for name, rows in ends.items() if len(rows)}}
 
     def _exact_dtype(self, native: Tensor) -> torch.dtype:
         return torch.bfloat16 if self.recipe.window.dtype == "bfloat16" else native.dtype

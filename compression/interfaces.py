@@ -9,21 +9,21 @@ from typing import Protocol
 from torch import Tensor
 
 from .layout import Part as Part
-from .spec import ModelShape, Recipe
+from .spec import Recipe
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 """rope(x [n, heads, d], positions int64 [n] or [n, heads]) -> rotated x, bound to one sequence's prompt length."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerObs:
-    """All that prefill knows of one finished layer of one prompt.
+    """All that prefill knows of one finished layer of one prompt. The compressor takes keys and values over.
 
     Attributes:
         layer: its index.
         positions: int64 [n], original positions of the rows, ascending.
         num_prompt_tokens: N, rows of the whole prompt; n < N after selective propagation.
-        k_pre: [n, Hkv, d] keys before RoPE (after any key norm).
+        k_pre: [n, Hkv, d] keys before RoPE (after any key norm); no rows unless `Compressor.wants_unrotated_keys`.
         k: [n, Hkv, d] keys after RoPE.
         v: [n, Hkv, d].
         q_window: [w, H, d] post-RoPE queries of the last w rows, w = what `Compressor.query_window` asks for.
@@ -36,6 +36,10 @@ class LayerObs:
     k: Tensor
     v: Tensor
     q_window: Tensor
+
+    def release_keys(self) -> None:
+        """Let go of the keys, before and after RoPE."""
+        self.k_pre, self.k = self.k_pre.new_empty(0), self.k.new_empty(0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Compressor(Protocol):
     """A resolved recipe at work during prefill of one prompt. Stateless between layers but for what TSP selected."""
 
     recipe: Recipe
+    wants_unrotated_keys: bool
 
     def query_window(self, layer: int) -> int:
         """How many of the last rows' queries `finish_layer` wants; 0 = none."""
@@ -66,7 +71,10 @@ class Compressor(Protocol):
 
     def finish_layer(self, obs: LayerObs) -> tuple[EncodedLayer, Tensor | None]:
         """Encode a finished layer. Returns it, and the ascending row indices (int64, into obs rows) that enter the
-        next layer, or None when all do."""
+        next layer, or None when all do.
+
+        Takes the keys and values of `obs` over: what is encoded as it is becomes the encoded layer's, and keys that
+        are packed are let go before the values are."""
         ...
 
 
@@ -117,16 +125,4 @@ class SequenceCache(Protocol):
     def own_nbytes(self) -> int: ...
     def nbytes(self) -> int:
         """Bytes really held, metadata included (shared + own)."""
-        ...
-
-
-class CompressionApi(Protocol):
-    """Functions of `kvsluice.compression` that engines call (module level, listed here for their types)."""
-
-    def make_compressor(self, recipe: Recipe, shape: ModelShape, rope: Rope) -> Compressor: ...
-    def make_cache(self, recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope) -> SequenceCache: ...
-    def bound_nbytes(
-        self, recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, num_new: int, num_choices: int, itemsize: int
-    ) -> int:
-        """Upper bound of what the caches of a request will ever hold; what admission reserves."""
         ...

@@ -38,7 +38,8 @@ class LayerCache:
                 kit, tensors[Part.KEYS], tensors[Part.VALUES], self._basis, at.num_sealed, at.num_sinks, index
             )
         self._grown: Segment | None = None
-        self._tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"))
+        dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
+        self._tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""
@@ -68,7 +69,8 @@ class LayerCache:
         """Seal the tail's blocks up to position `end`, one by one."""
         block = self._kit.recipe.block
         while self._tail.begin + block <= end:
-            k, v = (rows[:block] for rows in self._tail.rows())
+            # copies, as a codec may keep rows that the tail is going to write over
+            k, v = (rows[:block].clone() for rows in self._tail.rows())
             sealed = Segment(
                 self._kit,
                 self._kit.key_codec.encode(k, self._basis),

@@ -7,15 +7,18 @@ from torch import Tensor
 
 from ..kernels.quantize import dequantize, quantize
 from ..kernels.sparse_reconstruct import low_rank_chunks
-from .codecs import Reader, Tensors, chunk_rows, compact, owned
+from .codecs import Reader, Tensors, chunk_rows, owned
 from .slots import LowRank
+
+BLOCK_ROWS = 2048  # rows multiplied at once, so that float64 and float32 copies do not grow with the prompt
 
 
 class LowRankCodec:
     """K ~ (K V) V^T with V the leading right singular vectors of K [n, Hkv * d].
 
-    V comes from the eigenvectors of the Gram matrix in float64, so that its columns are orthonormal whatever the
-    spectrum: at full rank only the bfloat16 rounding of rows and basis remains (a relative error of about 2^-8).
+    V comes from the eigenvectors of the Gram matrix, summed up in float64 block by block, so that its columns are
+    orthonormal whatever the spectrum: at full rank only the bfloat16 rounding of rows and basis remains (a relative
+    error of about 2^-8).
     The sign of a singular vector is arbitrary; its largest entry is made positive.
     """
 
@@ -26,19 +29,29 @@ class LowRankCodec:
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:
         """See `Codec`: {"basis": bfloat16 [rank, Hkv, d]}."""
-        flat = rows.flatten(1).double()
-        vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, : self._rank]
+        flat = rows.flatten(1)
+        gram = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float64)
+        for begin in range(0, len(flat), BLOCK_ROWS):
+            _add_gram(gram, flat[begin : begin + BLOCK_ROWS].double())
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : self._rank]
         peak = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
         basis = (vectors * torch.where(peak < 0, -1.0, 1.0)).T
         return {"basis": owned(basis.reshape(-1, *rows.shape[1:]), torch.bfloat16)}
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
-        factors = rows.flatten(1).float() @ basis["basis"].float().flatten(1).T
-        if self._spec.bits == 16:
-            return {"rows": owned(factors, torch.bfloat16)}
-        codes, scale, minimum = quantize(factors, self._spec.bits, self._rank, "token")
-        return {"codes": compact(codes), "scale": compact(scale), "minimum": compact(minimum)}
+        num_rows, heads, dim = rows.shape
+        specs = self._spec.tensor_specs(num_rows, heads, dim, str(rows.dtype).removeprefix("torch."))
+        out = {name: rows.new_empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in specs.items()}
+        projection = basis["basis"].float().flatten(1).T
+        for begin in range(0, len(rows), BLOCK_ROWS):
+            block = rows[begin : begin + BLOCK_ROWS]
+            for tensor, packed in zip(out.values(), self._pack(block.flatten(1).float() @ projection), strict=True):
+                tensor[begin : begin + BLOCK_ROWS] = packed
+        return out
+
+    def _pack(self, factors: Tensor) -> tuple[Tensor, ...]:
+        return (factors,) if self._spec.bits == 16 else quantize(factors, self._spec.bits, self._rank, "token")
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
         """See `Codec`."""
@@ -73,3 +86,7 @@ class LowRankReader:
         if self._bits == 16:
             return tensors["rows"].float()
         return dequantize(tensors["codes"], tensors["scale"], tensors["minimum"], self._bits, rank, "token", rank)
+
+
+def _add_gram(gram: Tensor, block: Tensor) -> None:
+    gram.addmm_(block.T, block)

@@ -139,10 +139,16 @@ class Segment:
 
 
 class Tail:
-    """Exact rows at the end of a sequence: [cap, Hkv, d] keys and values, the first `num_rows` of them in use."""
+    """Exact rows at the end of a sequence: [cap, Hkv, d] keys and values, the first `num_rows` of them in use.
 
-    def __init__(self, begin: int, k: Tensor | None, v: Tensor | None) -> None:
+    Args:
+        k, v: rows of the prompt, if it left any.
+        dtype: what rows are kept in, None = what they come in.
+    """
+
+    def __init__(self, begin: int, k: Tensor | None, v: Tensor | None, dtype: torch.dtype | None) -> None:
         self.begin = begin
+        self._dtype = dtype
         self.num_rows = 0
         self._k: Tensor | None = None
         self._v: Tensor | None = None
@@ -177,7 +183,7 @@ class Tail:
 
     def copy(self) -> Tail:
         """An independent tail with the same rows."""
-        twin = Tail(self.begin, None, None)
+        twin = Tail(self.begin, None, None, self._dtype)
         twin.num_rows = self.num_rows
         twin._k = None if self._k is None else self._k.clone()
         twin._v = None if self._v is None else self._v.clone()
@@ -193,8 +199,7 @@ class Tail:
         if held is not None and num_rows <= len(held):
             return held
         capacity = -(-num_rows // TAIL_ROWS) * TAIL_ROWS
-        like = rows if held is None else held
-        grown = torch.zeros(capacity, *rows.shape[1:], dtype=like.dtype, device=like.device)
+        grown = torch.zeros(capacity, *rows.shape[1:], dtype=self._dtype or rows.dtype, device=rows.device)
         if held is not None:
             grown[: self.num_rows] = held[: self.num_rows]
         return grown

@@ -4,8 +4,12 @@ A step takes the items that the batcher planned (one layer, several prompts), ru
 once and attention prompt by prompt, and hands every layer over that became final with it. What a row is computed from
 is fixed by its own prompt, so packing changes results by no more than the matrix library's rounding.
 
-Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows N x (hidden row + one layer's keys
-before and after RoPE, and values). See `state.py`; `benchmarks/prefill_memory.py` measures it.
+Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows N x (hidden row + position + one
+layer's keys after RoPE and values + keys before RoPE where the recipe packs those): no more than hidden, Q, K and V
+rows and a position. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
+before values are packed, and encoding works in blocks of rows, which count as part of c. Scoring adds a few floats a
+row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. See `state.py`;
+`benchmarks/prefill_memory.py` measures it.
 
 A pack that fails is run again prompt by prompt, so that only those fail which fail alone; the others lose nothing but
 time, for rows are computed from their own prompt. What an error's traceback refers to is let go of with its prompt.

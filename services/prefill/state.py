@@ -2,11 +2,12 @@
 
     hidden    [n, D]        all rows, overwritten chunk by chunk as the layer runs
     positions [n]           original positions of the rows
-    k_pre, k, v [n, Hkv, d] this layer's keys before and after RoPE, and values; handed over when the layer is final
+    k_pre, k, v [n, Hkv, d] this layer's keys before and after RoPE, and values; handed over when the layer is final.
+                            k_pre has rows only for recipes that pack keys before RoPE
     q_window  [w, H, d]     queries of the last w rows, as far as the recipe asks for them
 
-So a prompt of N rows holds N x (hidden row + k_pre + k + v), and a few rows more. There is no N x layers term. n
-shrinks when a layer's recipe lets only some rows go on.
+So a prompt of N rows holds N x (hidden row + position + k_pre + k + v), and a few rows more. There is no N x layers
+term. n shrinks when a layer's recipe lets only some rows go on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Prompt:
     def __init__(self, model: Model, shape: ModelShape, ids: tuple[int, ...], recipe: Recipe) -> None:
         self.model = model
         self.num_prompt_tokens = len(ids)
-        self.compressor = make_compressor(recipe, shape, self.rotate)
+        self.compressor = make_compressor(recipe, shape)
         self.layer = 0
         self.hidden = model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
         self.positions = torch.arange(len(ids), dtype=torch.int64, device=model.device)
@@ -78,10 +79,6 @@ class Prompt:
     @property
     def num_rows(self) -> int:
         return self.hidden.shape[0]
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """RoPE bound to this prompt's length: x [n, heads, d] at int64 positions [n] or [n, heads]."""
-        return self.model.rotate(x, positions, self.num_prompt_tokens)
 
     def begin_layer(self) -> None:
         """Make room for this layer's KV. Fresh buffers each time: an encoded layer may own the last ones."""
@@ -95,7 +92,7 @@ class Prompt:
             layer=self.layer,
             positions=self.positions,
             num_prompt_tokens=self.num_prompt_tokens,
-            k_pre=room(self.num_rows, config.num_kv_heads),
+            k_pre=room(self.num_rows if self.compressor.wants_unrotated_keys else 0, config.num_kv_heads),
             k=room(self.num_rows, config.num_kv_heads),
             v=room(self.num_rows, config.num_kv_heads),
             q_window=room(window, config.num_heads),
@@ -115,7 +112,8 @@ class Prompt:
         obs = self.obs
         cos, sin = self.model.rope_tables(self.positions[begin:end], self.num_prompt_tokens)
         q = apply_rope(q, cos, sin)
-        obs.k_pre[begin:end] = k_pre
+        if self.compressor.wants_unrotated_keys:
+            obs.k_pre[begin:end] = k_pre
         obs.k[begin:end] = apply_rope(k_pre, cos, sin)
         obs.v[begin:end] = v
         first = self.num_rows - obs.q_window.shape[0]

@@ -291,6 +291,8 @@ def test_rows_that_were_not_selected_go_no_further_and_positions_stay(monkeypatc
     seen: list = []
 
     class Selecting:
+        wants_unrotated_keys = True
+
         def query_window(self, layer: int) -> int:
             return 5
 

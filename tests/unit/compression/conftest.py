@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def make_prompt(shape: ModelShape, num_tokens: int, num_new: int = 0, seed: int 
 
 def prefill(recipe: Recipe, prompt: Prompt) -> tuple[list[EncodedLayer], list[Tensor]]:
     """Encoded layers, and the positions that passed each layer."""
-    compressor = make_compressor(recipe, prompt.shape, rope)
+    compressor = make_compressor(recipe, prompt.shape)
     rows, encoded, passed = torch.arange(prompt.num_tokens), [], []
     for layer in range(prompt.shape.num_layers):
         passed.append(rows)
@@ -193,7 +193,7 @@ class Signed(s.CodecFilling):
     slot = ("key_codec", "value_codec")
     kind = "toy-signed"
 
-    def build(self, role: Literal["key", "value"]) -> Signed:
+    def build(self) -> Signed:
         return self
 
     def fit(self, rows: Tensor) -> dict[str, Tensor]:

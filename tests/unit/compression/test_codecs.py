@@ -29,7 +29,7 @@ def channel_outlier_keys(n: int = 512) -> Tensor:
 
 
 def error(codec: s.CodecFilling, rows: Tensor) -> float:
-    built = codec.build("key")
+    built = codec.build()
     basis = built.fit(rows)
     back = built.reader(built.encode(rows, basis), basis, DIM, 1).read_all()
     return float((back.float() - rows).norm() / rows.norm())
@@ -39,7 +39,7 @@ def error(codec: s.CodecFilling, rows: Tensor) -> float:
 @pytest.mark.parametrize("n", [4, 68])
 def test_tensors_are_those_of_the_spec_and_chunks_equal_a_full_decode(codec: s.CodecFilling, n: int) -> None:
     rows = channel_outlier_keys(n)
-    built = codec.build("key")
+    built = codec.build()
     basis = built.fit(rows)
     tensors = built.encode(rows, basis)
     for got, want in (
@@ -61,7 +61,7 @@ def test_tensors_are_those_of_the_spec_and_chunks_equal_a_full_decode(codec: s.C
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_blocks_encoded_one_by_one_equal_all_at_once(codec: s.CodecFilling) -> None:
     rows = channel_outlier_keys(96)
-    built = codec.build("key")
+    built = codec.build()
     basis = built.fit(rows)
     whole = built.encode(rows, basis)
     block = max(32, codec.append_block)
@@ -102,7 +102,7 @@ def test_low_rank_error_falls_with_rank_and_bits() -> None:
 
 def test_low_rank_basis_does_not_depend_on_a_sign() -> None:
     rows = channel_outlier_keys()
-    built = s.LowRank(rank=6).build("key")
+    built = s.LowRank(rank=6).build()
     basis = built.fit(rows)["basis"]
     assert torch.equal(basis, built.fit(-rows)["basis"])
     assert basis.flatten(1).gather(1, basis.flatten(1).abs().argmax(1, keepdim=True)).gt(0).all()
@@ -123,7 +123,7 @@ def test_rows_with_outlier_tokens_want_groups_along_tokens() -> None:
     small, large = (s.Affine(bits=2, axis=axis, group=32) for axis in ("token", "channel"))
 
     def relative(codec: s.Affine) -> Tensor:
-        built = codec.build("value")
+        built = codec.build()
         back = built.reader(built.encode(rows, {}), {}, DIM, 1).read_all()
         return ((back - rows).norm(dim=-1) / rows.norm(dim=-1)).mean()
 

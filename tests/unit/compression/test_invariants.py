@@ -87,7 +87,7 @@ def test_a_batch_of_sequences_equals_singles(recipe: Recipe, lab: Any) -> None:
 
 def test_a_layer_built_in_pieces_equals_one_shot(recipe: Recipe, prompt: Any, lab: Any) -> None:
     expected, passed = lab.prefill(recipe, prompt)
-    compressor = make_compressor(recipe, prompt.shape, lab.rope)
+    compressor = make_compressor(recipe, prompt.shape)
     for layer, rows in enumerate(passed):
         pieces = [prompt.obs(layer, piece, 0) for piece in rows.split(97)]
         joined = {name: torch.cat([getattr(p, name) for p in pieces]) for name in ("positions", "k_pre", "k", "v")}

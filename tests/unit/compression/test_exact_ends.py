@@ -1,0 +1,33 @@
+"""The exact rows at both ends: what they are kept in, whatever the prompt leaves of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kvsluice.compression import bound_nbytes
+from kvsluice.compression import slots as s
+from kvsluice.compression.recipe import get_recipe, resolve
+
+
+@pytest.mark.parametrize("dtype", ["native", "bfloat16"])
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("num_tokens", [63, 64, 65])
+def test_exact_ends_keep_their_dtype_whatever_the_prompt_leaves(
+    dtype: str, block: int, num_tokens: int, lab: Any
+) -> None:
+    ends = s.ExactEnds(local=0, seal_block=block, dtype=dtype)
+    shape = lab.make_shape(heads=2, kv_heads=1, dim=8, layers=2)
+    effective = resolve(replace(get_recipe("exact"), window=ends), shape, num_tokens, {}).recipe
+    assert effective.window == (ends if num_tokens >= block else get_recipe("exact").window)
+    prompt = lab.make_prompt(shape, num_tokens, 150)
+    cache = lab.load(effective, prompt, lab.prefill(effective, prompt)[0])
+    outs = lab.decode(cache, prompt, num_tokens, num_tokens + 150, run=7)
+    tail = {t.dtype for layer in cache._layers.values() for t in layer._tail.tensors()}
+    assert tail == {torch.bfloat16 if effective.window.dtype == "bfloat16" else torch.float32}
+    assert cache.nbytes() <= bound_nbytes(effective, shape, num_tokens, 150, 1, 4)
+    expected = lab.dense(prompt, 1, torch.arange(num_tokens), num_tokens + 149)
+    assert torch.allclose(outs[1][-1], expected, atol=2e-2 if dtype == "bfloat16" else 2e-5)
