@@ -181,16 +181,20 @@ class Opened(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("request_id", "epoch", "error_type", "message")
+    __slots__ = ("request_id", "epoch", "error_type", "message", "field", "allowed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ERROR_TYPE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     error_type: str
     message: str
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., error_type: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    field: str
+    allowed: str
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., error_type: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., allowed: _Optional[str] = ...) -> None: ...
 
 class TokenEntry(_message.Message):
     __slots__ = ("request_id", "epoch", "choice", "first_index", "tokens", "finish_reason", "stop_match")

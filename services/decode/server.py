@@ -12,7 +12,7 @@ import grpc.aio
 
 from ...compression.interfaces import EncodedLayer
 from ...compression.recipe import Recipe
-from ...errors import DuplicateRequest, FrameMismatch, InternalError, KvsluiceError
+from ...errors import DuplicateRequest, FrameMismatch, InternalError, InvalidRequest, KvsluiceError
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ...kvstore.manifest import decode_manifest
@@ -294,9 +294,10 @@ def _decode_request(message: wpb.Open) -> DecodeRequest:
 
 
 def _failed(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode:
-    return wpb.FromDecode(
-        failed=wpb.Failed(request_id=request_id, epoch=epoch, error_type=type(error).__name__, message=error.message)
-    )
+    failed = wpb.Failed(request_id=request_id, epoch=epoch, error_type=type(error).__name__, message=error.message)
+    if isinstance(error, InvalidRequest):
+        failed.field, failed.allowed = error.field, error.allowed
+    return wpb.FromDecode(failed=failed)
 
 
 def _message(event: Event) -> wpb.FromDecode:

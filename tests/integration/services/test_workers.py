@@ -215,6 +215,7 @@ async def test_a_bad_open_leaves_the_other_requests_of_its_stream_alone(monkeypa
             failed = (await call.read()).failed
         wanted = "InternalError" if fault == "unforeseen" else "InvalidRecipe"
         assert (failed.request_id, failed.epoch, failed.error_type) == ("bad", 1, wanted)
+        assert bool(failed.field and failed.allowed) is (wanted == "InvalidRecipe")
         await call.write(wpb.ToDecode(cancel=wpb.Cancel(request_id="r", epoch=5)))
         again = wpb.Open(
             request_id="s",
