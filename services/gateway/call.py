@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from ...compression.recipe import Resolved
-from ...errors import InternalError, KvsluiceError, RequestCancelled, WorkerLost
+from ...errors import InternalError, InvalidRequest, KvsluiceError, RequestCancelled, WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
@@ -67,6 +67,13 @@ class Ticket:
             raise self.error from None
 
 
+def public_error(error: KvsluiceError, input_field: str) -> KvsluiceError:
+    """A worker's error in the words of the public API: workers know of a prompt's length only."""
+    if isinstance(error, InvalidRequest) and error.field == "num_prompt_tokens":
+        return type(error)(input_field, error.problem, error.allowed)
+    return error
+
+
 class _NotStarted(Exception):
     """The workers were gone before they began; another attempt repeats nothing."""
 
@@ -118,6 +125,7 @@ class Call:
         self._choices = [Choice(i, tokenizer, job.checked.stop, job.sampling.min_tokens) for i in range(job.sampling.n)]
         self._early: list[wpb.TokenEntry] = []
         self._first: wpb.FirstTokens | None = None
+        self._first_came = False
         self._first_s = self._last_s = 0.0
         self._shipped = wpb.Shipped()
         self._finished: wpb.Finished | None = None
@@ -146,7 +154,7 @@ class Call:
 
     async def _attempt(self, route: Route, resolved: Resolved) -> None:
         job, epoch = self._job, self._epochs.next()
-        inbox = Inbox(self._ticket.interrupt)
+        inbox = Inbox(self._fail)
         recipe_json = resolved.recipe.to_json()
         self._recorder.record("gateway.attempt", request_id=job.request_id, epoch=epoch)
         try:
@@ -216,16 +224,24 @@ class Call:
         def take(event: wpb.PrefillEvent) -> None:
             kind = event.WhichOneof("event")
             if kind is not None:
+                self._first_came |= kind == "first_tokens"
                 inbox.post(getattr(event, kind))
 
         try:
             await read_all(call, take)
+            if not self._first_came:
+                inbox.fail(InternalError("a prefill worker ended a request without its first tokens"))
         except KvsluiceError as exc:
-            # once decode has the whole sequence, the prefill worker has nothing left that the request needs
-            if not self._decoding and not self._ended:
+            # with the first tokens here and the whole sequence at decode, nothing of the prefill worker is needed
+            if not (self._first_came and self._decoding):
                 # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
                 lost = isinstance(exc, (RequestCancelled, WorkerLost))
                 inbox.fail(WorkerLost(f"the {worker} was lost while it worked on the request") if lost else exc)
+
+    def _fail(self, error: KvsluiceError) -> None:
+        # all that can still come behind the last token is the worker's account of the request
+        if not self._ended:
+            self._ticket.interrupt(public_error(error, self._job.checked.input_field))
 
     @property
     def _ended(self) -> bool:

@@ -90,6 +90,10 @@ class Script:
         eos: whether its last token ends the choice, else `max_tokens` does.
         gate: what decode waits for before each token after the first.
         prefill: what prefill does before its first token.
+        early: whether decode begins before prefill has done that.
+        silent: whether prefill ends without any token.
+        report: what decode waits for between the last token and its report.
+        refusal: what decode answers instead of making room.
     """
 
     text: str = "Hello, world"
@@ -97,6 +101,10 @@ class Script:
     num_top: int = 1
     gate: Callable[[], Awaitable[Any]] | None = None
     prefill: Callable[[wpb.PrefillRequest], Awaitable[Any]] | None = None
+    early: bool = False
+    silent: bool = False
+    report: Callable[[], Awaitable[Any]] | None = None
+    refusal: wpb.Failed | None = None
     opens: list[wpb.Open] = field(default_factory=list)
     cancels: list[wpb.Cancel] = field(default_factory=list)
     prefills: list[wpb.PrefillRequest] = field(default_factory=list)
@@ -133,6 +141,10 @@ class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
         script.prefills.append(request)
         try:
             await context.send_initial_metadata(())
+            if script.silent:
+                return
+            if script.early:
+                STARTED[request.request_id, request.epoch].set()
             if script.prefill is not None:
                 await script.prefill(request)
             choices = []
@@ -185,6 +197,10 @@ class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
 
     async def _decode(self, body: wpb.Open, credit: asyncio.Semaphore, ended: set[Any], context: Any) -> None:
         ident = {"request_id": body.request_id, "epoch": body.epoch}
+        if self.script.refusal is not None:
+            self.script.refusal.MergeFrom(wpb.Failed(**ident))
+            await context.write(wpb.FromDecode(failed=self.script.refusal))
+            return
         await context.write(wpb.FromDecode(opened=wpb.Opened(**ident)))
         await STARTED[body.request_id, body.epoch].wait()
         live = set(range(body.sampling.n))
@@ -205,6 +221,8 @@ class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
                 if reason:
                     live.discard(choice)
             await asyncio.sleep(0)
+        if self.script.report is not None:
+            await self.script.report()
         finished = wpb.Finished(**ident, resident_bytes=777, bytes_read=30, steps=3)
         await context.write(wpb.FromDecode(finished=finished))
 
