@@ -19,6 +19,7 @@ from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError
 from ...models.sampling import SamplerState, SamplingParams
+from ..telemetry import where
 from .scheduler import Demand
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: t
     except KvsluiceError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
-        logger.warning("layer %d of request %s does not fit its recipe", layer, request_id, exc_info=exc)
+        logger.warning("layer %d of request %s does not fit its recipe: %s", layer, request_id, where(exc))
         raise FrameMismatch(f"request {request_id}: layer {layer} does not fit its recipe") from exc
     run.layers.add(layer)
     most = run.demand.prompt_bytes + run.demand.tail_bytes
@@ -228,7 +229,7 @@ def typed(exc: Exception, request_id: str) -> KvsluiceError:
     """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside."""
     if isinstance(exc, KvsluiceError):
         return exc
-    logger.error("decoding of request %s failed", request_id, exc_info=exc)
+    logger.error("decoding of request %s failed: %s", request_id, where(exc))
     return InternalError(f"decoding failed: {type(exc).__name__}")
 
 

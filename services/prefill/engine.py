@@ -33,6 +33,7 @@ from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState, SamplingParams
 from ..model_shape import model_shape
+from ..telemetry import where
 from .batcher import Batcher, WorkItem
 from .state import PrefillSink, Prompt, sample_first
 
@@ -270,7 +271,7 @@ class PrefillEngine:
         if isinstance(exc, KvsluiceError):
             error = exc
         else:
-            logger.error("prefill of request %s failed", request_id, exc_info=exc)
+            logger.error("prefill of request %s failed: %s", request_id, where(exc))
             error = InternalError(f"prefill failed: {type(exc).__name__}")
         _let_go(exc)
         self._end(request_id, lambda sink: sink.on_error(error))
@@ -283,8 +284,8 @@ class PrefillEngine:
         self._batcher.remove(request_id)
         try:
             last_call(running.sink)
-        except Exception:
-            logger.exception("the receiver of request %s failed in its last call", request_id)
+        except Exception as exc:
+            logger.error("the receiver of request %s failed in its last call: %s", request_id, where(exc))
 
 
 def _join(rows: list[Tensor]) -> Tensor:
