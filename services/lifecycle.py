@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
-from .rpc import bind, make_server
+from .rpc import bind, join_address, make_server
 from .telemetry import where
 
 log = logging.getLogger("kvsluice.lifecycle")
@@ -155,7 +155,7 @@ class WorkerHost:
             await service.start()
         bound = bind(self._server, host, port)
         await self._server.start()
-        return f"{host}:{bound}"
+        return join_address(host, bound)
 
     async def stop(self, grace_s: float = 0.0) -> None:
         if self._server is not None:

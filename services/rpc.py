@@ -29,7 +29,8 @@ _OWN_METHODS = "/kvsluice."
 def _common_options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        # what a process sends is bounded where it is made; the other side alone says what it takes
+        ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -68,11 +69,15 @@ def make_server(max_message_bytes: int) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
 
 
+def join_address(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Listen on exactly `host`. Returns the port; raises `ConfigError` where it cannot listen."""
-    literal = f"[{host}]" if ":" in host else host
     try:
-        bound = int(server.add_insecure_port(f"{literal}:{port}"))
+        bound = int(server.add_insecure_port(join_address(host, port)))
     except RuntimeError:
         bound = 0
     if bound == 0:

@@ -8,6 +8,7 @@ import time
 from asyncio import CancelledError, Task
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import grpc
@@ -26,6 +27,7 @@ from .pool import Route, WorkerPool
 
 REPORT_WAIT_S = 2.0
 MAX_ATTEMPTS = 3
+MAX_CHUNK_TOKENS = 32  # with 20 logprobs each some 32 KiB, which every client takes
 
 _EPOCH_UNIT_NS = 1000
 
@@ -259,7 +261,7 @@ class Call:
                     await self._handle(await inbox.take(), route, epoch)
 
     async def _handle(self, events: list[Event], route: Route, epoch: int) -> None:
-        chunks: dict[int, pb.Chunk] = {}
+        chunks: dict[int, list[pb.Chunk]] = {}
         for event in events:
             if isinstance(event, wpb.FirstTokens):
                 self._take_first(event, chunks, route, epoch)
@@ -273,13 +275,13 @@ class Call:
                     self._early.append(event)
                 else:
                     self._take_entry(event, chunks, route, epoch)
-        for chunk in chunks.values():
+        for chunk in chain.from_iterable(chunks.values()):
             await self._respond(chunk=chunk)
         if chunks and self._owed >= max(1, self._window // 2):
             route.decode.credit(self._job.request_id, epoch, self._owed)
             self._owed = 0
 
-    def _take_first(self, event: wpb.FirstTokens, chunks: dict[int, pb.Chunk], route: Route, epoch: int) -> None:
+    def _take_first(self, event: wpb.FirstTokens, chunks: dict[int, list[pb.Chunk]], route: Route, epoch: int) -> None:
         self._first = event
         self._first_s = self._last_s = time.monotonic()
         self._metrics.started(self._queue_s + event.queue_s)
@@ -291,7 +293,7 @@ class Call:
         for entry in early:
             self._take_entry(entry, chunks, route, epoch)
 
-    def _take_entry(self, entry: wpb.TokenEntry, chunks: dict[int, pb.Chunk], route: Route, epoch: int) -> None:
+    def _take_entry(self, entry: wpb.TokenEntry, chunks: dict[int, list[pb.Chunk]], route: Route, epoch: int) -> None:
         self._owed += len(entry.tokens)
         now = time.monotonic()
         if entry.tokens:
@@ -300,7 +302,14 @@ class Call:
         self._extend(entry.choice, entry.first_index, entry.tokens, entry.finish_reason, chunks, route, epoch)
 
     def _extend(
-        self, index: int, first: int, tokens: Any, reason: str, chunks: dict[int, pb.Chunk], route: Route, epoch: int
+        self,
+        index: int,
+        first: int,
+        tokens: Any,
+        reason: str,
+        chunks: dict[int, list[pb.Chunk]],
+        route: Route,
+        epoch: int,
     ) -> None:
         if index >= len(self._choices):
             raise InternalError("a worker reported a choice that was not asked for")
@@ -311,10 +320,11 @@ class Call:
         chunk = choice.extend(first, tokens, reason)
         if choice.finish_reason and not reason:
             route.decode.cancel_choice(self._job.request_id, epoch, index)
-        if index not in chunks:
-            chunks[index] = chunk
+        ready = chunks.setdefault(index, [])
+        if not ready or len(ready[-1].token_ids) + len(chunk.token_ids) > MAX_CHUNK_TOKENS:
+            ready.append(chunk)
             return
-        merged = chunks[index]
+        merged = ready[-1]
         merged.text += chunk.text
         merged.token_ids.extend(chunk.token_ids)
         merged.logprobs.extend(chunk.logprobs)

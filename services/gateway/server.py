@@ -21,7 +21,7 @@ from ...errors import DeadlineExceeded, DuplicateRequest, KvsluiceError, Request
 from ...protos import generation_pb2 as pb
 from ...protos import generation_pb2_grpc
 from ..config import ServeConfig
-from ..rpc import bind, current_request_id, make_server
+from ..rpc import bind, current_request_id, join_address, make_server
 from ..telemetry import GatewayMetrics, NullRecorder, Recorder
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission
@@ -90,7 +90,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         await self._server.start()
         self.pool.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="health")
-        return f"{self._config.host}:{port}"
+        return join_address(self._config.host, port)
 
     @property
     def ready(self) -> bool:
@@ -180,10 +180,16 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._idle.clear()
         try:
             with ticket.interruptible():
-                prompt_ids = await self._tokenize(checked, served)
-                sampling = check_prompt(checked, len(prompt_ids), served)
-                job = Job(request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s)
-                await self._run(job, ticket, context.write)
+                if checked.token_ids is None:
+                    check_input_size(checked, served)
+                else:
+                    check_prompt(checked, len(checked.token_ids), served)
+                # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
+                async with self._admission.slot(checked.sampling.n):
+                    prompt_ids = await self._tokenize(checked)
+                    sampling = check_prompt(checked, len(prompt_ids), served)
+                    job = Job(request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s)
+                    await self._run(job, ticket, context.write)
         finally:
             del self._tickets[request_id]
             if not self._tickets:
@@ -192,25 +198,22 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
 
     async def _run(self, job: Job, ticket: Ticket, write: Callable[[pb.GenerateResponse], Any]) -> None:
         self._report_load()
-        async with self._admission.slot(job.sampling.n):
-            self._report_load()
-            call = Call(
-                job,
-                ticket,
-                write,
-                pool=self.pool,
-                tokenizer=self._tokenizer,
-                config=self._config,
-                epochs=self._epochs,
-                metrics=self.metrics,
-                recorder=self._recorder,
-            )
-            await call.run()
+        call = Call(
+            job,
+            ticket,
+            write,
+            pool=self.pool,
+            tokenizer=self._tokenizer,
+            config=self._config,
+            epochs=self._epochs,
+            metrics=self.metrics,
+            recorder=self._recorder,
+        )
+        await call.run()
 
-    async def _tokenize(self, checked: CheckedRequest, served: ServedModel) -> list[int]:
+    async def _tokenize(self, checked: CheckedRequest) -> list[int]:
         if checked.token_ids is not None:
             return list(checked.token_ids)
-        check_input_size(checked, served)
         async with self._tokenizing:
             # long texts take a second or more, and the tokenizer lets other threads run meanwhile
             if checked.messages is not None:

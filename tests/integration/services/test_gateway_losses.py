@@ -43,7 +43,7 @@ async def test_what_decode_refuses_names_the_public_field_and_what_it_allows(fle
         field="num_prompt_tokens",
         allowed="at most 8 bytes",
     )
-    with pytest.raises(InvalidRequest, match="^prompt: takes 9 bytes") as caught:
+    with pytest.raises(InvalidRequest, match=r"^prompt: takes 9 bytes") as caught:
         await fleet.client.generate("abc", timeout_s=5)
     assert (caught.value.field, caught.value.allowed) == ("prompt", "at most 8 bytes")
     with pytest.raises(InvalidRequest) as caught:
