@@ -15,8 +15,10 @@ from ..errors import ConfigError
 ENV_PREFIX = "KVSLUICE_"
 MIB = 1024 * 1024
 
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TIB = 1024 * 1024 * MIB
+
+Positive = Annotated[int, Field(ge=1, le=2**20)]
+Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
 
 
 class ServeConfig(BaseModel):
@@ -27,44 +29,58 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
-    model: str = Field("smollm2-135m-longctx", min_length=1, description="built-in name, Hugging Face folder or GGUF")
+    model: str = Field(
+        "smollm2-135m-longctx", min_length=1, max_length=4096, description="built-in name, Hugging Face folder or GGUF"
+    )
     served_model_name: str | None = Field(
         None, min_length=1, max_length=256, description="name that clients use; default: that of --model"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto = fp32 on a CPU, bf16 on a GPU"
     )
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,3})?)$", description="cpu, cuda or cuda:N")
     random_weights: bool = Field(False, description="random weights of the model's shape")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of random weights and of requests that bring none; default: drawn anew"
     )
     max_model_len: int | None = Field(
-        None, ge=8, description="tokens of prompt and answer together; default: the model's own"
+        None, ge=8, le=2**24, description="tokens of prompt and answer together; default: the model's own"
     )
     max_new_tokens: Positive = Field(4096, description="answer length when a request names none, at most")
     max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
-    kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, description="KV cache of each decode worker")
+    kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, le=64 * TIB, description="KV cache of each decode worker")
     chunk_tokens: int = Field(512, ge=16, le=65536, description="rows of one prefill work item")
-    default_recipe: str = Field("balanced", min_length=1, description="recipe of requests that name none")
-    torch_threads: Positive | None = Field(None, description="threads of each worker's torch; default: cores / workers")
+    default_recipe: str = Field(
+        "balanced", min_length=1, max_length=64, description="recipe of requests that name none"
+    )
+    torch_threads: int | None = Field(
+        None, ge=1, le=1024, description="threads of each worker's torch; default: cores / workers"
+    )
 
-    host: str = Field("127.0.0.1", min_length=1, description="address that the gateway listens on")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        max_length=253,
+        pattern=r"^[0-9A-Za-z.:_%-]+$",
+        description="address that the gateway listens on",
+    )
     port: int = Field(8033, ge=0, le=65535, description="port that the gateway listens on; 0 = any free one")
     role: Literal["split", "both"] = Field("split", description="prefill and decode apart, or both in each worker")
     prefill_workers: int = Field(1, ge=1, le=64, description="processes that run prompts")
     decode_workers: int = Field(1, ge=1, le=64, description="processes that generate")
 
-    max_queue: int = Field(64, ge=0, description="requests that may wait for room")
+    max_queue: int = Field(64, ge=0, le=2**20, description="requests that may wait for room")
     max_message_bytes: int = Field(16 * MIB, ge=64 * 1024, le=512 * MIB, description="largest message of a client")
     max_frame_bytes: int = Field(16 * MIB, ge=9 * MIB, le=512 * MIB, description="largest message between workers")
     default_deadline_s: Seconds = Field(600.0, description="deadline of requests that bring none")
     worker_wait_s: Seconds = Field(30.0, description="how long a request waits for a worker to (re)appear")
-    stream_credits: int = Field(64, ge=2, description="tokens a choice may run ahead of its client")
+    stream_credits: int = Field(64, ge=2, le=2**16, description="tokens a choice may run ahead of its client")
     handoff_window: int = Field(8, ge=1, le=1024, description="frames under way from prefill to decode, per request")
     grace_s: Seconds = Field(30.0, description="how long running requests may take to finish on shutdown")
     start_timeout_s: Seconds = Field(300.0, description="how long the workers may take to come up")
-    object_store_bytes: int = Field(80 * MIB, ge=76 * MIB, description="Ray's object store; no KV goes through it")
+    object_store_bytes: int = Field(
+        80 * MIB, ge=76 * MIB, le=TIB, description="Ray's object store; no KV goes through it"
+    )
     dashboard: bool = Field(False, description="Ray's dashboard, on loopback")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what is worth a log line")
 

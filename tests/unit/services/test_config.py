@@ -72,3 +72,19 @@ def test_it_is_frozen_and_survives_the_way_to_a_worker():
 def test_clients_use_the_served_name():
     assert load_config({"model": "a"}).model_name == "a"
     assert load_config({"model": "a", "served_model_name": "b"}).model_name == "b"
+
+
+@pytest.mark.parametrize("key", sorted(ServeConfig.model_fields))
+def test_every_number_and_text_has_an_upper_bound(key):
+    default = ServeConfig.model_fields[key].default
+    kind = str(ServeConfig.model_fields[key].annotation)
+    if isinstance(default, bool):
+        return
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        load_config({key: "x" * 5000 if "str" in kind or "Literal" in kind else 10**30})
+
+
+@pytest.mark.parametrize("host", ["a b", "x\n", "h/…", ""])
+def test_a_host_of_odd_characters_is_refused(host):
+    with pytest.raises(ConfigError, match="host"):
+        load_config({"host": host})
