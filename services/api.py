@@ -15,6 +15,9 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages ({"role": ..., "content": ...})."""
 
 
+MAX_TIMEOUT_S = 365 * 86400
+
+
 class Options(TypedDict, total=False):
     """Keyword arguments of `generate` and `stream`; names and meanings as in the OpenAI API.
 
@@ -157,33 +160,61 @@ class ModelInfo:
 def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """The message for a prompt and its options. Raises `InvalidRequest` where a value does not fit its field."""
     given: dict[str, Any] = dict(options)
-    given.pop("timeout_s", None)
-    request = pb.GenerateRequest(request_id=given.pop("request_id", "") or uuid.uuid4().hex)
-    try:
-        request.model = given.pop("model", "")
-        _set_input(request, prompt)
-        request.recipe.name = given.pop("recipe", "")
-        slots = given.pop("slots", None)
-        if slots:
-            request.recipe.slots_json = json.dumps(slots)
-    except (TypeError, ValueError, KeyError) as exc:
-        raise InvalidRequest("prompt", "does not fit its field", "text, token ids or chat messages") from exc
+    _check_timeout(given.pop("timeout_s", None))
+    request = pb.GenerateRequest(request_id=_text("request_id", given.pop("request_id", "")) or uuid.uuid4().hex)
+    request.model = _text("model", given.pop("model", ""))
+    request.recipe.name = _text("recipe.name", given.pop("recipe", ""))
+    _set_input(request, prompt)
+    slots = given.pop("slots", None)
+    if slots:
+        try:
+            request.recipe.slots_json = json.dumps(slots, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise InvalidRequest("recipe.slots", "cannot be written as JSON", "a mapping from slots to theirs") from exc
     stop = given.pop("stop", ())
-    request.sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or isinstance(stops, bytes):
+        raise InvalidRequest("sampling.stop", f"got {stop!r}"[:96], "a text or a sequence of texts")
+    request.sampling.stop.extend(_text("sampling.stop", item) for item in stops)
     for name, value in given.items():
         _set_sampling(request.sampling, name, value)
     return request
 
 
+def _text(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(field, f"got {value!r}"[:96], "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(field, "holds half of a surrogate pair", "text that UTF-8 can hold") from exc
+    return value
+
+
+def _check_timeout(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_TIMEOUT_S:
+        raise InvalidRequest("timeout_s", f"got {value!r}"[:96], f"seconds, at most {MAX_TIMEOUT_S}; None = no limit")
+
+
 def _set_input(request: pb.GenerateRequest, prompt: Prompt) -> None:
+    allowed = "text, a sequence of token ids or of chat messages"
     if isinstance(prompt, str):
-        request.prompt = prompt
-    elif all(isinstance(item, int) for item in prompt):
-        request.token_ids.SetInParent()
-        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
-    else:
-        for message in prompt:
-            request.chat.messages.add(role=message["role"], content=message["content"])  # type: ignore[index]
+        request.prompt = _text("prompt", prompt)
+        return
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidRequest("prompt", f"is a {type(prompt).__name__}", allowed)
+    try:
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+            request.token_ids.SetInParent()
+            request.token_ids.ids.extend(prompt)
+        else:
+            for message in prompt:
+                role, content = message["role"], message["content"]  # type: ignore[index]
+                request.chat.messages.add(role=_text("prompt", role), content=_text("prompt", content))
+    except (TypeError, ValueError, KeyError) as exc:
+        raise InvalidRequest("prompt", "does not fit its field", allowed) from exc
 
 
 def _set_sampling(sampling: pb.SamplingParams, name: str, value: Any) -> None:

@@ -124,3 +124,28 @@ def test_options_land_in_their_fields():
     assert request.recipe == pb.RecipeChoice(name="fast", slots_json='{"a": 1}')
     assert request.sampling.HasField("logprobs")
     assert not request.sampling.HasField("temperature")
+
+
+@pytest.mark.parametrize("prompt", [b"abc", bytearray(b"a"), iter([65]), None, 5, {65}, [True], [65, "x"], "\ud800"])
+def test_a_prompt_of_no_kind_is_refused(prompt):
+    with pytest.raises(InvalidRequest) as caught:
+        build_request(prompt, {})
+    assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        *[("stop", value, "sampling.stop") for value in (None, 5, [1], b"x", "\ud800", ["a", "\ud800"])],
+        *[("request_id", value, "request_id") for value in (5, None, "\ud800")],
+        *[("timeout_s", value, "timeout_s") for value in ("x", float("nan"), float("inf"), 1e308, 10**400, True)],
+        ("model", 5, "model"),
+        ("recipe", None, "recipe.name"),
+        *[("slots", value, "recipe.slots") for value in ({1, 2}, {"a": float("nan")})],
+        ("max_tokens", None, "sampling.max_tokens"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_by_its_own_name(name, value, field):
+    with pytest.raises(InvalidRequest) as caught:
+        build_request("abc", {name: value})
+    assert caught.value.field == field
