@@ -13,14 +13,16 @@ stamp=$venv/.kvsluice-ready
 fingerprint() { cat pyproject.toml constraints.txt scripts/setup.sh | cksum; }
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
-ready() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; }
+ready() { [ -f "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null && [ "$(cat "$stamp")" = "$(fingerprint)" ]; }
 may_apt() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 apt_install() { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; }
 
 make_venv() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "needs Python 3.11 or newer as '$python'; name another one with PYTHON=..."
-  [ -x "$venv/bin/pip" ] && return
+  # an interpreter that was removed or replaced leaves a dead link behind
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 && return
+  rm -rf "$venv"
   say "creating $venv"
   "$python" -m venv "$venv" 2>/dev/null && return
   if may_apt; then
@@ -54,12 +56,13 @@ install_redis() {
 
 ready && exit 0
 [ "$(uname -s)" = Linux ] || say "only Linux is tested; trying all the same"
-make_venv
 if command -v flock >/dev/null 2>&1; then
-  exec 9>"$venv/.kvsluice-setup.lock"
+  # the checkout itself is the lock: it is there before the environment and stays when that is made anew
+  exec 9<.
   flock 9
   ready && exit 0
 fi
+make_venv
 install_python_packages
 install_redis
 fingerprint >"$stamp"
