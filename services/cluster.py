@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ..errors import ConfigError, InternalError, KvsluiceError, WorkerLost
 from .config import ServeConfig
 from .gateway.membership import Member, MembershipTable, Role, View
-from .lifecycle import LoopThread, WorkerHost, WorkerService
+from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
 from .model_shape import model_shape
 from .processes import Process, descendants, forget_source_tree, kill, remove_folder, wait_gone
 from .status import build_error
@@ -52,6 +52,7 @@ CONTROLLER = "Controller"
 WORKER_HOST = "127.0.0.1"  # all processes of this fleet run on one machine
 WATCH_PERIOD_S = 1.0
 SHUTDOWN_S = 15.0
+REBIND_S = 5.0
 
 
 class Controller:
@@ -85,7 +86,8 @@ class RayMembership:
 
 
 class Host:
-    """An actor that hosts services. Never raises on start: the driver asks `status` and gets the typed error."""
+    """An actor that hosts services. Never raises on start: the driver asks `status` and gets the typed error. One that
+    takes another's place and fails ends soon after, so that Ray tries again."""
 
     def __init__(self, config_json: str, worker_id: str) -> None:
         forget_source_tree()
@@ -97,10 +99,12 @@ class Host:
         self._status = {"pid": str(os.getpid())}
         try:
             self._status["address"] = self._start()
-        except KvsluiceError as exc:
-            self._status |= {"error_type": type(exc).__name__, "message": exc.message}
         except Exception as exc:
-            self._status |= {"error_type": "InternalError", "message": f"{worker_id} cannot start: {where(exc)}"}
+            error = exc if isinstance(exc, KvsluiceError) else InternalError(f"it cannot start: {where(exc)}")
+            self._status |= {"error_type": type(error).__name__, "message": error.message}
+            if self._predecessor() is not None:
+                log.error("%s cannot start again and will be tried once more: %s", worker_id, error.message)
+                end_later()
 
     def status(self) -> dict[str, str]:
         """`pid`, and `address` or `error_type` and `message` of the error that kept it from starting."""
@@ -108,6 +112,11 @@ class Host:
 
     def _start(self) -> str:
         raise NotImplementedError
+
+    def _predecessor(self) -> str | None:
+        """Where the one before it served, for an actor that was restarted."""
+        view: Any = ray.get(self._controller.view.remote())
+        return next((m.address for m in view.members if m.worker_id == self._worker_id), None)
 
     def _register(self, role: Role, address: str) -> None:
         member = Member(self._worker_id, role, address, uuid.uuid4().hex)
@@ -158,7 +167,7 @@ class Worker(Host):
             "prefill": make_prefill_service,
             "decode": make_decode_service,
         }
-        return [makers[role](model, config, identity, on_crash=_crash) for role in self.roles]
+        return [makers[role](model, config, identity, on_crash=end_process) for role in self.roles]
 
 
 class PrefillWorker(Worker):
@@ -188,18 +197,17 @@ class Gateway(Host):
         from ..models.tokenizer import load_tokenizer
         from .gateway.server import Gateway as Service
 
-        config = self._config
-        view: Any = ray.get(self._controller.view.remote())
-        for member in view.members:
-            if member.worker_id == self._worker_id:
-                config = config.model_copy(update={"port": int(member.address.rpartition(":")[2])})
+        config, earlier = self._config, self._predecessor()
+        if earlier is not None:
+            config = config.model_copy(update={"port": int(earlier.rpartition(":")[2])})
         tokenizer = load_tokenizer(config.model)
 
         async def start() -> tuple[Service, str]:
             service = Service(config, tokenizer, RayMembership(self._controller))
             return service, await service.start()
 
-        self._gateway, address = self._loop.run(start())
+        # what died may hold its port a moment longer
+        self._gateway, address = self._loop.run(persist(start, ConfigError, REBIND_S if earlier else 0.0))
         self._register("gateway", address)
         return address
 
@@ -210,12 +218,6 @@ class Gateway(Host):
     def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running ones finish, stop listening."""
         self._loop.run(self._gateway.stop(grace_s))
-
-
-def _crash(exc: BaseException) -> None:
-    """A worker whose engine is broken makes room for a fresh one."""
-    log.error("the worker ends: %s", where(exc))
-    os._exit(1)
 
 
 def _ask(actor: Actor) -> Future[Status]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +20,8 @@ from .telemetry import where
 log = logging.getLogger("kvsluice.lifecycle")
 
 T = TypeVar("T")
+
+RETRY_PAUSE_S = 3.0
 
 
 class EngineThread:
@@ -109,6 +112,32 @@ class EngineThread:
             commands = list(self._commands)
             self._commands.clear()
             return commands
+
+
+async def persist(job: Callable[[], Awaitable[T]], error: type[Exception], for_s: float, pause_s: float = 0.2) -> T:
+    """Run a job until it ends otherwise than with `error`, but start it no later than `for_s` from now."""
+    clock = asyncio.get_running_loop().time
+    deadline_s = clock() + for_s
+    while True:
+        try:
+            return await job()
+        except error:
+            if clock() + pause_s > deadline_s:
+                raise
+        await asyncio.sleep(pause_s)
+
+
+def end_process(exc: BaseException) -> None:
+    """A worker whose engine is broken makes room for a fresh one."""
+    log.error("the worker ends: %s", where(exc))
+    os._exit(1)
+
+
+def end_later() -> None:
+    """End this process with status 1, whatever it does then, once the driver had time to ask what is wrong."""
+    timer = threading.Timer(RETRY_PAUSE_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 class LoopThread:

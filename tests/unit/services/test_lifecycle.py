@@ -56,6 +56,7 @@ async def test_the_engine_is_called_from_one_thread_and_sleeps_when_idle(running
     assert engine.steps == steps, "an idle engine is not stepped"
     thread.wake()
     await thread.call(lambda: None)
+    await thread.call(lambda: None)  # the step between two commands is over
     assert engine.steps > steps
     assert engine.threads == {"engine"}
 

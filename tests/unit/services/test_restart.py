@@ -1,0 +1,86 @@
+"""A part that takes another's place keeps trying, and one that cannot start at first says why and stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from kvsluice.errors import BrokenCheckpoint, ConfigError
+from kvsluice.services import cluster, lifecycle
+from kvsluice.services.config import load_config
+from kvsluice.services.gateway.membership import Member, View
+
+
+class Broken(cluster.Host):
+    error: Exception
+
+    def _start(self) -> str:
+        raise self.error
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(error, *members): the status of a host that fails by `error`, and whether its process would have ended."""
+
+    def run(error: Exception, *members: Member) -> tuple[dict[str, str], bool]:
+        ended = threading.Event()
+        controller = SimpleNamespace(view=SimpleNamespace(remote=lambda: View(1, members)))
+        fake = SimpleNamespace(get_actor=lambda *name: controller, get=lambda value: value)
+        monkeypatch.setattr(cluster, "ray", fake)
+        monkeypatch.setattr(cluster, "configure_logging", lambda level: None)
+        monkeypatch.setattr(cluster, "forget_source_tree", lambda: None)
+        monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
+        monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
+        host = type("One", (Broken,), {"error": error})(load_config({"model": "tiny"}).to_json(), "decode-0")
+        host._loop.stop()
+        return host.status(), ended.wait(5.0 if members else 0.1)
+
+    return run
+
+
+@pytest.mark.parametrize("error", [BrokenCheckpoint("no weights"), OSError("secret")])
+def test_a_restarted_part_that_cannot_start_makes_room_for_the_next(start, error):
+    status, ended = start(error, Member("decode-0", "decode", "127.0.0.1:1", "first"))
+    assert ended
+    assert status["error_type"] in ("BrokenCheckpoint", "InternalError")
+    assert "secret" not in status["message"]
+
+
+def test_a_part_that_never_served_stays_to_say_why(start):
+    status, ended = start(BrokenCheckpoint("no weights"))
+    assert not ended
+    assert (status["error_type"], status["message"]) == ("BrokenCheckpoint", "no weights")
+
+
+class Port:
+    """Is taken the first `busy` times."""
+
+    def __init__(self, busy: int) -> None:
+        self.busy = busy
+        self.tries = 0
+
+    async def bind(self) -> int:
+        self.tries += 1
+        if self.tries <= self.busy:
+            raise ConfigError("port: is in use")
+        return 80
+
+
+async def test_a_port_that_is_still_held_is_tried_again():
+    port = Port(3)
+    assert await lifecycle.persist(port.bind, ConfigError, 10.0, pause_s=0.001) == 80
+    assert port.tries == 4
+
+
+async def test_trying_again_has_an_end():
+    once, often = Port(1), Port(10**9)
+    with pytest.raises(ConfigError):
+        await lifecycle.persist(once.bind, ConfigError, 0.0)
+    assert once.tries == 1
+    with pytest.raises(ConfigError):
+        await asyncio.wait_for(lifecycle.persist(often.bind, ConfigError, 0.02, pause_s=0.005), 10.0)
+    assert often.tries > 1
