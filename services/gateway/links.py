@@ -263,8 +263,7 @@ class DecodeLink(Link):
             failed = message.failed
             inbox = self._inboxes.pop((failed.request_id, failed.epoch), None)
             if inbox is not None:
-                field, allowed = getattr(failed, "field", ""), getattr(failed, "allowed", "")
-                inbox.fail(build_error(failed.error_type, failed.message, field, allowed))
+                inbox.fail(build_error(failed.error_type, failed.message, failed.field, failed.allowed))
         elif kind is not None:
             event = getattr(message, kind)
             self._deliver(event.request_id, event.epoch, event)
