@@ -206,9 +206,10 @@ def _set_input(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidRequest("prompt", f"is a {type(prompt).__name__}", allowed)
     try:
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+        ids = [item for item in prompt if isinstance(item, int) and not isinstance(item, bool)]
+        if len(ids) == len(prompt):
             request.token_ids.SetInParent()
-            request.token_ids.ids.extend(prompt)
+            request.token_ids.ids.extend(ids)
         else:
             for message in prompt:
                 role, content = message["role"], message["content"]  # type: ignore[index]

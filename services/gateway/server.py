@@ -40,7 +40,8 @@ MAX_TOKENIZING = 2
 class Tokenizer(Detokenizer, Protocol):
     """What the gateway needs of `models.tokenizer.Tokenizer`."""
 
-    has_chat_template: bool
+    @property
+    def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]: ...
