@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..compression.recipe import ModelShape
+from ..compression.recipe import ModelShape, Recipe
 from ..errors import ConfigError
+from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ..protos import worker_pb2 as wpb
 from .config import ServeConfig
 
@@ -42,6 +43,16 @@ class WorkerIdentity:
             model_shape_json=self.shape.to_json(),
             profile_json=json.dumps(dict(self.profile), sort_keys=True),
             **load,
+        )
+
+    def frame_ident(self, message: wpb.Open | wpb.PrefillRequest, recipe: Recipe) -> FrameIdent:
+        """Whose frames belong to the attempt that `message` starts; both sides of a handoff must agree on it."""
+        return FrameIdent(
+            request_id=RequestId(message.request_id),
+            epoch=message.epoch,
+            tenant=TenantId(message.tenant),
+            model_fingerprint=ModelFingerprint(self.model_fingerprint),
+            recipe_fingerprint=RecipeFingerprint(recipe.fingerprint),
         )
 
 

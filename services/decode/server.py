@@ -14,7 +14,7 @@ from ...compression.interfaces import EncodedLayer
 from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, FrameMismatch, InternalError, InvalidRequest, KvsluiceError
 from ...kvstore.frame import decode_frame
-from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
+from ...kvstore.identity import FrameIdent
 from ...kvstore.manifest import decode_manifest
 from ...models.model import Model
 from ...models.sampling import SamplingParams
@@ -209,7 +209,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except Exception as exc:  # whatever it is, the stream's other requests go on
             session.send(_failed(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
-        self._requests[message.request_id] = _Request(session, self._ident(message, request), max_bytes)
+        self._requests[message.request_id] = _Request(
+            session, self._identity.frame_ident(message, request.recipe), max_bytes
+        )
         self._thread.post(lambda: self._open_in_engine(request))
 
     def _open_in_engine(self, request: DecodeRequest) -> None:
@@ -253,15 +255,6 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 del self._requests[event.request_id]
         for session in touched:
             session.flush()
-
-    def _ident(self, message: wpb.Open, request: DecodeRequest) -> FrameIdent:
-        return FrameIdent(
-            request_id=RequestId(message.request_id),
-            epoch=message.epoch,
-            tenant=TenantId(message.tenant),
-            model_fingerprint=ModelFingerprint(self._identity.model_fingerprint),
-            recipe_fingerprint=RecipeFingerprint(request.recipe.fingerprint),
-        )
 
 
 def make_decode_service(

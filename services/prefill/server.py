@@ -12,7 +12,6 @@ import grpc.aio
 
 from ...compression.recipe import Recipe
 from ...errors import InternalError
-from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ...models.model import Model
 from ...models.sampling import SamplingParams
 from ...protos import worker_pb2 as wpb
@@ -110,7 +109,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         current_request_id.set(request.request_id)
         job = _job(request)
         publisher = Publisher(
-            job, self._ident(request, job), self._window, self._thread.wake, asyncio.get_running_loop(), self._recorder
+            job,
+            self._identity.frame_ident(request, job.recipe),
+            self._window,
+            self._thread.wake,
+            asyncio.get_running_loop(),
+            self._recorder,
         )
         try:
             # cancelled meanwhile, the engine may take the prompt all the same
@@ -124,15 +128,6 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _cancel(self, request_id: str, publisher: Publisher) -> None:
         # another attempt may be running under the same id
         self.engine.cancel(request_id, publisher)
-
-    def _ident(self, request: wpb.PrefillRequest, job: PrefillJob) -> FrameIdent:
-        return FrameIdent(
-            request_id=RequestId(request.request_id),
-            epoch=request.epoch,
-            tenant=TenantId(request.tenant),
-            model_fingerprint=ModelFingerprint(self._identity.model_fingerprint),
-            recipe_fingerprint=RecipeFingerprint(job.recipe.fingerprint),
-        )
 
 
 def make_prefill_service(
