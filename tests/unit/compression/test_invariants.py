@@ -73,7 +73,7 @@ def test_at_rate_1_native_codecs_and_full_budget_it_equals_exact(recipe: Recipe,
     assert torch.allclose(expected[0][-1], lab.dense(prompt, 0, torch.arange(N), N + NEW - 1), atol=2e-5)
 
 
-def test_a_batch_of_sequences_equals_singles(recipe: Recipe, lab: Any) -> None:
+def test_caches_stepped_in_turn_do_not_touch_each_other(recipe: Recipe, lab: Any) -> None:
     prompts = [lab.make_prompt(lab.make_shape(), N, 40, seed=seed) for seed in (1, 2)]
     encoded = [lab.prefill(recipe, one)[0] for one in prompts]
     alone = [lab.decode(lab.load(recipe, p, e), p, N, N + 40) for p, e in zip(prompts, encoded, strict=True)]
