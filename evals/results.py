@@ -1,0 +1,214 @@
+"""The file that `kvsluice eval` writes, and its one reader and writer.
+
+One JSON file a run. It says which model, adapter and recipes ran where, so that a figure of speed and one of accuracy
+that are quoted together can be checked to be about the same thing: both carry the recipe's fingerprint.
+
+    environment  hardware, versions, commit
+    suite        ruler, niah or ppl
+    model        name, fingerprint, adapter, dtype
+    settings     contexts, samples, seed, tasks, texts by name with their SHA-256, how answers were judged
+    recipes      label -> name, fingerprint and slots of the resolved recipe
+    cells        scores of every sample, in order of the sample's index, so that samples pair up between recipes
+    summary      means with 95 % bootstrap intervals
+    against      how `exact` compares with transformers sample by sample, where that was asked for
+
+Where a run compares with transformers, `cells` and `summary` hold the label `transformers` too; it is no recipe, so
+`recipes` does not, and its bytes are 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import InvalidRequest
+
+AVERAGE = "average"
+EXACT = "exact"
+TRANSFORMERS = "transformers"
+MAX_FILE_BYTES = 256 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """What was evaluated.
+
+    Attributes:
+        fingerprint: the one that frames carry.
+        adapter: SHA-256 of the low-rank adapter's weights, or None where none was merged.
+        dtype: of weights and computation, such as `bfloat16`.
+    """
+
+    name: str
+    fingerprint: str
+    adapter: str | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EvaluatedRecipe:
+    """A recipe as it ran.
+
+    Attributes:
+        name: of the recipe that was asked for.
+        fingerprint: of the resolved recipe; the one that frames carry.
+        slots: the resolved recipe.
+    """
+
+    name: str
+    fingerprint: str
+    slots: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All samples of one recipe, context and task (and needle depth).
+
+    Attributes:
+        recipe: its label.
+        context: tokens of a prompt and its answer, about.
+        depth: share of the text in front of the needle, or None.
+        scores: one a sample, by the sample's index. Share of right answers, or nats a token (less is better).
+        prompt_tokens: mean length of the prompts.
+        payload_bytes: mean bytes of the frames that went from prefill to decode.
+        resident_bytes: mean bytes of the prompt's cache on decode, before the answer.
+        bf16_bytes: mean bytes of the prompt's whole KV cache in bfloat16.
+        fallbacks: samples that ran `exact` instead, being too short for the recipe.
+    """
+
+    recipe: str
+    context: int
+    task: str
+    depth: float | None
+    scores: tuple[float, ...]
+    prompt_tokens: float
+    payload_bytes: float
+    resident_bytes: float
+    bf16_bytes: float
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        task: a task, or `average` for the mean of the tasks' (and depths') means.
+        difference: mean difference to `exact` over the same samples; None where `exact` did not run.
+    """
+
+    recipe: str
+    context: int
+    task: str
+    depth: float | None
+    mean: float
+    low: float
+    high: float
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """The first answer token at which `exact` and transformers part.
+
+    Attributes:
+        token: index in the answer.
+        answer, exact, transformers: token ids: the right one, and what each would have said.
+        gap: by how much transformers' best logit there lies above its second best.
+        exact_gap: by how much it lies above that of the token that `exact` chose.
+    """
+
+    context: int
+    task: str
+    depth: float | None
+    sample: int
+    token: int
+    answer: int
+    exact: int
+    transformers: int
+    gap: float
+    exact_gap: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`exact` against transformers, sample by sample.
+
+    Attributes:
+        samples: how many were compared.
+        equal_scores: samples on which both score the same.
+        equal_tokens: samples on which both choose the same token everywhere.
+        differences: of the other samples, where they part.
+    """
+
+    samples: int
+    equal_scores: int
+    equal_tokens: int
+    differences: tuple[TokenDifference, ...]
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """A run of `kvsluice eval`; the module's docstring says what each part holds."""
+
+    environment: Mapping[str, Any]
+    suite: str
+    model: EvaluatedModel
+    settings: Mapping[str, Any]
+    recipes: Mapping[str, EvaluatedRecipe]
+    cells: tuple[Cell, ...]
+    summary: tuple[Summary, ...]
+    against: Agreement | None = None
+
+
+def save(path: Path, results: EvalResults) -> None:
+    """Write the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    beside.replace(path)
+
+
+def load(path: Path) -> EvalResults:
+    """Read a file that `save` wrote.
+
+    Raises:
+        InvalidRequest: there is no such file, or it is something else.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidRequest("results", f"{path} is too large", f"at most {MAX_FILE_BYTES} bytes")
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as exc:
+        raise InvalidRequest("results", f"cannot read {path}", "a file that `kvsluice eval` wrote") from exc
+    try:
+        return _from_json(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise InvalidRequest("results", f"{path} holds something else", "a file that `kvsluice eval` wrote") from exc
+
+
+def _from_json(raw: Any) -> EvalResults:
+    parts = dict(raw)
+    against = parts.pop("against", None)
+    if against is not None:
+        differences = tuple(_record(TokenDifference, one) for one in against["differences"])
+        against = _record(Agreement, {**against, "differences": differences})
+    parts["model"] = _record(EvaluatedModel, parts["model"])
+    parts["recipes"] = {label: _record(EvaluatedRecipe, one) for label, one in parts["recipes"].items()}
+    parts["cells"] = tuple(_record(Cell, {**one, "scores": tuple(one["scores"])}) for one in parts["cells"])
+    parts["summary"] = tuple(_record(Summary, one) for one in parts["summary"])
+    return _record(EvalResults, {**parts, "against": against})
+
+
+def _record(kind: type[T], raw: Mapping[str, Any]) -> T:
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := raw.keys() - known:
+        raise ValueError(f"unknown {sorted(unknown)}")
+    return kind(**raw)
