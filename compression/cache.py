@@ -29,8 +29,6 @@ def make_cache(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: 
         shape=shape,
         rope=rope,
         num_prompt_tokens=num_prompt_tokens,
-        key_codec=recipe.key_codec.build(),
-        value_codec=recipe.value_codec.build(),
         retrieval=recipe.retrieval.build(),
     )
     return RecipeCache(kit)
@@ -44,6 +42,7 @@ class RecipeCache:
         self.counter = ReadCounter()
         self._kit = kit
         self._layers: dict[int, LayerCache] = {}
+        self._waiting: dict[int, EncodedLayer] = {}
 
     def add_layer(self, encoded: EncodedLayer) -> None:
         """Take over a layer's tensors.
@@ -51,11 +50,22 @@ class RecipeCache:
         Raises:
             FrameMismatch: a layer that is here already, or tensors other than the recipe's.
         """
-        if encoded.layer in self._layers or not 0 <= encoded.layer < self._kit.shape.num_layers:
+        num_layers = self._kit.shape.num_layers
+        known = encoded.layer in self._layers or encoded.layer in self._waiting
+        if known or not 0 <= encoded.layer < num_layers:
             raise FrameMismatch(f"layer {encoded.layer} is here already or is none of the model's")
         check_tensors(encoded, self._kit)
         held = {part: {name: compact(t) for name, t in group.items()} for part, group in encoded.tensors.items()}
-        self._layers[encoded.layer] = LayerCache(self._kit, encoded.layer, held)
+        self._waiting[encoded.layer] = EncodedLayer(encoded.layer, held)
+        group = self.recipe.sharing.group(encoded.layer, num_layers)
+        if group[0] in self._waiting:
+            self._add_lead(self._waiting.pop(group[0]))
+        for layer in [layer for layer in group if layer in self._waiting and group[0] in self._layers]:
+            self._layers[layer] = LayerCache(self._kit, self._waiting.pop(layer), self._layers[group[0]])
+
+    def _add_lead(self, encoded: EncodedLayer) -> None:
+        """Take a layer that needs no other, and from which the others of its group read."""
+        self._layers[encoded.layer] = LayerCache(self._kit, encoded, None)
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """See `SequenceCache`."""
@@ -72,8 +82,9 @@ class RecipeCache:
     def seal(self, next_position: int) -> None:
         """See `SequenceCache`."""
         if self.recipe.window.seal_block:
+            end = sealed_end(self.recipe, self._kit.num_prompt_tokens, next_position)
             for layer in self._layers.values():
-                layer.seal(sealed_end(self.recipe, next_position))
+                layer.seal(end)
 
     def fork(self) -> SequenceCache:
         """See `SequenceCache`."""
@@ -83,7 +94,8 @@ class RecipeCache:
 
     def shared_nbytes(self) -> int:
         """Bytes of what the prompt made."""
-        return storage_nbytes(t for layer in self._layers.values() for t in layer.shared_tensors())
+        waiting = (t for one in self._waiting.values() for group in one.tensors.values() for t in group.values())
+        return storage_nbytes((*waiting, *(t for layer in self._layers.values() for t in layer.shared_tensors())))
 
     def own_nbytes(self) -> int:
         """Bytes of the tail, spare capacity included, and of blocks sealed here."""
@@ -121,13 +133,18 @@ def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
                 f"layer {encoded.layer}: {part.name}.{name} is {dtype} {tuple(tensor.shape)}, "
                 f"expected {' or '.join(allowed)} {spec.shape}"
             )
-    num_tokens, chunk = kit.num_prompt_tokens, kit.recipe.retrieval.chunk
-    num_chunks = layer_layout(kit.recipe, num_tokens, encoded.layer).num_sealed // chunk
+    at = layer_layout(kit.recipe, kit.num_prompt_tokens, encoded.layer)
+    chunk = kit.recipe.retrieval.chunk
     limits = {
-        (Part.POSITIONS, "rows"): num_tokens,
-        (Part.POSITIONS, "chunks"): num_tokens // chunk,
-        (Part.OUTLIERS, "chunks"): num_chunks,
+        (Part.POSITIONS, "rows"): (at.num_sinks, at.sealed_end),
+        (Part.POSITIONS, "chunks"): (at.num_sinks // chunk, at.sealed_end // chunk),
+        (Part.OUTLIERS, "chunks"): (0, at.num_sealed // chunk),
     }
-    for at, limit in limits.items():
-        if at in got and not 0 <= int(got[at].min()) <= int(got[at].max()) < limit:
-            raise FrameMismatch(f"layer {encoded.layer}: {at[0].name}.{at[1]} is not within 0 to {limit - 1}")
+    for (part, name), (low, high) in limits.items():
+        index = got.get((part, name))
+        if index is None:
+            continue
+        if not low <= int(index.min()) <= int(index.max()) < high:
+            raise FrameMismatch(f"layer {encoded.layer}: {part.name}.{name} is not within {low} to {high - 1}")
+        if len(index) > 1 and not bool((index.diff(dim=0) > 0).all()):
+            raise FrameMismatch(f"layer {encoded.layer}: {part.name}.{name} does not ascend")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import InvalidRecipe
-from .filling import Filling, check_choice, check_int
+from .filling import Filling, as_float, check_choice, check_int, check_rate
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .codecs import Codec
 
-_ITEM_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+_ITEM_BYTES = {"uint8": 1, "int8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,20 @@ class CodecFilling(Filling):
         domain: whether it encodes keys before (`pre_rope`) or after (`post_rope`) rotation. Values ignore it.
         append_block: rows that must be sealed together; groups of rows start at multiples of it.
         head_shared: one stored row serves all KV heads, so heads cannot keep different rows.
+        keys_only: it makes no sense for values.
+        wants_query_peak: it scales by the largest query of every channel.
     """
 
     domain: ClassVar[str] = "post_rope"
     head_shared: ClassVar[bool] = False
+
+    @property
+    def keys_only(self) -> bool:
+        return False
+
+    @property
+    def wants_query_peak(self) -> bool:
+        return False
 
     @property
     def append_block(self) -> int:
@@ -71,6 +81,14 @@ class CodecFilling(Filling):
     def min_rows(self) -> int:
         """Rows below which encoding makes no sense."""
         return 1
+
+    def joined(self, num_layers: int) -> CodecFilling | None:
+        """The codec that packs the rows of `num_layers` layers as one, their heads side by side; None when it packs
+        every layer alone anyhow."""
+        return None
+
+    def neutral(self) -> CodecFilling:
+        return Native()
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,9 @@ class Affine(CodecFilling):
         axis: `channel` groups `group` consecutive rows of one channel (keys); `token` groups `group` channels of one
             row (values).
         group: elements that share a scale and minimum; along a row, never more than the head size.
+        balanced: for keys along `token`: channels are multiplied by b = sqrt(max|q| / max|k|) before packing and
+            divided by it after, so that channels with large keys do not take the whole range (MiKV, arXiv 2402.18096
+            §3.3). It helps at 2 bits and does not at 3 and more.
     """
 
     slot = ("key_codec", "value_codec")
@@ -127,11 +148,26 @@ class Affine(CodecFilling):
     bits: int = 4
     axis: Literal["channel", "token"] = "token"
     group: int = 32
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         check_choice("recipe.codec.bits", self.bits, (8, 4, 2))
         check_choice("recipe.codec.axis", self.axis, ("channel", "token"))
         check_choice("recipe.codec.group", self.group, (16, 32, 64, 128))
+        check_choice("recipe.codec.balanced", self.balanced, (True, False))
+        if self.balanced and self.axis == "channel":
+            raise InvalidRecipe("recipe.codec.balanced", "is of no use along `channel`, which scales channels", "token")
+
+    @property
+    def keys_only(self) -> bool:
+        return self.balanced
+
+    @property
+    def wants_query_peak(self) -> bool:
+        return self.balanced
+
+    def basis_specs(self, num_kv_heads: int, head_dim: int) -> Specs:
+        return {"balance": TensorSpec("float32", (1, num_kv_heads, head_dim))} if self.balanced else {}
 
     @property
     def append_block(self) -> int:
@@ -151,25 +187,50 @@ class Affine(CodecFilling):
 
 
 @dataclass(frozen=True)
+class Float8(CodecFilling):
+    """8-bit floating point (e4m3, 3 bits of mantissa) with one scale a layer, for keys and for values: what other
+    engines offer as an fp8 KV cache. The scale maps the largest sealed row of the prompt to the largest number of the
+    format; larger rows that are generated later are clipped to it."""
+
+    slot = ("key_codec", "value_codec")
+    kind = "float8"
+
+    def build(self) -> Codec:
+        from .codecs import Float8Codec
+
+        return Float8Codec()
+
+    def tensor_specs(self, num_rows: int, num_kv_heads: int, head_dim: int, native: str) -> Specs:
+        return {"rows": TensorSpec("float8_e4m3fn", (num_rows, num_kv_heads, head_dim))}
+
+    def basis_specs(self, num_kv_heads: int, head_dim: int) -> Specs:
+        return {"scale": TensorSpec("float32", (1,))}
+
+
+@dataclass(frozen=True)
 class LowRank(CodecFilling):
-    """Pre-RoPE keys of all heads as rows x basis, by truncated SVD (ShadowKV, arXiv 2410.21465 §4.1).
+    """Rows of all heads as factor rows x basis, by truncated SVD; keys before RoPE (ShadowKV, arXiv 2410.21465 §4.1).
 
     Attributes:
-        rank: columns kept. None = 0.156 x KV heads x head size, rounded to a multiple of 2.
+        rank: columns kept. None = filled in from `share` when the recipe is resolved.
+        share: the rank as a share of KV heads x head size, rounded to a multiple of 2.
         bits: 16 keeps the factor rows in bfloat16; 8 or 4 packs them, one group a row.
     """
 
-    slot = ("key_codec",)
+    slot = ("key_codec", "value_codec")
     kind = "lowrank"
     domain: ClassVar[str] = "pre_rope"
     head_shared: ClassVar[bool] = True
 
     rank: int | None = None
+    share: float = 0.156
     bits: int = 16
 
     def __post_init__(self) -> None:
-        check_int("recipe.key_codec.rank", self.rank, 1, 8192, optional=True)
-        check_choice("recipe.key_codec.bits", self.bits, (16, 8, 4))
+        check_int("recipe.codec.rank", self.rank, 1, 8192, optional=True)
+        check_rate("recipe.codec.share", self.share)
+        check_choice("recipe.codec.bits", self.bits, (16, 8, 4))
+        as_float(self, "share")
 
     def build(self) -> Codec:
         from .lowrank import LowRankCodec
@@ -188,6 +249,10 @@ class LowRank(CodecFilling):
     def min_rows(self) -> int:
         return self.rank or 1
 
+    def joined(self, num_layers: int) -> LowRank:
+        assert self.rank is not None, "joined after resolution"
+        return replace(self, rank=self.rank * num_layers)
+
 
 @dataclass(frozen=True)
 class ProfileKeys(CodecFilling):
@@ -196,6 +261,10 @@ class ProfileKeys(CodecFilling):
     slot = ("key_codec",)
     kind = "profile"
     head_shared: ClassVar[bool] = True
+
+    @property
+    def keys_only(self) -> bool:
+        return True
 
     def open_field(self) -> str | None:
         return "kind"

@@ -13,6 +13,9 @@ from .slots import Affine
 
 Tensors = Mapping[str, Tensor]
 
+FLOAT8_MAX = 448.0  # of e4m3
+BLOCK_ROWS = 2048  # rows packed at once, so that float32 copies do not grow with the prompt
+
 
 class Reader(Protocol):
     """Packed rows of one layer, decoded on demand.
@@ -37,8 +40,9 @@ class Reader(Protocol):
 class Codec(Protocol):
     """One way of packing rows. Tensors have rows, or groups of rows, on axis 0 and are named as in the slot's specs."""
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """What all rows of a layer share, from its sealed prompt rows [n, Hkv, d]; empty for most codecs."""
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
+        """What all rows of a layer share, from its sealed prompt rows [n, Hkv, d] and, where the slot asks for it, the
+        largest |q| of every channel, float32 [Hkv, d]; empty for most codecs."""
         ...
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
@@ -76,7 +80,7 @@ class DenseCodec:
     def __init__(self, dtype: str | None) -> None:
         self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
         """See `Codec`."""
         return {}
 
@@ -110,46 +114,98 @@ class DenseReader:
 
 
 class AffineCodec:
-    """Integers with a scale and a minimum per group."""
+    """Integers with a scale and a minimum per group, of channels that may be balanced first."""
 
     def __init__(self, spec: Affine) -> None:
         self._spec = spec
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
-        """See `Codec`."""
-        return {}
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Codec`: {"balance": float32 [1, Hkv, d]} of a balanced codec. A channel without keys or queries is left
+        as it is."""
+        if not self._spec.balanced:
+            return {}
+        assert query_peak is not None, "asked for by `wants_query_peak`"
+        key_peak = rows.abs().amax(dim=0).float()
+        usable = (key_peak > 0) & (query_peak > 0)
+        return {"balance": torch.where(usable, query_peak / key_peak.clamp(min=1e-30), 1.0).sqrt()[None]}
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
+        if self._spec.balanced:
+            rows = rows * basis["balance"]
         packed = quantize(rows, self._spec.bits, self._spec.group, self._spec.axis)
         return dict(zip(("codes", "scale", "minimum"), packed, strict=True))
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
         """See `Codec`."""
-        return AffineReader(tensors, self._spec, head_dim, chunk)
+        return AffineReader(tensors, self._spec, head_dim, chunk, basis.get("balance"))
 
 
 class AffineReader:
     """Reads packed integers [n, Hkv, bytes]."""
 
-    basis_nbytes = 0
-
-    def __init__(self, tensors: Tensors, spec: Affine, head_dim: int, chunk: int) -> None:
+    def __init__(self, tensors: Tensors, spec: Affine, head_dim: int, chunk: int, balance: Tensor | None) -> None:
         self._packed = (tensors["codes"], tensors["scale"], tensors["minimum"])
         self._spec = spec
         self._head_dim = head_dim
         self._chunk = chunk
+        self._balance = balance
         code_bytes = chunk * self._packed[0].shape[-1]
         pairs = self._packed[1].shape[-1] * (1 if spec.axis == "channel" else chunk)
         self.chunk_nbytes = code_bytes + pairs * 2 * self._packed[1].element_size()
+        self.basis_nbytes = 0 if balance is None else balance.nbytes
 
     def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
         """See `Reader`."""
         spec = self._spec
-        return dequantize_chunks(
+        rows = dequantize_chunks(
             *self._packed, heads, chunks, self._chunk, spec.bits, spec.group, spec.axis, self._head_dim
         )
+        return rows if self._balance is None else rows / self._balance[0, heads][:, None]
 
     def read_all(self) -> Tensor:
         """See `Reader`."""
-        return dequantize(*self._packed, self._spec.bits, self._spec.group, self._spec.axis, self._head_dim)
+        rows: Tensor = dequantize(*self._packed, self._spec.bits, self._spec.group, self._spec.axis, self._head_dim)
+        return rows if self._balance is None else rows / self._balance
+
+
+class Float8Codec:
+    """e4m3 numbers with one scale a layer."""
+
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Codec`: {"scale": float32 [1]}, above 0."""
+        return {"scale": (rows.abs().amax().float() / FLOAT8_MAX).clamp(min=1e-30)[None]}
+
+    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+        """See `Codec`."""
+        out = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
+        for begin in range(0, len(rows), BLOCK_ROWS):
+            block = rows[begin : begin + BLOCK_ROWS].float() / basis["scale"]
+            # the conversion alone turns numbers beyond the range into NaN
+            out[begin : begin + BLOCK_ROWS] = block.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(out.dtype)
+        return {"rows": out}
+
+    def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
+        """See `Codec`."""
+        return Float8Reader(tensors["rows"], basis["scale"], chunk)
+
+
+class Float8Reader:
+    """Reads e4m3 rows [n, Hkv, d]."""
+
+    def __init__(self, rows: Tensor, scale: Tensor, chunk: int) -> None:
+        self._rows = rows
+        self._scale = scale
+        self._chunk = chunk
+        self.chunk_nbytes = chunk * rows.shape[2]
+        self.basis_nbytes = scale.nbytes
+
+    def read(self, heads: Tensor, chunks: Tensor) -> Tensor:
+        """See `Reader`."""
+        rows = chunk_rows(chunks, self._chunk)
+        # bytes are gathered, because not every device indexes 8-bit floats
+        return self._rows.view(torch.uint8)[rows, heads[:, None]].view(self._rows.dtype).float() * self._scale
+
+    def read_all(self) -> Tensor:
+        """See `Reader`."""
+        return self._rows.float() * self._scale

@@ -44,6 +44,10 @@ class Filling:
         """A field that resolution must still fill in, None when there is none."""
         return next((f.name for f in fields(self) if getattr(self, f.name) is None), None)  # type: ignore[arg-type]
 
+    def neutral(self) -> Filling:
+        """The filling that loses nothing, as near to this one as there is; itself where it loses nothing."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
@@ -115,6 +119,13 @@ def check_rate(where: str, value: object, optional: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= 1 or not math.isfinite(value):  # type: ignore[operator, arg-type]
         raise InvalidRecipe(where, shown(value), "a number above 0 and at most 1")
+
+
+def check_number(where: str, value: object, low: float, high: float) -> None:
+    """Refuse anything but a finite number in [low, high]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise InvalidRecipe(where, shown(value), f"a number from {low:g} to {high:g}")
 
 
 def check_choice(where: str, value: object, allowed: tuple[object, ...]) -> None:

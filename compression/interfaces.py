@@ -27,6 +27,10 @@ class LayerObs:
         k: [n, Hkv, d] keys after RoPE.
         v: [n, Hkv, d].
         q_window: [w, H, d] post-RoPE queries of the last w rows, w = what `Compressor.query_window` asks for.
+        mass: float32 [Hkv, n] attention that each row has received from all queries, summed over the GQA group; None
+            unless `Compressor.wants_mass`.
+        query_peak: float32 [Hkv, d] largest |q| of every channel over all post-RoPE queries and the GQA group; None
+            unless `Compressor.wants_query_peak`.
     """
 
     layer: int
@@ -36,6 +40,8 @@ class LayerObs:
     k: Tensor
     v: Tensor
     q_window: Tensor
+    mass: Tensor | None = None
+    query_peak: Tensor | None = None
 
     def release_keys(self) -> None:
         """Let go of the keys, before and after RoPE."""
@@ -60,18 +66,22 @@ class EncodedLayer:
 
 
 class Compressor(Protocol):
-    """A resolved recipe at work during prefill of one prompt. Stateless between layers but for what TSP selected."""
+    """A resolved recipe at work during prefill of one prompt. Between layers it holds the rows of layers that share
+    with one still to come, and nothing else."""
 
     recipe: Recipe
     wants_unrotated_keys: bool
+    wants_mass: bool
+    wants_query_peak: bool
 
     def query_window(self, layer: int) -> int:
         """How many of the last rows' queries `finish_layer` wants; 0 = none."""
         ...
 
-    def finish_layer(self, obs: LayerObs) -> tuple[EncodedLayer, Tensor | None]:
-        """Encode a finished layer. Returns it, and the ascending row indices (int64, into obs rows) that enter the
-        next layer, or None when all do.
+    def finish_layer(self, obs: LayerObs) -> tuple[list[EncodedLayer], Tensor | None]:
+        """Encode a finished layer; called in the layers' order. Returns the layers that are ready to leave, in order
+        (none while a layer waits for others of its group), and the ascending row indices (int64, into obs rows) that
+        enter the next layer, or None when all do.
 
         Takes the keys and values of `obs` over: what is encoded as it is becomes the encoded layer's, and keys that
         are packed are let go before the values are."""

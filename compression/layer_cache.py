@@ -2,44 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.attention_partial import attention_partial, merge_partials
 from ..kernels.sparse_reconstruct import sparse_attention
-from .interfaces import Part, ReadCounter
-from .layout import layer_layout, tail_is_unrotated
-from .segment import Kit, Segment, Tail
+from .budgets import others
+from .codecs import owned
+from .interfaces import EncodedLayer, Part, ReadCounter
+from .layout import basis_name, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .segment import Kit, Packing, Segment, Tail
 
 Partial = tuple[Tensor, Tensor]
+
+
+def packings(kit: Kit, basis: Mapping[str, Tensor], layer: int) -> list[Packing]:
+    """How each tier of a layer is packed, the best first."""
+    out = []
+    for tier in kit.recipe.tiers():
+        keys, values = tier.key_codec, tier.value_codec
+        if not tier.prefix:
+            keys, values = joined_codecs(kit.recipe, layer, kit.shape.num_layers)
+        heads, dim = kit.shape.num_kv_heads, kit.shape.head_dim
+        # a layer without rows of a tier has no basis for it either
+        named = [
+            {name: basis[basis_name(tier, of_values, name)] for name in codec.basis_specs(heads, dim)}
+            if all(basis_name(tier, of_values, name) in basis for name in codec.basis_specs(heads, dim))
+            else {}
+            for of_values, codec in ((False, keys), (True, values))
+        ]
+        rope = kit.rope if keys.domain == "pre_rope" else None
+        out.append(Packing(keys.build(), values.build(), *named, rope))
+    return out
+
+
+def tier_tensors(tensors: Mapping[str, Tensor], tier: int, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of one tier under their codec's names."""
+    own, rest = prefixes[tier], [prefix for prefix in prefixes[1:] if prefix != prefixes[tier]]
+    return {
+        name.removeprefix(own): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(own) and not name.startswith(tuple(rest))
+    }
 
 
 class LayerCache:
     """
     [ sinks | base: sealed prompt rows | grown: blocks sealed here | tail ]    outliers: exact copies of base chunks
       shared between the forks of a prompt    own                    own         shared
+
+    Where evicted rows are demoted, base and demoted rows lie between each other, and blocks are sealed as demoted ones.
+
+    Args:
+        lead: the layer that carries the packed rows of this one's group; None for that layer itself.
     """
 
-    def __init__(self, kit: Kit, layer: int, tensors: Mapping[Part, Mapping[str, Tensor]]) -> None:
+    def __init__(self, kit: Kit, encoded: EncodedLayer, lead: LayerCache | None) -> None:
+        tensors, layer = encoded.tensors, encoded.layer
         at = layer_layout(kit.recipe, kit.num_prompt_tokens, layer)
         ends = tensors.get(Part.TAIL, {})
-        positions = tensors.get(Part.POSITIONS, {})
         self._kit = kit
         self._window = kit.shape.layer_windows[layer]
-        self._basis = dict(tensors.get(Part.BASIS, {}))
         self._sinks = (ends["sink_k"], ends["sink_v"]) if at.num_sinks else None
         self._outliers = dict(tensors.get(Part.OUTLIERS, {}))
-        self._base: Segment | None = None
+        self._packings = packings(kit, tensors.get(Part.BASIS, {}), layer)
+        self._base = self._demoted = self._grown = None
         if at.num_sealed:
+            positions = tensors.get(Part.POSITIONS, {})
             index = positions.get("rows", positions.get("chunks"))
-            self._base = Segment(
-                kit, tensors[Part.KEYS], tensors[Part.VALUES], self._basis, at.num_sealed, at.num_sinks, index
-            )
-        self._grown: Segment | None = None
+            self._base = self._prompt_segment(0, at.num_sealed, at.num_sinks, tensors, index, lead)
+            if at.num_demoted:
+                assert index is not None, "some rows are kept, some are not"
+                rest = others(index.long() - at.num_sinks, at.num_sealed + at.num_demoted) + at.num_sinks
+                rest = owned(rest, torch.int32)
+                self._demoted = self._prompt_segment(1, at.num_demoted, at.num_sinks, tensors, rest, None)
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
         self._tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
+
+    def _prompt_segment(
+        self,
+        tier: int,
+        num_rows: int,
+        begin: int,
+        tensors: Mapping[Part, Mapping[str, Tensor]],
+        index: Tensor | None,
+        lead: LayerCache | None,
+    ) -> Segment:
+        prefixes = [one.prefix for one in self._kit.recipe.tiers()]
+        keys = tier_tensors(tensors.get(Part.KEYS, {}), tier, prefixes)
+        values = tier_tensors(tensors.get(Part.VALUES, {}), tier, prefixes)
+        if lead is not None:
+            assert lead._base is not None, "layers of a group hold the same rows"
+            keys, values = keys or lead._base.keys, values or lead._base.values
+        return Segment(self._kit, self._packings[tier], keys, values, num_rows, begin, index)
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""
@@ -52,9 +109,8 @@ class LayerCache:
         """
         parts: list[Partial] = []
         if self._sinks is not None:
-            at = torch.arange(len(self._sinks[0]), device=q.device)
-            parts.append(self._exact(q, positions, *self._sinks, at, counter))
-        segments = [segment for segment in (self._base, self._grown) if segment is not None]
+            parts.append(self._sink_rows(q, positions, *self._sinks, counter))
+        segments = [segment for segment in (self._base, self._demoted, self._grown) if segment is not None]
         if self._kit.retrieval is None:
             parts += [self._all_rows(q, positions, segment, counter) for segment in segments]
         elif segments:
@@ -66,16 +122,19 @@ class LayerCache:
         return merge_partials(parts).to(q.dtype)
 
     def seal(self, end: int) -> None:
-        """Seal the tail's blocks up to position `end`, one by one."""
-        block = self._kit.recipe.block
+        """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""
+        block, packing = self._kit.recipe.block, self._packings[-1]
+        if self._kit.recipe.budget.fixed:
+            self._tail.drop_first(max(0, end - self._tail.begin) // block * block)
+            return
         while self._tail.begin + block <= end:
             # copies, as a codec may keep rows that the tail is going to write over
             k, v = (rows[:block].clone() for rows in self._tail.rows())
             sealed = Segment(
                 self._kit,
-                self._kit.key_codec.encode(k, self._basis),
-                self._kit.value_codec.encode(v, {}),
-                self._basis,
+                packing,
+                packing.key_codec.encode(k, packing.key_basis),
+                packing.value_codec.encode(v, packing.value_basis),
                 block,
                 self._tail.begin,
             )
@@ -95,11 +154,13 @@ class LayerCache:
 
     def shared_tensors(self) -> Iterator[Tensor]:
         """What the prompt made."""
-        yield from self._basis.values()
+        for packing in self._packings:
+            yield from packing.tensors()
         yield from self._sinks or ()
         yield from self._outliers.values()
-        if self._base is not None:
-            yield from self._base.tensors()
+        for segment in (self._base, self._demoted):
+            if segment is not None:
+                yield from segment.tensors()
 
     def own_tensors(self) -> Iterator[Tensor]:
         """What this choice appended, and its copy of the prompt's tail."""
@@ -107,9 +168,12 @@ class LayerCache:
             yield from self._grown.tensors()
         yield from self._tail.tensors()
 
-    def _exact(self, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, at: Tensor, counter: ReadCounter) -> Partial:
-        """Rows [m, Hkv, d] at positions [m] or [Hkv, m]."""
+    def _sink_rows(self, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, counter: ReadCounter) -> Partial:
         counter.bytes_read += k.nbytes + v.nbytes
+        at = torch.arange(len(k), device=q.device)
+        if sinks_are_unrotated(self._kit.recipe):
+            at = at + (self._tail.begin - len(k))
+            k = self._kit.rope(k.to(q.dtype), at)
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
 
     def _tail_rows(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Partial:
@@ -121,7 +185,7 @@ class LayerCache:
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
 
     def _all_rows(self, q: Tensor, positions: Tensor, segment: Segment, counter: ReadCounter) -> Partial:
-        counter.bytes_read += sum(t.nbytes for t in segment.tensors()) + segment.key_reader.basis_nbytes
+        counter.bytes_read += sum(t.nbytes for t in segment.tensors()) + segment.basis_nbytes
         k, v = segment.rotated_keys(), segment.value_reader.read_all()
         at = segment.row_positions()
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
@@ -132,7 +196,9 @@ class LayerCache:
         first = self._base.chunk_positions(self._outliers["chunks"].long().T)
         within = torch.arange(self._kit.recipe.retrieval.chunk, device=q.device)
         at = (first[..., None] + within).flatten(1)
-        return self._exact(q, positions, self._outliers["k"], self._outliers["v"], at, counter)
+        k, v = self._outliers["k"], self._outliers["v"]
+        counter.bytes_read += k.nbytes + v.nbytes
+        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
 
     def _chosen_chunks(self, q: Tensor, positions: Tensor, segments: list[Segment], counter: ReadCounter) -> Partial:
         retrieval, chunk = self._kit.retrieval, self._kit.recipe.retrieval.chunk
@@ -143,7 +209,7 @@ class LayerCache:
         readers = (segments[0].key_reader, segments[0].value_reader)
         num_read = chosen.numel() if valid is None else int(valid.sum())
         counter.bytes_read += num_read * sum(reader.chunk_nbytes for reader in readers)
-        counter.bytes_read += readers[0].basis_nbytes
+        counter.bytes_read += segments[0].basis_nbytes
         for segment in segments:
             counter.bytes_read += sum(t.nbytes for t in segment.summary.values())
             counter.bytes_read += 0 if segment.index is None else segment.index.nbytes

@@ -6,8 +6,10 @@ Everything goes by original position, on one grid for all layers (block = `Recip
               [ sinks  | sealed: packed by the codecs | tail: exact .......................... ] generated rows ...
                 exact    rows that are here and kept    later sealed in blocks [bB, (b+1)B)
 
-Below TSP's layer all N rows are here, above it the selected ones; a budget keeps some of the sealed rows, while
-sinks and tail are always whole.
+Below TSP's layer all N rows are here, above it the selected ones; a budget keeps some of the sealed rows, and those
+that it does not keep are gone or stay as a second tier of lower precision. Sinks and tail are always whole.
+
+Layers that share (`Recipe.sharing`) have the packed rows in the first of them, each with a basis of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from .codec_slots import Specs, TensorSpec
-from .spec import ModelShape, Recipe
+from .codec_slots import CodecFilling, Specs, TensorSpec
+from .spec import ModelShape, Recipe, Tier
 
 NEVER = 1 << 30  # rows until a seal that never comes
 
@@ -40,6 +42,7 @@ class LayerLayout:
     Attributes:
         num_rows: rows that pass the layer.
         num_sinks, num_sealed, num_tail: rows of its regions, `num_sealed` per KV head.
+        num_demoted: rows per KV head between sinks and tail that stay at lower precision.
         sealed_end: position at which the tail starts.
         contiguous: the sealed rows are all positions of [sinks, sealed_end).
         per_head: each KV head has sealed rows of its own.
@@ -48,23 +51,25 @@ class LayerLayout:
     num_rows: int
     num_sinks: int
     num_sealed: int
+    num_demoted: int
     num_tail: int
     sealed_end: int
     contiguous: bool
     per_head: bool
 
 
-def sealed_end(recipe: Recipe, next_position: int) -> int:
-    """Position up to which rows are sealed when the next row will have `next_position`."""
-    return max(0, (next_position - recipe.window.local) // recipe.block * recipe.block)
+def sealed_end(recipe: Recipe, num_tokens: int, next_position: int) -> int:
+    """Position up to which rows are sealed when the next row will have `next_position`, after a prompt of
+    `num_tokens`."""
+    return max(0, (next_position - recipe.window.local_rows(num_tokens)) // recipe.block * recipe.block)
 
 
 def rows_until_seal(recipe: Recipe, num_tokens: int, position: int) -> int:
     """Rows from `position` on that may be appended before a block is due to be sealed."""
     if not recipe.window.seal_block:
         return NEVER
-    block, local = recipe.block, recipe.window.local
-    first_end = sealed_end(recipe, num_tokens) + block
+    block, local = recipe.block, recipe.window.local_rows(num_tokens)
+    first_end = sealed_end(recipe, num_tokens, num_tokens) + block
     due = max((position - local) // block * block + block, first_end) + local
     return max(1, due - position)
 
@@ -72,32 +77,46 @@ def rows_until_seal(recipe: Recipe, num_tokens: int, position: int) -> int:
 def layer_layout(recipe: Recipe, num_tokens: int, layer: int) -> LayerLayout:
     """Regions of one layer of a prompt of `num_tokens`."""
     sinks, chunk = recipe.window.sinks, recipe.retrieval.chunk
-    end = sealed_end(recipe, num_tokens)
+    end = sealed_end(recipe, num_tokens, num_tokens)
     num_rows = recipe.propagation.rows_at(layer, num_tokens, chunk, sinks)
     num_tail = num_tokens - end
-    kept = recipe.budget.kept_rows(num_rows, num_tokens)
-    num_sealed = max(0, kept - sinks - num_tail)
+    between = num_rows - sinks - num_tail
+    kept = recipe.budget.kept_rows(layer, num_rows, num_tokens, recipe.scorer.window)
+    num_sealed = max(0, min(kept - sinks - num_tail, between))
     return LayerLayout(
         num_rows=num_rows,
         num_sinks=sinks,
         num_sealed=num_sealed,
+        num_demoted=between - num_sealed if recipe.evicted.keeps else 0,
         num_tail=num_tail,
         sealed_end=end,
         contiguous=num_sealed == end - sinks,
-        per_head=num_sealed < end - sinks and not recipe.budget.head_shared,
+        per_head=num_sealed < between and recipe.budget.heads == "own",
     )
+
+
+def basis_name(tier: Tier, of_values: bool, name: str) -> str:
+    """Name of a tensor that all rows of a tier share; keys, values and tiers have one part for theirs."""
+    return f"{tier.prefix}{'value_' if of_values else ''}{name}"
+
+
+def joined_codecs(recipe: Recipe, layer: int, num_layers: int) -> tuple[CodecFilling, CodecFilling]:
+    """The key and value codecs of the kept rows of a layer, as wide as the group of layers that share there."""
+    size = len(recipe.sharing.group(layer, num_layers))
+    keys, values = recipe.key_codec, recipe.value_codec
+    if recipe.sharing.layers > 1:
+        keys = keys.joined(size) or keys
+        values = (values.joined(size) or values) if recipe.sharing.values else values
+    return keys, values
 
 
 def layer_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str) -> dict[Part, Specs]:
     """Every tensor of one encoded layer, in the order in which it is sent. `native` is the compute dtype."""
     at = layer_layout(recipe, num_tokens, layer)
-    heads, dim, chunk = shape.num_kv_heads, shape.head_dim, recipe.retrieval.chunk
+    specs = _sealed_specs(recipe, shape, at, layer, native)
+    chunk, heads, dim = recipe.retrieval.chunk, shape.num_kv_heads, shape.head_dim
     exact = native if recipe.window.dtype == "native" else recipe.window.dtype
-    specs: dict[Part, Specs] = {}
     if at.num_sealed:
-        specs[Part.BASIS] = recipe.key_codec.basis_specs(heads, dim)
-        specs[Part.KEYS] = recipe.key_codec.tensor_specs(at.num_sealed, heads, dim, native)
-        specs[Part.VALUES] = recipe.value_codec.tensor_specs(at.num_sealed, heads, dim, native)
         if at.per_head:
             specs[Part.POSITIONS] = {"rows": TensorSpec("int32", (at.num_sealed, heads))}
         elif not at.contiguous:
@@ -111,29 +130,62 @@ def layer_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, 
     return {part: group for part, group in specs.items() if group}
 
 
+def _sealed_specs(recipe: Recipe, shape: ModelShape, at: LayerLayout, layer: int, native: str) -> dict[Part, Specs]:
+    """Packed rows of all tiers and what they share."""
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    specs: dict[Part, Specs] = {Part.BASIS: {}, Part.KEYS: {}, Part.VALUES: {}}
+    leads = layer == recipe.sharing.group(layer, shape.num_layers)[0]
+    for tier, num_rows in zip(recipe.tiers(), (at.num_sealed, at.num_demoted), strict=False):
+        if not num_rows:
+            continue
+        codecs = tier.key_codec, tier.value_codec
+        if not tier.prefix:
+            codecs = joined_codecs(recipe, layer, shape.num_layers)
+        shared = (recipe.sharing.layers > 1, recipe.sharing.layers > 1 and recipe.sharing.values)
+        for part, codec, is_shared in zip((Part.KEYS, Part.VALUES), codecs, shared, strict=True):
+            for name, spec in codec.basis_specs(heads, dim).items():
+                specs[Part.BASIS][basis_name(tier, part is Part.VALUES, name)] = spec
+            if leads or not is_shared:
+                packed = codec.tensor_specs(num_rows, heads, dim, native)
+                specs[part] |= {tier.prefix + name: spec for name, spec in packed.items()}
+    return specs
+
+
 def tail_is_unrotated(recipe: Recipe) -> bool:
     """Whether the tail holds keys before RoPE, because they will be sealed by a codec of that domain."""
     return recipe.window.seal_block > 0 and recipe.key_codec.domain == "pre_rope"
 
 
-def short_reason(recipe: Recipe, num_layers: int, num_tokens: int) -> str | None:
-    """Why a prompt is too short for a recipe on a model of `num_layers`, or None."""
+def sinks_are_unrotated(recipe: Recipe) -> bool:
+    """Whether sinks are held before RoPE, because their positions move with the rows at the end."""
+    return recipe.window.positions == "cache"
+
+
+def short_reason(recipe: Recipe, shape: ModelShape, num_tokens: int) -> str | None:
+    """Why a prompt is too short for a recipe on a model, or None."""
     window, retrieval = recipe.window, recipe.retrieval
-    end = sealed_end(recipe, num_tokens)
+    end = sealed_end(recipe, num_tokens, num_tokens)
     if end <= window.sinks:
-        return f"{num_tokens} tokens are no more than the {window.sinks + window.local} exact ones at both ends"
+        exact = window.sinks + window.local_rows(num_tokens)
+        return f"{num_tokens} tokens are no more than the {exact} exact ones at both ends, in blocks of {recipe.block}"
     if recipe.propagation.too_short(num_tokens, retrieval.chunk, window.sinks):
         return f"{num_tokens} tokens leave nothing to select beside the window of {recipe.propagation.window}"
-    if recipe.budget.evicts:
-        kept = recipe.budget.kept_rows(num_tokens, num_tokens)
+    if recipe.budget.needs_scores:
+        kept = min(
+            recipe.budget.kept_rows(layer, num_tokens, num_tokens, recipe.scorer.window)
+            for layer in range(shape.num_layers)
+        )
         if kept <= max(recipe.scorer.window, num_tokens - end) + window.sinks:
-            return f"{num_tokens} tokens leave a budget of {kept}, no more than the window of {recipe.scorer.window}"
+            return f"{num_tokens} tokens leave a budget of {kept}, no more than what is kept at both ends"
     if retrieval.needs_grid:
         attended = (retrieval.selected_chunks(num_tokens) + retrieval.outliers) * retrieval.chunk
         if end - window.sinks <= attended:
             return f"{num_tokens} tokens are no more than the {attended} that a step attends to"
-    fewest = min(layer_layout(recipe, num_tokens, layer).num_sealed for layer in range(num_layers))
-    for codec in (recipe.key_codec, recipe.value_codec):
-        if fewest < codec.min_rows():
-            return f"{num_tokens} tokens leave a layer {fewest} rows to pack, fewer than the rank, {codec.min_rows()}"
+    if recipe.budget.fixed:
+        return None
+    for layer in range(shape.num_layers):
+        rows = layer_layout(recipe, num_tokens, layer).num_sealed
+        need = max(codec.min_rows() for codec in joined_codecs(recipe, layer, shape.num_layers))
+        if rows < need:
+            return f"{num_tokens} tokens leave a layer {rows} rows to pack, fewer than the rank, {need}"
     return None

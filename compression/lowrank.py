@@ -1,4 +1,4 @@
-"""The low-rank key codec: pre-RoPE keys of all heads as factor rows x one basis a layer (ShadowKV §4.1)."""
+"""The low-rank codec: rows of all heads, keys before RoPE, as factor rows x one basis a layer (ShadowKV §4.1)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from torch import Tensor
 
 from ..kernels.quantize import dequantize, quantize
 from ..kernels.sparse_reconstruct import low_rank_chunks
-from .codecs import Reader, Tensors, chunk_rows, owned
+from .codecs import BLOCK_ROWS, Reader, Tensors, chunk_rows, owned
 from .slots import LowRank
-
-BLOCK_ROWS = 2048  # rows multiplied at once, so that float64 and float32 copies do not grow with the prompt
 
 
 class LowRankCodec:
@@ -27,7 +25,7 @@ class LowRankCodec:
         self._spec = spec
         self._rank = spec.rank
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
         """See `Codec`: {"basis": bfloat16 [rank, Hkv, d]}."""
         flat = rows.flatten(1)
         gram = flat.new_zeros(flat.shape[1], flat.shape[1], dtype=torch.float64)

@@ -8,8 +8,17 @@ from ..errors import InvalidRecipe
 from .filling import SLOT_NAMES, filling_from_dict
 from .recipes.exact import EXACT
 from .recipes.fastkv import FASTKV
+from .recipes.fp8 import FP8
+from .recipes.kivi import KIVI, KIVI_2BIT
+from .recipes.lowrank import LOWRANK
+from .recipes.mikv import MIKV
+from .recipes.pyramidkv import PYRAMIDKV
+from .recipes.quantized_pruning import QUANTIZED_PRUNING
 from .recipes.shadowkv import SHADOWKV
-from .recipes.sluice import SLUICE
+from .recipes.sluice import SLUICE, SLUICE_FULL
+from .recipes.snapkv import SNAPKV
+from .recipes.streaming import STREAMING
+from .recipes.xkv import XKV, XKV_KV
 from .spec import Recipe, check_keys, parse_object
 
 PRESETS = {"exact": "exact", "balanced": "sluice", "fast": "fastkv"}
@@ -60,7 +69,10 @@ def get_recipe(name: str, slots_json: str = "") -> Recipe:
     return replace(recipe, name=f"{recipe.name}-custom", **fillings)  # type: ignore[arg-type]
 
 
-register(EXACT)
-register(FASTKV)
-register(SHADOWKV)
-register(SLUICE)
+for _recipe in (
+    *(EXACT, FASTKV, SHADOWKV, SLUICE, SLUICE_FULL),
+    *(SNAPKV, PYRAMIDKV, STREAMING),
+    *(KIVI, KIVI_2BIT, FP8, MIKV, QUANTIZED_PRUNING),
+    *(LOWRANK, XKV, XKV_KV),
+):
+    register(_recipe)

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..errors import InvalidRecipe
 from . import slots as s
-from .filling import filling_from_dict, shown
+from .filling import SLOT_NAMES, filling_from_dict, shown
 from .layout import short_reason
 from .recipes.exact import EXACT
 from .spec import ModelShape, Recipe, Resolved
 
-RANK_SHARE = 0.156  # of KV heads x head size: the paper's 160 of 1,024
+RANK_SHARE = s.LowRank.share
 DEFAULT_TSP_RATE = 0.2
 
 
@@ -28,7 +28,7 @@ def resolve(recipe: Recipe, shape: ModelShape, num_tokens: int, profile: Mapping
         InvalidRecipe: slots that do not fit the model.
     """
     filled = fill(recipe, shape, profile)
-    reason = short_reason(filled, shape.num_layers, num_tokens)
+    reason = short_reason(filled, shape, num_tokens)
     if reason is not None:
         return Resolved(requested=recipe.name, recipe=EXACT, fallback_reason=reason)
     return Resolved(requested=recipe.name, recipe=filled)
@@ -43,31 +43,23 @@ def fill(recipe: Recipe, shape: ModelShape, profile: Mapping[str, Any]) -> Recip
     filled = replace(
         recipe,
         propagation=_fill_propagation(recipe.propagation, shape, profile),
+        budget=_fill_budget(recipe.budget, shape),
         key_codec=_fill_codec(recipe.key_codec, shape, profile),
+        value_codec=_fill_codec(recipe.value_codec, shape, profile),
     )
     _check_codec("key_codec", filled.key_codec, shape)
     _check_codec("value_codec", filled.value_codec, shape)
     return filled
 
 
-def default_rank(shape: ModelShape) -> int:
-    """0.156 x KV heads x head size, rounded to a multiple of 2, at least 2."""
-    return max(2, 2 * round(RANK_SHARE * shape.kv_width / 2))
+def default_rank(shape: ModelShape, share: float = RANK_SHARE) -> int:
+    """A share of KV heads x head size, rounded to a multiple of 2, at least 2; 0.156 are the paper's 160 of 1,024."""
+    return max(2, 2 * round(share * shape.kv_width / 2))
 
 
 def neutral(recipe: Recipe) -> Recipe:
-    """A filled recipe with all rates 1, native codecs and full budgets: it must equal `exact`.
-
-    Parts without these fields are kept as they are.
-    """
-    changes: dict[str, Any] = {"key_codec": s.Native(), "value_codec": s.Native()}
-    if getattr(recipe.propagation, "rate", None) is not None:
-        changes["propagation"] = replace(recipe.propagation, rate=1.0)  # type: ignore[type-var]
-    if getattr(recipe.budget, "rate", None) is not None:
-        changes["budget"] = replace(recipe.budget, rate=1.0)  # type: ignore[type-var]
-    if getattr(recipe.retrieval, "budget_rate", None) is not None:
-        changes["retrieval"] = replace(recipe.retrieval, budget_rate=1.0, budget_tokens=1 << 20)  # type: ignore[type-var]
-    changes["window"] = replace(recipe.window, dtype="native")
+    """A filled recipe with all rates 1, native codecs and full budgets: it must equal `exact`."""
+    changes = {slot: getattr(recipe, slot).neutral() for slot in SLOT_NAMES}
     return replace(recipe, name=f"{recipe.name}-neutral"[-64:], **changes)
 
 
@@ -89,6 +81,16 @@ def _fill_propagation(
     return replace(filling, layer=layer, rate=rate)
 
 
+def _fill_budget(filling: s.BudgetFilling, shape: ModelShape) -> s.BudgetFilling:
+    if not isinstance(filling, s.PyramidBudget):
+        return filling
+    if shape.num_layers < 2:
+        raise InvalidRecipe("recipe.budget", f"falls from layer to layer, the model has {shape.num_layers}", "uniform")
+    if filling.num_layers not in (None, shape.num_layers):
+        raise InvalidRecipe("recipe.budget.num_layers", shown(filling.num_layers), f"{shape.num_layers}, the model's")
+    return replace(filling, num_layers=shape.num_layers)
+
+
 def _fill_codec(filling: s.CodecFilling, shape: ModelShape, profile: Mapping[str, Any]) -> s.CodecFilling:
     if isinstance(filling, s.ProfileKeys):
         raw = profile.get("key_codec", {"kind": "lowrank", "bits": 8})
@@ -97,7 +99,7 @@ def _fill_codec(filling: s.CodecFilling, shape: ModelShape, profile: Mapping[str
             raise InvalidRecipe("recipe.key_codec", "the profile names no codec", "affine, dense, lowrank, native")
         filling = named
     if isinstance(filling, s.LowRank) and filling.rank is None:
-        return replace(filling, rank=default_rank(shape))
+        return replace(filling, rank=default_rank(shape, filling.share))
     return filling
 
 

@@ -42,3 +42,14 @@ class Snap:
         scores = saliency.new_full((saliency.shape[0], obs.k.shape[0]), torch.inf)
         scores[:, : saliency.shape[1]] = saliency
         return scores
+
+
+class Accumulated:
+    """H2O's accumulated attention, summed up while the prompt ran."""
+
+    query_window = 0
+
+    def score(self, obs: LayerObs, layer_window: int | None) -> Tensor:
+        """See `Scorer`."""
+        assert obs.mass is not None, "asked for by `wants_mass`"
+        return obs.mass

@@ -26,14 +26,27 @@ class Kit:
     shape: ModelShape
     rope: Rope
     num_prompt_tokens: int
-    key_codec: Codec
-    value_codec: Codec
     retrieval: Retrieval | None
 
-    @property
-    def key_rope(self) -> Rope | None:
-        """What decoded keys still need."""
-        return self.rope if self.recipe.key_codec.domain == "pre_rope" else None
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows of one layer are packed.
+
+    Attributes:
+        rope: what decoded keys still need.
+    """
+
+    key_codec: Codec
+    value_codec: Codec
+    key_basis: Mapping[str, Tensor]
+    value_basis: Mapping[str, Tensor]
+    rope: Rope | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What all rows share."""
+        yield from self.key_basis.values()
+        yield from self.value_basis.values()
 
 
 class Segment:
@@ -46,24 +59,30 @@ class Segment:
     def __init__(
         self,
         kit: Kit,
+        packing: Packing,
         keys: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
-        basis: Mapping[str, Tensor],
         num_rows: int,
         begin: int,
         index: Tensor | None = None,
     ) -> None:
         self._kit = kit
+        self._packing = packing
         self._chunk = kit.recipe.retrieval.chunk
-        self.keys, self.values, self.basis = dict(keys), dict(values), dict(basis)
+        self.keys, self.values = dict(keys), dict(values)
         self.num_rows, self.begin, self.index = num_rows, begin, index
         self._make_readers()
         self.summary: dict[str, Tensor] = {} if kit.retrieval is None else self._summarize(kit.retrieval)
 
     def _make_readers(self) -> None:
-        dim = self._kit.shape.head_dim
-        self.key_reader: Reader = self._kit.key_codec.reader(self.keys, self.basis, dim, self._chunk)
-        self.value_reader: Reader = self._kit.value_codec.reader(self.values, {}, dim, self._chunk)
+        dim, packing = self._kit.shape.head_dim, self._packing
+        self.key_reader: Reader = packing.key_codec.reader(self.keys, packing.key_basis, dim, self._chunk)
+        self.value_reader: Reader = packing.value_codec.reader(self.values, packing.value_basis, dim, self._chunk)
+
+    @property
+    def basis_nbytes(self) -> int:
+        """Bytes of what all chunks share."""
+        return self.key_reader.basis_nbytes + self.value_reader.basis_nbytes
 
     @property
     def num_chunks(self) -> int:
@@ -88,13 +107,13 @@ class Segment:
 
     def rotated_keys(self) -> Tensor:
         """[n, Hkv, d], all keys decoded and rotated."""
-        keys, rope = self.key_reader.read_all(), self._kit.key_rope
+        keys, rope = self.key_reader.read_all(), self._packing.rope
         return keys if rope is None else rope(keys, self.row_positions())
 
     def chunked(self) -> ChunkSegment:
         """The segment as sparse attention reads it."""
         return ChunkSegment(
-            self.key_reader, self.value_reader, self.num_chunks, self.chunk_positions, self._kit.key_rope
+            self.key_reader, self.value_reader, self.num_chunks, self.chunk_positions, self._packing.rope
         )
 
     def extend(self, other: Segment) -> None:
@@ -131,9 +150,9 @@ class Segment:
             chunks = torch.arange(begin, min(begin + step, self.num_chunks), device=self.device)
             keys = self.key_reader.read(heads.repeat(len(chunks)), chunks.repeat_interleave(len(heads)))
             keys = keys.view(len(chunks), len(heads), *keys.shape[1:]).transpose(1, 2).flatten(0, 1)
-            if self._kit.key_rope is not None:
+            if self._packing.rope is not None:
                 positions = self.chunk_positions(chunks)[:, None] + torch.arange(self._chunk, device=self.device)
-                keys = self._kit.key_rope(keys, positions.flatten())
+                keys = self._packing.rope(keys, positions.flatten())
             pieces.append(retrieval.summarize(keys))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 

@@ -43,23 +43,28 @@ def _shared_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: in
     specs = layer_specs(recipe, shape, num_tokens, layer, native)
     tail = specs.pop(Part.TAIL, {})
     sinks = {name: spec for name, spec in tail.items() if name.startswith("sink_")}
-    num_chunks = layer_layout(recipe, num_tokens, layer).num_sealed // recipe.retrieval.chunk
+    at = layer_layout(recipe, num_tokens, layer)
+    num_chunks = at.num_sealed // recipe.retrieval.chunk
+    # where the demoted rows lie is known from where the kept ones do, but the cache holds it
+    index_width = shape.num_kv_heads if at.per_head else 1
+    index_nbytes = 4 * at.num_demoted * index_width
     landmarks = recipe.retrieval.landmark_specs(num_chunks, shape.num_kv_heads, shape.head_dim)
-    return _nbytes(sinks) + _nbytes(landmarks) + sum(_nbytes(group) for group in specs.values())
+    return index_nbytes + _nbytes(sinks) + _nbytes(landmarks) + sum(_nbytes(group) for group in specs.values())
 
 
 def _own_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, num_new: int, native: str) -> int:
     heads, dim, window = shape.num_kv_heads, shape.head_dim, recipe.window
-    begin = sealed_end(recipe, num_tokens)
+    begin = sealed_end(recipe, num_tokens, num_tokens)
     num_tail, num_grown = num_tokens - begin + num_new, 0
     grown: list[Specs] = []
     if window.seal_block:
-        num_tail = min(num_tail, window.local + recipe.block)
-        num_grown = sealed_end(recipe, num_tokens + num_new) - begin
-    if num_grown:
+        num_tail = min(num_tail, window.local_rows(num_tokens) + recipe.block)
+        num_grown = sealed_end(recipe, num_tokens, num_tokens + num_new) - begin
+    if num_grown and not recipe.budget.fixed:
+        tier = recipe.tiers()[-1]
         grown = [
-            recipe.key_codec.tensor_specs(num_grown, heads, dim, native),
-            recipe.value_codec.tensor_specs(num_grown, heads, dim, native),
+            tier.key_codec.tensor_specs(num_grown, heads, dim, native),
+            tier.value_codec.tensor_specs(num_grown, heads, dim, native),
             recipe.retrieval.landmark_specs(num_grown // recipe.retrieval.chunk, heads, dim),
         ]
     capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS

@@ -52,6 +52,19 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """Sealed rows that are packed alike.
+
+    Attributes:
+        prefix: of the names of its tensors.
+    """
+
+    prefix: str
+    key_codec: s.CodecFilling
+    value_codec: s.CodecFilling
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A frozen, validated set of slot fillings; what each slot decides is said in `slots`.
 
@@ -77,6 +90,7 @@ class Recipe:
             filling = getattr(self, slot)
             if not isinstance(filling, Filling) or slot not in filling.slot:
                 raise InvalidRecipe(f"recipe.{slot}", shown(filling), ", ".join(filling_kinds(slot)))
+        self._check_codecs()
         self._check_eviction()
         self._check_grid()
         self._check_window()
@@ -84,12 +98,8 @@ class Recipe:
     @property
     def block(self) -> int:
         """Rows of a sealing block: sealed regions end, and generated blocks begin, at multiples of it."""
-        return math.lcm(
-            self.window.seal_block or 1,
-            self.key_codec.append_block,
-            self.value_codec.append_block,
-            self.retrieval.chunk,
-        )
+        blocks = [codec.append_block for tier in self.tiers() for codec in (tier.key_codec, tier.value_codec)]
+        return math.lcm(self.window.seal_block or 1, self.retrieval.chunk, *blocks)
 
     def check_resolved(self) -> None:
         """Check that no number is open, as every engine needs it.
@@ -102,23 +112,57 @@ class Recipe:
             if name is not None:
                 raise InvalidRecipe(f"recipe.{slot}.{name}", "is open", "what `resolve` fills in for the model")
 
+    def tiers(self) -> tuple[Tier, ...]:
+        """How the sealed rows of a layer are packed: those that the budget keeps, and those that it does not but that
+        stay."""
+        kept = Tier("", self.key_codec, self.value_codec)
+        if not self.evicted.keeps:
+            return (kept,)
+        return (kept, Tier("demoted_", self.evicted.key_codec, self.evicted.value_codec))
+
+    def _check_codecs(self) -> None:
+        if self.value_codec.keys_only:
+            raise InvalidRecipe("recipe.value_codec", "packs keys only", "native, dense, affine, float8, lowrank")
+        if self.sharing.layers == 1:
+            return
+        alone = next((slot for slot, codec in self._shared_codecs() if not codec.head_shared), None)
+        if alone is not None:
+            raise InvalidRecipe(f"recipe.{alone}", "packs every layer alone, but `sharing` joins layers", "lowrank")
+        if self.window.seal_block:
+            raise InvalidRecipe("recipe.window.seal_block", "generated rows are not joined over layers", "0")
+        if self.budget.evicts or self.propagation.selects:
+            slot = "budget" if self.budget.evicts else "propagation"
+            raise InvalidRecipe(
+                f"recipe.{slot}", "layers that share must hold the same rows", "all" if slot == "budget" else "full"
+            )
+
+    def _shared_codecs(self) -> list[tuple[str, s.CodecFilling]]:
+        codecs = [("key_codec", self.key_codec)]
+        return [*codecs, ("value_codec", self.value_codec)] if self.sharing.values else codecs
+
     def _check_eviction(self) -> None:
+        if self.evicted.keeps and not self.budget.needs_scores:
+            raise InvalidRecipe("recipe.budget", f"`{self.budget.kind}` ranks no rows to demote", "pyramid, uniform")
+        if self.evicted.keeps and self.propagation.selects:
+            raise InvalidRecipe("recipe.propagation", "rows that were not propagated cannot be demoted", "full")
         if not self.budget.evicts:
             return
-        if not self.scorer.scores:
-            raise InvalidRecipe("recipe.scorer", f"the `{self.budget.kind}` budget needs scores", "snap")
-        if self.budget.head_shared:
-            return
+        if self.budget.needs_scores and not self.scorer.scores:
+            raise InvalidRecipe("recipe.scorer", f"the `{self.budget.kind}` budget needs scores", "accumulated, snap")
+        if self.budget.heads == "own":
+            self._check_own_heads()
+        rate, passed = getattr(self.budget, "rate", None), getattr(self.propagation, "rate", None)
+        if rate is not None and passed is not None and rate > passed:
+            raise InvalidRecipe("recipe.budget.rate", shown(rate), f"at most recipe.propagation.rate = {passed}")
+
+    def _check_own_heads(self) -> None:
         for slot, codec in (("key_codec", self.key_codec), ("value_codec", self.value_codec)):
             if codec.head_shared:
                 raise InvalidRecipe(
                     f"recipe.{slot}",
                     f"`{codec.kind}` shares rows between heads, but `{self.budget.kind}` lets each head keep its own",
-                    "a codec that stores heads apart (native, dense, affine), or budget `all`",
+                    "a codec that stores heads apart (native, dense, affine, float8), or budget.heads = shared",
                 )
-        rate, passed = getattr(self.budget, "rate", None), getattr(self.propagation, "rate", None)
-        if rate is not None and passed is not None and rate > passed:
-            raise InvalidRecipe("recipe.budget.rate", shown(rate), f"at most recipe.propagation.rate = {passed}")
 
     def _check_grid(self) -> None:
         chunk = self.retrieval.chunk
@@ -139,6 +183,10 @@ class Recipe:
                 )
 
     def _check_window(self) -> None:
+        if self.window.positions == "cache" and not self.budget.fixed:
+            raise InvalidRecipe("recipe.window.positions", "`cache` needs nothing between the ends", "original")
+        if self.budget.fixed and not self.window.seal_block:
+            raise InvalidRecipe("recipe.window.seal_block", f"`{self.budget.kind}` forgets block by block", "1 to 4096")
         if self.block > MAX_BLOCK:
             raise InvalidRecipe(
                 "recipe.window.seal_block",
@@ -146,6 +194,8 @@ class Recipe:
                 f"a value whose least common multiple with them is at most {MAX_BLOCK}",
             )
         need = self.window.local + self.block
+        if self.propagation.selects and self.window.local_rate:
+            raise InvalidRecipe("recipe.window.local_rate", "selective propagation keeps a fixed window", "0")
         if self.propagation.selects and self.propagation.window < need:
             raise InvalidRecipe(
                 "recipe.propagation.window",

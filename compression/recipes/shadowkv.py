@@ -29,7 +29,7 @@ from ..spec import Recipe
 
 SHADOWKV = Recipe(
     name="shadowkv",
-    key_codec=s.LowRank(rank=None, bits=16),
+    key_codec=s.LowRank(share=0.156, bits=16),
     value_codec=s.Dense("bfloat16"),
     retrieval=s.ChunkLandmarks(chunk=8, outliers=48, budget_tokens=256, budget_rate=0.015625, landmark_bits=16),
     window=s.ExactEnds(sinks=0, local=32, seal_block=0),

@@ -1,4 +1,5 @@
 """`sluice`, the project's own recipe (preset `balanced`): whole chunks at every depth, and nothing dropped within one.
+`sluice-full` is the same without selective propagation: every layer holds every row.
 
 Token-selective propagation after a calibrated layer, of whole position-aligned chunks of 4; the scoring window of 64
 covers the question, not only its last words. Keys are packed as the model's profile says (4-bit per channel, or
@@ -16,6 +17,8 @@ outlier chunks, since small chunks leave few; groups of 64 channels a scale for 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .. import slots as s
 from ..spec import Recipe
 
@@ -27,3 +30,4 @@ SLUICE = Recipe(
     retrieval=s.ChunkLandmarks(chunk=4, outliers=0, budget_tokens=256, budget_rate=0.06, landmark_bits=8),
     window=s.ExactEnds(sinks=4, local=32, seal_block=32, dtype="bfloat16"),
 )
+SLUICE_FULL = replace(SLUICE, name="sluice-full", propagation=s.FullPropagation())

@@ -41,7 +41,24 @@ __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
 
 logger = logging.getLogger(__name__)
 
-_Outcome = dict[str, list[tuple[Tensor, Tensor]]]
+
+@dataclass(frozen=True)
+class _Write:
+    """What a pack has computed for a prompt, and where it goes once the pack has not failed."""
+
+    target: Tensor
+    value: Tensor
+    adds: bool = False
+
+    def apply(self) -> None:
+        """Without synchronising: value replaces the target, or is added to it."""
+        if self.adds:
+            self.target.add_(self.value)
+        else:
+            self.target.copy_(self.value)
+
+
+_Outcome = dict[str, list[_Write]]
 
 
 @dataclass(frozen=True)
@@ -183,8 +200,8 @@ class PrefillEngine:
         for request_id, own in by_prompt.items():
             try:
                 outcome = self._run(own) if packed is None else packed
-                for target, rows in outcome[request_id]:
-                    target.copy_(rows)
+                for write in outcome[request_id]:
+                    write.apply()
             except Exception as exc:
                 self._fail(request_id, exc)
             else:
@@ -203,7 +220,7 @@ class PrefillEngine:
         """Take the rows of a pack through their layer, into the prompts' KV buffers. Running it again changes nothing.
 
         Returns:
-            of every prompt, pairs of hidden rows [n, D]: where they belong, and their values behind the layer.
+            of every prompt, the hidden rows behind the layer and what else becomes of it.
         """
         layer = items[0].layer
         prompts = [self._prompt(item.request_id) for item in items]
@@ -212,20 +229,21 @@ class PrefillEngine:
         rows_in: list[Tensor] = []
         attended: list[Tensor] = []
         rows_out: list[tuple[str, Tensor]] = []
+        outcome: _Outcome = {item.request_id: [] for item in items}
         parts = zip(*(torch.split(t, sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
         for prompt, item, (x_rows, q, k_pre, v) in zip(prompts, items, parts, strict=True):
             q = prompt.write(item.begin, item.end, q, k_pre, v)
+            outcome[item.request_id] += self._observe(prompt, q, item.begin, item.end)
             first = self._first_row_on(item, prompt)
             if first < item.end:
                 rows_in.append(x_rows[first - item.begin :])
                 attended.append(self._attend(prompt, q[first - item.begin :], first, item.end))
                 rows_out.append((item.request_id, prompt.hidden[first : item.end]))
-        outcome: _Outcome = {item.request_id: [] for item in items}
         if rows_out:
             y = self.model.finish_layer(layer, _join(rows_in), _join(attended))
             parts_out = torch.split(y, [len(target) for _, target in rows_out])
             for (request_id, target), rows in zip(rows_out, parts_out, strict=True):
-                outcome[request_id].append((target, rows))
+                outcome[request_id].append(_Write(target, rows))
         return outcome
 
     def _first_row_on(self, item: WorkItem, prompt: Prompt) -> int:
@@ -241,6 +259,17 @@ class PrefillEngine:
         window = self.model.config.layer_windows[prompt.layer]
         return causal_attention(q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True)
 
+    def _observe(self, prompt: Prompt, q: Tensor, begin: int, end: int) -> list[_Write]:
+        """What the recipe's scorer wants to know of the attention of rows [begin, end)."""
+        obs = prompt.obs
+        if obs.mass is None:
+            return []
+        from ...kernels.attention_mass import attention_mass
+
+        positions, window = prompt.positions, self.model.config.layer_windows[prompt.layer]
+        mass = attention_mass(q, obs.k[:end], positions[begin:end], positions[:end], window)
+        return [_Write(obs.mass[:, :end], mass, adds=True)]
+
     def _finish_layer(self, request_id: str) -> None:
         running = self._running.get(request_id)
         if running is None:  # another prompt's sink has cancelled it
@@ -255,7 +284,9 @@ class PrefillEngine:
             if all(token.finish_reason for token in sampled):
                 self._end(request_id, lambda sink: sink.on_done())
                 return
-        running.sink.on_layer(prompt.finish_layer())
+        for encoded in prompt.finish_layer():
+            if request_id in self._running:
+                running.sink.on_layer(encoded)
         if is_last:
             self._end(request_id, lambda sink: sink.on_done())
         elif request_id in self._running:  # the sink may have cancelled it

@@ -5,9 +5,12 @@
     k_pre, k, v [n, Hkv, d] this layer's keys before and after RoPE, and values; handed over when the layer is final.
                             k_pre has rows only for recipes that pack keys before RoPE
     q_window  [w, H, d]     queries of the last w rows, as far as the recipe asks for them
+    mass      [Hkv, n]      attention that every row has received so far, and
+    query_peak [Hkv, d]     the largest queries so far, where the recipe asks for them
 
 So a prompt of N rows holds N x (hidden row + position + k_pre + k + v), and a few rows more. There is no N x layers
-term. n shrinks when a layer's recipe lets only some rows go on.
+term, but for recipes whose layers share: those hold the rows of the layers of one group. n shrinks when a layer's
+recipe lets only some rows go on.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from ...models.sampling import Sampled, SamplerState
 class PrefillSink(Protocol):
     """Where the results of one prompt go. Called from the engine's thread, so no method may block for long.
 
-    Order: `on_layer_start(0)`, `on_layer(0)`, `on_layer_start(1)`, … For the last layer the first tokens come before
+    Order: `on_layer_start(0)`, `on_layer(0)`, `on_layer_start(1)`, … Layers that share leave together when the last of
+    them is final: `on_layer` for each of them, in order. For the last layer the first tokens come before
     `on_layer`, so that nobody waits for its encoding. When every choice ends with its first token the last layer is not
     encoded at all: nobody will decode.
     """
@@ -83,7 +87,8 @@ class Prompt:
     def begin_layer(self) -> None:
         """Make room for this layer's KV. Fresh buffers each time: an encoded layer may own the last ones."""
         config = self.model.config
-        window = min(self.compressor.query_window(self.layer), self.num_rows)
+        compressor = self.compressor
+        window = min(compressor.query_window(self.layer), self.num_rows)
 
         def room(rows: int, heads: int) -> Tensor:
             return self.hidden.new_empty(rows, heads, config.head_dim)
@@ -92,11 +97,17 @@ class Prompt:
             layer=self.layer,
             positions=self.positions,
             num_prompt_tokens=self.num_prompt_tokens,
-            k_pre=room(self.num_rows if self.compressor.wants_unrotated_keys else 0, config.num_kv_heads),
+            k_pre=room(self.num_rows if compressor.wants_unrotated_keys else 0, config.num_kv_heads),
             k=room(self.num_rows, config.num_kv_heads),
             v=room(self.num_rows, config.num_kv_heads),
             q_window=room(window, config.num_heads),
+            mass=self._zeros(self.num_rows) if compressor.wants_mass else None,
+            query_peak=self._zeros(config.head_dim) if compressor.wants_query_peak else None,
         )
+
+    def _zeros(self, size: int) -> Tensor:
+        """float32 [Hkv, size]."""
+        return self.hidden.new_zeros(self.model.config.num_kv_heads, size, dtype=torch.float32)
 
     @property
     def obs(self) -> LayerObs:
@@ -116,14 +127,21 @@ class Prompt:
             obs.k_pre[begin:end] = k_pre
         obs.k[begin:end] = apply_rope(k_pre, cos, sin)
         obs.v[begin:end] = v
+        if obs.query_peak is not None:
+            by_head = q.abs().amax(dim=0).float().unflatten(0, (len(obs.query_peak), -1))
+            torch.maximum(obs.query_peak, by_head.amax(dim=1), out=obs.query_peak)
         first = self.num_rows - obs.q_window.shape[0]
         if end > first:
             low = max(begin, first)
             obs.q_window[low - first : end - first] = q[low - begin :]
         return q
 
-    def finish_layer(self) -> EncodedLayer:
-        """Encode the layer whose rows have all run, let go of its KV and drop the rows that go no further."""
+    def finish_layer(self) -> list[EncodedLayer]:
+        """Encode the layer whose rows have all run, let go of its KV and drop the rows that go no further.
+
+        Returns:
+            the layers that are ready to leave, in order.
+        """
         encoded, selected = self.compressor.finish_layer(self.obs)
         self._obs = None
         if selected is not None:

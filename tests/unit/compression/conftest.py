@@ -47,7 +47,7 @@ class Prompt:
     k: list[Tensor]
     v: list[Tensor]
 
-    def obs(self, layer: int, rows: Tensor, query_window: int) -> LayerObs:
+    def obs(self, layer: int, rows: Tensor, query_window: int, wants_mass: bool = False) -> LayerObs:
         last = rows[len(rows) - query_window :]
         return LayerObs(
             layer=layer,
@@ -57,7 +57,26 @@ class Prompt:
             k=self.k[layer][rows],
             v=self.v[layer][rows],
             q_window=self.q[layer][last],
+            mass=self.mass(layer, rows) if wants_mass else None,
+            query_peak=self.query_peak(layer, rows),
         )
+
+    def mass(self, layer: int, rows: Tensor) -> Tensor:
+        """What each of the rows receives from the queries of all, float32 [Hkv, n]."""
+        q, k = self.q[layer][rows].float(), self.k[layer][rows].float()
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        scores = torch.einsum("chd,mhd->hcm", q, k.repeat_interleave(group, dim=1)) / q.shape[-1] ** 0.5
+        hidden = rows > rows[:, None]
+        window = self.shape.layer_windows[layer]
+        if window is not None:
+            hidden |= rows <= rows[:, None] - window
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return weights.sum(dim=1).unflatten(0, (-1, group)).sum(dim=1)
+
+    def query_peak(self, layer: int, rows: Tensor) -> Tensor:
+        """The largest |q| of every channel, float32 [Hkv, d]."""
+        by_head = self.q[layer][rows].float().abs().amax(dim=0)
+        return by_head.unflatten(0, (self.shape.num_kv_heads, -1)).amax(dim=1)
 
 
 def make_shape(heads: int = 4, kv_heads: int = 2, dim: int = 16, layers: int = 4, windows=None) -> ModelShape:
@@ -90,8 +109,9 @@ def prefill(recipe: Recipe, prompt: Prompt) -> tuple[list[EncodedLayer], list[Te
     rows, encoded, passed = torch.arange(prompt.num_tokens), [], []
     for layer in range(prompt.shape.num_layers):
         passed.append(rows)
-        one, selected = compressor.finish_layer(prompt.obs(layer, rows, compressor.query_window(layer)))
-        encoded.append(one)
+        obs = prompt.obs(layer, rows, compressor.query_window(layer), compressor.wants_mass)
+        ready, selected = compressor.finish_layer(obs)
+        encoded += ready
         rows = rows if selected is None else rows[selected]
     return encoded, passed
 
@@ -196,7 +216,7 @@ class Signed(s.CodecFilling):
     def build(self) -> Signed:
         return self
 
-    def fit(self, rows: Tensor) -> dict[str, Tensor]:
+    def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
         return {}
 
     def encode(self, rows: Tensor, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:

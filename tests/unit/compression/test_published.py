@@ -117,7 +117,7 @@ def test_sluice_passes_whole_chunks_and_seals_on_one_grid(lab: SimpleNamespace, 
     middle = deep[4 : len(deep) - (n - begin)].view(-1, 4)
     assert (middle[:, 0] % 4).eq(0).all() and middle.diff(dim=1).eq(1).all()
     assert len(deep) <= int(n * 0.3) < len(deep) + 4
-    end = sealed_end(recipe, n)
+    end = sealed_end(recipe, n, n)
     assert end % 32 == 0 and 32 <= n - end < 64
     ids = encoded[3].tensors[Part.POSITIONS]["chunks"].long()
     assert torch.equal((ids[:, None] * 4 + torch.arange(4)).flatten(), deep[(deep >= 4) & (deep < end)])

@@ -74,11 +74,13 @@ def test_the_torch_free_side_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], timeout=60).returncode == 0
 
 
+JOINED = {"sharing": {"kind": "groups"}, "key_codec": {"kind": "lowrank"}}
+RANKED = {"budget": {"kind": "uniform"}, "scorer": {"kind": "snap"}}
 BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"key_codec": {"kind": "zip"}}, "recipe.key_codec.kind", "affine"),
     ({"key_codec": {"kind": ["affine"]}}, "recipe.key_codec", "lowrank"),
     ({"key_codec": "affine"}, "recipe.key_codec", "affine"),
-    ({"value_codec": {"kind": "lowrank"}}, "recipe.value_codec.kind", "affine"),
+    ({"value_codec": {"kind": "profile"}}, "recipe.value_codec.kind", "affine"),
     ({"key_codec": {"kind": "affine", "bits": 3}}, "recipe.key_codec.bits", "8, 4, 2"),
     ({"key_codec": {"kind": "affine", "bits": True}}, "recipe.key_codec.bits", "8, 4, 2"),
     ({"key_codec": {"kind": "affine", "bits": 4.0}}, "recipe.key_codec.bits", "8, 4, 2"),
@@ -142,6 +144,34 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"sharing": {"kind": "svd"}}, "recipe.sharing.kind", "none"),
     ({"evicted": {"kind": "merge"}}, "recipe.evicted.kind", "drop"),
     ({"windows": {}}, "recipe.slots", "window"),
+    ({"value_codec": {"kind": "affine", "balanced": True}}, "recipe.value_codec", "native"),
+    ({"key_codec": {"kind": "affine", "axis": "channel", "balanced": True}}, "recipe.key_codec.balanced", "token"),
+    ({"key_codec": {"kind": "lowrank", "share": 0}}, "recipe.key_codec.share", "above 0"),
+    ({"sharing": {"kind": "groups"}, "key_codec": {"kind": "dense"}}, "recipe.key_codec", "lowrank"),
+    ({"sharing": {"kind": "groups", "layers": 0}}, "recipe.sharing.layers", "1 to 64"),
+    (
+        {"sharing": {"kind": "groups", "values": True}, "key_codec": {"kind": "lowrank"}},
+        "recipe.value_codec",
+        "lowrank",
+    ),
+    (JOINED | {"window": {"kind": "ends", "seal_block": 32}}, "recipe.window.seal_block", "0"),
+    (JOINED | {"propagation": {"kind": "tsp"}}, "recipe.propagation", "full"),
+    (JOINED | RANKED, "recipe.budget", "all"),
+    ({"key_codec": {"kind": "lowrank"}} | RANKED, "recipe.key_codec", "budget.heads = shared"),
+    ({"budget": {"kind": "uniform"}, "scorer": {"kind": "none"}}, "recipe.scorer", "accumulated, snap"),
+    ({"budget": {"kind": "uniform", "recent": 2}}, "recipe.budget.recent", "0 to 1"),
+    ({"budget": {"kind": "uniform", "heads": "all"}}, "recipe.budget.heads", "own, shared"),
+    ({"budget": {"kind": "pyramid", "beta": 0.5}}, "recipe.budget.beta", "1 to 1000"),
+    ({"budget": {"kind": "ends"}}, "recipe.window.seal_block", "1 to 4096"),
+    ({"window": {"kind": "ends", "positions": "cache"}}, "recipe.window.positions", "original"),
+    ({"window": {"kind": "ends", "local_rate": -0.1}}, "recipe.window.local_rate", "0 to 1"),
+    ({"evicted": {"kind": "demote"}}, "recipe.budget", "pyramid, uniform"),
+    ({"evicted": {"kind": "demote", "key_bits": 3}}, "recipe.evicted.key_bits", "8, 4, 2"),
+    (
+        RANKED | {"evicted": {"kind": "demote"}, "propagation": {"kind": "tsp", "rate": 0.5}},
+        "recipe.propagation",
+        "full",
+    ),
 ]
 
 
