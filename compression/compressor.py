@@ -149,7 +149,7 @@ class RecipeCompressor:
             return candidates
         assert self._budget is not None and self._scorer is not None
         scores = self._scorer.score(obs, self._shape.layer_windows[obs.layer])
-        return self._budget.keep(scores[:, candidates], at.num_sealed, at.num_tail).T + at.num_sinks
+        return self._budget.keep(scores[:, candidates], at.num_sealed, at.num_tail).movedim(0, -1) + at.num_sinks
 
     def _encode_outliers(self, obs: LayerObs, at: LayerLayout, outliers: Tensor) -> dict[str, Tensor]:
         chunk = self.recipe.retrieval.chunk
