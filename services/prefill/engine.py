@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
+from ...kernels.attention_mass import attention_mass
 from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState, SamplingParams
@@ -264,8 +265,6 @@ class PrefillEngine:
         obs = prompt.obs
         if obs.mass is None:
             return []
-        from ...kernels.attention_mass import attention_mass
-
         positions, window = prompt.positions, self.model.config.layer_windows[prompt.layer]
         mass = attention_mass(q, obs.k[:end], positions[begin:end], positions[:end], window)
         return [_Write(obs.mass[:, :end], mass, adds=True)]
