@@ -57,10 +57,11 @@ def merge_adapter(model: Any, folder: Path) -> None:
 
 
 def load_long_context(dtype: torch.dtype = torch.float32) -> Any:
-    """The default model, smollm2-135m-longctx: base, longer RoPE, adapter merged."""
-    model = load_base(dtype)
-    extend_context(model)
+    """The default model, smollm2-135m-longctx: base, adapter merged in fp32 and rounded once, longer RoPE."""
+    model = load_base()
     adapter = locate(DEFAULT_MODEL).adapter
     assert adapter is not None
     merge_adapter(model, adapter)
+    model = model.to(dtype)
+    extend_context(model)  # after the cast, which would round the RoPE frequencies
     return model

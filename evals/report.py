@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,21 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
-    """Hardware, versions and commit."""
+    """Hardware, versions of the libraries that are installed, and commit."""
+    found = {name: _version(name) for name in NAMED_LIBRARIES}
     return {
         "commit": commit(),
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in NAMED_LIBRARIES},
+        "libraries": {name: number for name, number in found.items() if number is not None},
     }
 
 

@@ -2,11 +2,15 @@
 
 `python_topics` comes with every Python. The others come from Debian packages that `scripts/fetch_texts.sh` unpacks
 into a folder; they are what the long-context adapter was trained on (first 90 % of each; the rest is held out).
+
+`heldout_texts` writes the held-out tenths into `heldout/` of that folder when it first reads them. That small folder is
+all that an evaluation needs: copied to another machine, it does there without the packages.
 """
 
 from __future__ import annotations
 
 import html
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from .tasks import Encode
 BLOCK_CHARS = 20_000  # texts are tokenized in blocks of this many characters
 TRAIN_SHARE = 0.9  # the adapter saw this share of each text, from its start
 DEFAULT_FOLDER = Path(".cache/texts")
+HELDOUT = "heldout"
 MANUALS = ("usr/share/doc/debian-handbook/html/en-US", "usr/share/debian-reference", "usr/share/developers-reference")
 
 
@@ -75,6 +80,31 @@ def share(text: str, low: float, high: float) -> str:
 def token_ids(encode: Encode, text: str) -> list[int]:
     """Tokenize a long text in blocks: fast, at the price of an unusual split every `BLOCK_CHARS` characters."""
     return [token for i in range(0, len(text), BLOCK_CHARS) for token in encode(text[i : i + BLOCK_CHARS])]
+
+
+def _read(path: Path) -> str:
+    with path.open(encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def heldout_texts(folder: Path) -> dict[str, str]:
+    """The last tenth of each text that the adapter is trained on, by name.
+
+    Raises:
+        TextMissing: neither the tenths nor the packages are in `folder`.
+    """
+    readers = {"bible": king_james_bible, "python": python_documentation, "debian": debian_manuals}
+    paths = {name: folder / HELDOUT / f"{name}.txt" for name in readers}
+    for name, read in readers.items():
+        if paths[name].exists():
+            continue
+        tenth = share(read(folder), TRAIN_SHARE, 1.0)
+        paths[name].parent.mkdir(exist_ok=True)
+        part = paths[name].with_name(f"{name}.{os.getpid()}.part")
+        with part.open("w", encoding="utf-8", newline="") as file:  # newlines stay as they are
+            file.write(tenth)
+        part.replace(paths[name])
+    return {name: _read(path) for name, path in paths.items()}
 
 
 def training_texts(encode: Encode, folder: Path, low: float = 0.0, high: float = TRAIN_SHARE) -> list[Sequence[int]]:

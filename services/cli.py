@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
+from .cli_eval import register as register_eval
 
 if TYPE_CHECKING:
     from .config import ServeConfig
@@ -200,6 +201,9 @@ def demo(
     from ..evals.demo import run_demo
 
     sys.exit(run_demo(address, json))
+
+
+register_eval(app)
 
 
 if __name__ == "__main__":

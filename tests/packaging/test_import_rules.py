@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evals": (*WORKER, "services.prefill", "services.decode", "client"),
     "benchmarks": (*WORKER, "services.prefill", "services.decode", "client"),
     "services.cli": ("",),
+    "services.cli_eval": ("evals",),
     "services.terminal": ("client", SERVICES_ROOT),
     "services.cluster": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
     "services.prefill": WORKER,

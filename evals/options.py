@@ -1,0 +1,243 @@
+"""What `kvsluice eval` can be told: one list of options, for both of its command lines, checked in one place.
+
+Nothing here loads torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compression.recipe import Recipe, get_recipe
+from ..errors import InvalidRecipe, InvalidRequest
+from ..models.checkpoint import DEFAULT_MODEL
+from .results import EXACT, TRANSFORMERS
+from .suites import LEAST_CONTEXT, NEEDLE, SUITE_NAMES
+from .tasks import SUITE
+from .texts import DEFAULT_FOLDER
+
+DTYPES = ("float32", "bfloat16", "float16")
+PYTHON_TEXTS = "python"
+MOST_SAMPLES = 10_000
+MOST_PROCESSES = 64
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command.
+
+    Attributes:
+        default: as it would be typed; "" = none.
+        several: may be given more than once.
+        flag: takes no value.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    default: str = ""
+    several: bool = False
+    flag: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def full_help(self) -> str:
+        return self.help + (f"; default: {self.default}" if self.default else "")
+
+
+OPTIONS = (
+    Option(
+        "suite",
+        "|".join(SUITE_NAMES),
+        "ruler: eleven RULER-style tasks; niah: one needle over depth and context; ppl: nats a token of held-out text, "
+        "which rewards recency: a recipe that forgets all but the end does well there",
+        "ruler",
+    ),
+    Option("model", "MODEL", "built-in name, Hugging Face folder or .gguf file", DEFAULT_MODEL),
+    Option("recipe", "A,B", "recipes or presets, with commas between them", EXACT),
+    Option(
+        "variant",
+        "LABEL=RECIPE:{SLOTS}",
+        "a recipe with other slots, as JSON, under a label of its own; may be given several times",
+        several=True,
+    ),
+    Option("context", "N,N", "tokens of a prompt and its answer, about", "4096"),
+    Option("samples", "N", "samples a task, context and depth, the same ones for every recipe", "10"),
+    Option("seed", "N", "other seeds draw other samples; 0 draws those of the adapter's training report", "0"),
+    Option("json", "FILE", "write the results to this file; beside it FILE.work.jsonl holds what is done already, so "
+           "that the same command goes on where one was stopped"),
+    Option("fresh", "", "begin anew, whatever is done already", flag=True),
+    Option("task", "A,B", "only these tasks; for ppl, texts"),
+    Option("depth", "D,D", "niah: shares of the text in front of the needle, from 0 to 1",
+           "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"),
+    Option("scored-tokens", "N", "ppl: tokens judged after the context", "512"),
+    Option("texts", "FOLDER", f"what scripts/fetch_texts.sh filled (its folder heldout/ is enough); `{PYTHON_TEXTS}` "
+           "takes the topics of Python's help instead, whose wording the adapter partly saw in training",
+           str(DEFAULT_FOLDER)),
+    Option("device", "cpu|cuda|cuda:N", "where the model runs", "cpu"),
+    Option("dtype", "|".join(DTYPES), "of weights and computation; default: float32 on a CPU, else bfloat16"),
+    Option("batch", "N", "samples whose answers run together, each under all recipes", "1"),
+    Option("processes", "N", "processes that share the work and the device, each with the model loaded; several keep a "
+           "GPU busy", "1"),
+    Option("chunk-tokens", "N", "prompt rows of a work item of prefill; default: 8192 on a GPU, 512 on a CPU"),
+    Option("against", TRANSFORMERS, "also score transformers' own model and say where `exact` differs from it"),
+    Option("commit", "TEXT", "the commit to record where the checkout cannot say"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Checked options; what only the model can say (a context that it can take, slots that fit it) is checked later.
+
+    Attributes:
+        recipes: label -> recipe, numbers open.
+        tasks: those asked for, or None for all of the suite.
+        json: where the results go, or None.
+    """
+
+    suite: str
+    model: str
+    recipes: Mapping[str, Recipe]
+    contexts: tuple[int, ...]
+    samples: int
+    seed: int
+    json: Path | None
+    fresh: bool
+    tasks: tuple[str, ...] | None
+    depths: tuple[float, ...]
+    scored_tokens: int
+    texts: str
+    device: str
+    dtype: str | None
+    batch: int
+    processes: int
+    chunk_tokens: int | None
+    against: bool
+    commit: str | None
+
+
+def parse_options(given: Mapping[str, Any]) -> EvalOptions:
+    """Check what was typed.
+
+    Args:
+        given: option keys to text, to lists of text where an option may be given several times, to bool for flags;
+            None or absent = the default.
+
+    Raises:
+        InvalidRequest: names the option and what it allows.
+    """
+    text = {one.key: given.get(one.key) if given.get(one.key) is not None else one.default for one in OPTIONS}
+    suite = _one_of("suite", text["suite"], SUITE_NAMES)
+    json_file = Path(text["json"]) if text["json"] else None
+    if json_file is not None and (json_file.is_dir() or json_file.suffix != ".json"):
+        raise InvalidRequest("--json", repr(text["json"]), "a file whose name ends in .json")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text["device"]):
+        raise InvalidRequest("--device", repr(text["device"]), "cpu, cuda, cuda:N")
+    return EvalOptions(
+        suite=suite,
+        model=text["model"],
+        recipes=_recipes(text["recipe"], given.get("variant") or []),
+        contexts=tuple(_whole("context", one, LEAST_CONTEXT, 1 << 20) for one in _listed("context", text["context"])),
+        samples=_whole("samples", text["samples"], 1, MOST_SAMPLES),
+        seed=_whole("seed", text["seed"], 0, 1 << 32),
+        json=json_file,
+        fresh=bool(given.get("fresh")),
+        tasks=_tasks(suite, text["task"]),
+        depths=tuple(_share("depth", one) for one in _listed("depth", text["depth"])),
+        scored_tokens=_whole("scored-tokens", text["scored_tokens"], 1, 1 << 16),
+        texts=text["texts"],
+        device=text["device"],
+        dtype=_one_of("dtype", text["dtype"], DTYPES) if text["dtype"] else None,
+        batch=_whole("batch", text["batch"], 1, 1024),
+        processes=_whole("processes", text["processes"], 1, MOST_PROCESSES),
+        chunk_tokens=_whole("chunk-tokens", text["chunk_tokens"], 1, 1 << 20) if text["chunk_tokens"] else None,
+        against=bool(text["against"]) and bool(_one_of("against", text["against"], (TRANSFORMERS,))),
+        commit=text["commit"] or None,
+    )
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The options as argparse takes them, for machines without the command line's library."""
+    parser = argparse.ArgumentParser(prog="kvsluice eval", allow_abbrev=False)
+    for option in OPTIONS:
+        kind: dict[str, Any] = {"metavar": option.metavar}
+        if option.flag:
+            kind = {"action": "store_true"}
+        elif option.several:
+            kind["action"] = "append"
+        parser.add_argument(f"--{option.name}", help=option.full_help.replace("%", "%%"), default=None, **kind)
+    return parser
+
+
+def _recipes(names: str, variants: Sequence[str]) -> dict[str, Recipe]:
+    found: dict[str, Recipe] = {}
+    for name in _listed("recipe", names):
+        recipe = _checked("recipe", lambda name=name: get_recipe(name))  # type: ignore[misc]
+        _add(found, "recipe", recipe.name, recipe)
+    for variant in variants:
+        label, equals, rest = variant.partition("=")
+        name, _, slots = rest.partition(":")
+        if not equals or not _LABEL.fullmatch(label):
+            raise InvalidRequest("--variant", repr(variant[:64]), "LABEL=RECIPE:{slots as JSON}")
+        recipe = _checked("variant", lambda name=name, slots=slots: get_recipe(name, slots))  # type: ignore[misc]
+        _add(found, "variant", label, recipe)
+    return found
+
+
+def _add(found: dict[str, Recipe], option: str, label: str, recipe: Recipe) -> None:
+    if label in found or label == TRANSFORMERS or (label == EXACT and recipe != get_recipe(EXACT)):
+        raise InvalidRequest(f"--{option}", f"{label!r} is taken", "labels that differ")
+    found[label] = recipe
+
+
+def _checked(option: str, make: Callable[[], Recipe]) -> Recipe:
+    try:
+        return make()
+    except InvalidRecipe as exc:
+        raise InvalidRequest(f"--{option}", f"{exc.field}: {exc.problem}", exc.allowed) from exc
+
+
+def _tasks(suite: str, text: str) -> tuple[str, ...] | None:
+    if not text:
+        return None
+    names = _listed("task", text)
+    known = {"ruler": tuple(SUITE), "niah": (NEEDLE,)}.get(suite)
+    return names if known is None else tuple(_one_of("task", name, known) for name in names)
+
+
+def _listed(option: str, text: str) -> tuple[str, ...]:
+    items = tuple(item.strip() for item in text.split(","))
+    if not all(items) or len(set(items)) < len(items):
+        raise InvalidRequest(f"--{option}", repr(text[:64]), "values that differ, with commas between them")
+    return items
+
+
+def _one_of(option: str, text: str, allowed: Sequence[str]) -> str:
+    if text not in allowed:
+        raise InvalidRequest(f"--{option}", repr(text[:64]), ", ".join(allowed))
+    return text
+
+
+def _whole(option: str, text: str, low: int, high: int) -> int:
+    if not re.fullmatch(r"\d{1,12}", text) or not low <= int(text) <= high:
+        raise InvalidRequest(f"--{option}", repr(text[:64]), f"a whole number from {low} to {high}")
+    return int(text)
+
+
+def _share(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:  # NaN is in no range
+        raise InvalidRequest(f"--{option}", repr(text[:64]), "numbers from 0 to 1")
+    return value

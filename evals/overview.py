@@ -1,0 +1,73 @@
+"""The table that closes an evaluation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from .results import AVERAGE, TRANSFORMERS, Cell, EvalResults, Summary
+
+FILE_WIDTH = 120  # characters a line where no terminal says how many
+HEADER = ("recipe", "mean [95 %]", "to exact [95 %]", "shipped", "held", "fell back")
+
+
+def overview_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...]]:
+    """One row a recipe: mean score, difference to `exact`, and bytes shipped and held as shares of bf16's."""
+    for row in results.summary:
+        if (row.context, row.task) == (context, AVERAGE):
+            cells = [cell for cell in results.cells if (cell.recipe, cell.context) == (row.recipe, context)]
+            yield (row.recipe, _mean(row), _difference(row), *_costs(row.recipe, cells))
+
+
+def _mean(row: Summary) -> str:
+    return f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+
+def _difference(row: Summary) -> str:
+    if row.difference is None:
+        return "-"
+    return f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
+
+
+def _costs(recipe: str, cells: Sequence[Cell]) -> tuple[str, str, str]:
+    if recipe == TRANSFORMERS:
+        return "-", "-", "-"
+    whole = sum(cell.bf16_bytes for cell in cells)
+    shipped, held = (sum(getattr(cell, name) for cell in cells) for name in ("payload_bytes", "resident_bytes"))
+    fallbacks, samples = sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)
+    return f"{shipped / whole:.3f}", f"{held / whole:.3f}", f"{fallbacks} of {samples}" if fallbacks else "-"
+
+
+def title(results: EvalResults, context: int) -> str:
+    """What a table is about."""
+    unit = "nats a token, less is better" if results.suite == "ppl" else "share of right answers"
+    return f"{results.suite} at {context} tokens: {unit}; shipped and held as shares of bf16"
+
+
+def print_overview(results: EvalResults) -> None:
+    """A table for every context, and how `exact` compares with transformers where that is known."""
+    for context in dict.fromkeys(cell.context for cell in results.cells):
+        _print_table(title(results, context), [HEADER, *overview_rows(results, context)])
+    if results.against is not None:
+        own = results.against
+        print(
+            f"exact and transformers: equal scores on {own.equal_scores} of {own.samples} samples, equal tokens on "
+            f"{own.equal_tokens}"
+        )
+
+
+def _print_table(heading: str, rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a bare machine
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        print(heading, *lines, sep="\n")
+        return
+    table = Table(title=heading)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == HEADER[0] else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)

@@ -1,0 +1,251 @@
+"""Judges answers through the engines that serve: one prefill, real frames, one pass of all answer rows over the cache.
+
+    prompt ──PrefillEngine──> layers ──frames──> cache ──forward_rows(all answer rows)──> predicted tokens
+
+An answer is right iff every one of its tokens is the likeliest, given those before it; that is so iff greedy generation
+says exactly the answer. So no token has to be generated: prefill's own first token is held against the answer's first,
+and the rows of the answer run through decode's forward pass together, over the cache that decode would hold. Rows are
+cut where decode would seal generated rows, as a recipe seals at fixed positions. The samples and recipes of a call
+share the pass, as sequences share a decode batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compression import bound_nbytes, make_cache
+from ..compression.interfaces import EncodedLayer, SequenceCache
+from ..compression.recipe import ModelShape, Recipe, Resolved, resolve
+from ..errors import InternalError, KvsluiceError
+from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
+from ..models.forward import Rows, forward_rows
+from ..models.model import Model
+from ..models.sampling import Sampled, SamplingParams
+from ..services.framing import FramePacker, LayerAssembler
+from ..services.model_shape import model_shape
+from ..services.prefill.engine import PrefillEngine, PrefillJob
+from .suites import Case
+
+EPOCH = 1
+MAX_PASS_ROWS = 128  # answer rows of one sequence in a pass: sparse attention gathers chunks for each of them
+LOGIT_ROWS = 1024  # rows whose logits exist at once
+CHUNK_TOKENS, PACK_TOKENS = 512, 2048  # as a service has them
+CUDA_CHUNK_TOKENS = 8192  # fewer, larger launches than a service takes, which has others waiting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample under one recipe.
+
+    Attributes:
+        score: see `suites.Rule`.
+        payload_bytes: bytes of the frames from prefill to decode.
+        resident_bytes: bytes of the prompt's cache on decode, before the answer.
+        fallback: why `exact` ran instead, or None.
+        predicted: the likeliest token for every token of the answer; empty under `nll`.
+    """
+
+    score: float
+    payload_bytes: int
+    resident_bytes: int
+    fallback: str | None
+    predicted: tuple[int, ...]
+
+
+@dataclass
+class _Sequence:
+    """One sample under one recipe on its way; the sink of its prefill.
+
+    Attributes:
+        answer: int64 [a], the answer on the model's device.
+        num_done: answer tokens that were put in.
+        judged: one tensor a pass: predicted ids int64 [q], or under `nll` nats float32 [q].
+    """
+
+    case: Case
+    resolved: Resolved
+    cache: SequenceCache
+    packer: FramePacker
+    assembler: LayerAssembler
+    answer: Tensor
+    payload_bytes: int = 0
+    resident_bytes: int = 0
+    first_token: int | None = None
+    error: KvsluiceError | None = None
+    num_done: int = 0
+    judged: list[Tensor] = field(default_factory=list)
+    _rows_left: int | None = None  # until sealing is due; None before the first row
+
+    def ready(self) -> bool:
+        return True
+
+    def on_layer_start(self, layer: int) -> None:
+        """Nothing to do: layers are handed over by call."""
+
+    def on_layer(self, encoded: EncodedLayer) -> None:
+        self._receive(self.packer.add(encoded))
+
+    def on_first_tokens(self, sampled: list[Sampled]) -> None:
+        self.first_token = sampled[0].token_id
+
+    def on_done(self) -> None:
+        self._receive(self.packer.flush())
+        self.resident_bytes = self.cache.nbytes()
+
+    def on_error(self, error: KvsluiceError) -> None:
+        self.error = error
+
+    def _receive(self, frames: list[bytes]) -> None:
+        device = self.answer.device
+        for frame in frames:
+            self.payload_bytes += len(frame)
+            for encoded in self.assembler.add(frame):
+                moved = {
+                    part: {name: tensor.to(device) for name, tensor in group.items()}
+                    for part, group in encoded.tensors.items()
+                }
+                self.cache.add_layer(EncodedLayer(encoded.layer, moved))
+
+    @property
+    def num_left(self) -> int:
+        """Answer tokens still to be put in; the last one predicts nothing that is judged."""
+        return len(self.case.answer_ids) - 1 - self.num_done
+
+    def next_rows(self, positions: Tensor) -> Rows:
+        """The rows of the next pass, after sealing what is due before it.
+
+        Args:
+            positions: int64, 0, 1, 2, … as far as any sequence goes.
+        """
+        num_prompt_tokens = len(self.case.prompt_ids)
+        at = num_prompt_tokens + self.num_done
+        if self._rows_left == 0:
+            self.cache.seal(at)
+        if not self._rows_left:
+            self._rows_left = self.cache.rows_until_seal(at)
+        count = min(self.num_left, self._rows_left, MAX_PASS_ROWS)
+        self._rows_left -= count
+        ids = self.answer[self.num_done : self.num_done + count]
+        return Rows(ids, positions[at : at + count], self.cache, num_prompt_tokens)
+
+
+class Scorer:
+    """Judges samples under recipes; holds no state between calls.
+
+    Args:
+        profile: calibrated settings of the model, as recipes are resolved with.
+        recipes: by label, with open numbers or resolved.
+        chunk_tokens: prompt rows of a work item of prefill; None = by the device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        profile: Mapping[str, Any],
+        recipes: Mapping[str, Recipe],
+        chunk_tokens: int | None = None,
+    ) -> None:
+        if chunk_tokens is None:
+            chunk_tokens = CHUNK_TOKENS if model.device.type == "cpu" else CUDA_CHUNK_TOKENS
+        self.model = model
+        self.shape: ModelShape = model_shape(model.config)
+        self._profile = dict(profile)
+        self._recipes = dict(recipes)
+        self._prefill = PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS))
+
+    @torch.no_grad()
+    def score(self, cases: Sequence[Case]) -> list[dict[str, Outcome]]:
+        """Every case under every recipe: case by case, label -> outcome.
+
+        Raises:
+            KvsluiceError: whatever the engines refuse or fail with.
+        """
+        sequences = [
+            {label: self._open(f"eval-{index}-{label}", case, recipe) for label, recipe in self._recipes.items()}
+            for index, case in enumerate(cases)
+        ]
+        everything = [sequence for row in sequences for sequence in row.values()]
+        self._run_prefill(everything)
+        self._run_answers(everything)
+        return [{label: _outcome(sequence) for label, sequence in row.items()} for row in sequences]
+
+    def _open(self, request_id: str, case: Case, recipe: Recipe) -> _Sequence:
+        model, num_tokens, num_new = self.model, len(case.prompt_ids), len(case.answer_ids) + 1
+        resolved = resolve(recipe, self.shape, num_tokens, self._profile)
+        ident = FrameIdent(
+            request_id=RequestId(request_id),
+            epoch=EPOCH,
+            tenant=TenantId("local"),
+            model_fingerprint=ModelFingerprint(model.fingerprint),
+            recipe_fingerprint=RecipeFingerprint(resolved.recipe.fingerprint),
+        )
+        max_bytes = bound_nbytes(resolved.recipe, self.shape, num_tokens, num_new, 1, model.dtype.itemsize)
+        sequence = _Sequence(
+            case,
+            resolved,
+            make_cache(resolved.recipe, self.shape, num_tokens, lambda x, at: model.rotate(x, at, num_tokens)),
+            FramePacker(ident, num_tokens),
+            LayerAssembler(ident, self.shape.num_layers, max_bytes),
+            torch.tensor(case.answer_ids, dtype=torch.int64, device=model.device),
+        )
+        # the first token must not end the request, or its last layer would not be encoded
+        sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
+        job = PrefillJob(request_id, EPOCH, case.prompt_ids, resolved.recipe, sampling)
+        self._prefill.submit(job, sequence)
+        return sequence
+
+    def _run_prefill(self, sequences: Sequence[_Sequence]) -> None:
+        while self._prefill.step():
+            pass
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
+            if sequence.assembler.missing() or sequence.first_token is None:
+                raise InternalError(f"layers {sequence.assembler.missing()[:8]} never arrived")
+
+    def _run_answers(self, sequences: Sequence[_Sequence]) -> None:
+        longest = max((len(one.case.prompt_ids) + len(one.case.answer_ids) for one in sequences), default=0)
+        positions = torch.arange(longest, device=self.model.device)
+        while running := [sequence for sequence in sequences if sequence.num_left > 0]:
+            batch = [sequence.next_rows(positions) for sequence in running]
+            hidden = forward_rows(self.model, batch)
+            pairs = zip(running, batch, strict=True)
+            targets = torch.cat([sequence.answer[sequence.num_done + 1 :][: len(rows.ids)] for sequence, rows in pairs])
+            nll = running[0].case.rule == "nll"
+            pieces = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+            judged = torch.cat([self._judge(rows, wanted, nll) for rows, wanted in pieces])
+            sizes = [len(rows.ids) for rows in batch]
+            for sequence, part in zip(running, judged.split(sizes), strict=True):
+                sequence.judged.append(part)
+                sequence.num_done += len(part)
+
+    def _judge(self, hidden: Tensor, targets: Tensor, nll: bool) -> Tensor:
+        """Rows [n, D] that predict the targets [n]: predicted ids, or under `nll` nats."""
+        logits = self.model.logits(hidden)
+        if nll:
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return logits.argmax(dim=-1)
+
+
+def score_of(case: Case, predicted: Sequence[int]) -> float:
+    """The score of an answer, by the likeliest token at each of its places."""
+    right = [token == wanted for token, wanted in zip(predicted, case.answer_ids, strict=True)]
+    return float(all(right)) if case.rule == "all" else sum(right) / len(right)
+
+
+def _outcome(sequence: _Sequence) -> Outcome:
+    case = sequence.case
+    judged = torch.cat(sequence.judged).tolist() if sequence.judged else []
+    if case.rule == "nll":
+        predicted: tuple[int, ...] = ()
+        score = sum(judged) / len(judged)
+    else:
+        assert sequence.first_token is not None, "prefill ended without an error"
+        predicted = (sequence.first_token, *judged)
+        score = score_of(case, predicted)
+    return Outcome(score, sequence.payload_bytes, sequence.resident_bytes, sequence.resolved.fallback_reason, predicted)

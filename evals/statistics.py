@@ -1,0 +1,110 @@
+"""Means of paired samples and how far they can be trusted: the paired bootstrap, seeded, percentile intervals.
+
+Every recipe sees the same samples, so one resampling of sample indices serves all of them, and a difference between
+two recipes is resampled as a difference: what is hard about a sample cancels. A mean of tasks resamples the samples of
+each task on its own, for the tasks are fixed and the samples drawn (Efron and Tibshirani 1993, chapters 8 and 13).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .results import AVERAGE, EXACT, Cell, Summary
+
+NUM_RESAMPLES = 10_000
+LEVEL = 0.95
+SEED = 20_240_406
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and the 95 % interval of its bootstrap."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def resample_weights(num_samples: int, stratum: str, num_resamples: int = NUM_RESAMPLES) -> Floats:
+    """float64 [resamples, samples]: the share that each sample has in each resampled mean. Fixed by the arguments."""
+    generator = np.random.default_rng([SEED, zlib.crc32(stratum.encode())])
+    counts = generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=num_resamples)
+    return counts / num_samples
+
+
+def interval(scores: Floats, resampled: Floats) -> Interval:
+    """The mean of `scores`, between the outer percentiles of resampled means."""
+    low, high = np.percentile(resampled, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Interval(float(scores.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class _Stratum:
+    """One task (and depth) of one context.
+
+    Attributes:
+        scores: recipe -> float64 [samples].
+        resampled: recipe -> float64 [resamples], means of resampled samples.
+    """
+
+    task: str
+    depth: float | None
+    scores: Mapping[str, Floats]
+    resampled: Mapping[str, Floats]
+
+
+def summarize(cells: Sequence[Cell]) -> tuple[Summary, ...]:
+    """Means and intervals of every cell, and of the mean of each context's tasks and depths, which comes first."""
+    rows: list[Summary] = []
+    for context in dict.fromkeys(cell.context for cell in cells):
+        strata = _strata([cell for cell in cells if cell.context == context])
+        for recipe in dict.fromkeys(cell.recipe for cell in cells if cell.context == context):
+            rows.append(_row(recipe, context, AVERAGE, None, strata))
+            rows += [_row(recipe, context, one.task, one.depth, [one]) for one in strata]
+    return tuple(rows)
+
+
+def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
+    strata = []
+    for task, depth in dict.fromkeys((cell.task, cell.depth) for cell in cells):
+        own = [cell for cell in cells if (cell.task, cell.depth) == (task, depth)]
+        scores = {cell.recipe: np.array(cell.scores, dtype=np.float64) for cell in own}
+        weights = resample_weights(len(own[0].scores), f"{own[0].context} {task} {depth}")
+        strata.append(_Stratum(task, depth, scores, {name: weights @ one for name, one in scores.items()}))
+    return strata
+
+
+def _row(recipe: str, context: int, task: str, depth: float | None, strata: Sequence[_Stratum]) -> Summary:
+    own = _mean_of_strata(strata, recipe)
+    difference = None
+    if all(EXACT in one.scores for one in strata):
+        difference = _mean_of_strata(strata, recipe, EXACT)
+    return Summary(
+        recipe,
+        context,
+        task,
+        depth,
+        own.mean,
+        own.low,
+        own.high,
+        None if difference is None else difference.mean,
+        None if difference is None else difference.low,
+        None if difference is None else difference.high,
+    )
+
+
+def _mean_of_strata(strata: Sequence[_Stratum], recipe: str, base: str | None = None) -> Interval:
+    """The mean of the strata's means; of paired differences to `base` where that is given."""
+
+    def values(group: Mapping[str, Floats]) -> Floats:
+        return group[recipe] if base is None else group[recipe] - group[base]
+
+    means = np.array([values(one.scores).mean() for one in strata])
+    return interval(means, np.mean([values(one.resampled) for one in strata], axis=0))
