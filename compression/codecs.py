@@ -69,6 +69,12 @@ def owned(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out.clone(memory_format=torch.contiguous_format) if out.data_ptr() == x.data_ptr() else compact(out)
 
 
+def peak(x: Tensor, dim: int) -> Tensor:
+    """float32 largest magnitude along an axis, without a copy of x."""
+    low, high = torch.aminmax(x, dim=dim)
+    return torch.maximum(-low, high).float()
+
+
 def chunk_rows(chunks: Tensor, chunk: int) -> Tensor:
     """Row indices int64 [M, chunk] of chunks [M]."""
     return chunks[:, None] * chunk + torch.arange(chunk, device=chunks.device)
@@ -125,15 +131,20 @@ class AffineCodec:
         if not self._spec.balanced:
             return {}
         assert query_peak is not None, "asked for by `wants_query_peak`"
-        key_peak = rows.abs().amax(dim=0).float()
+        key_peak = peak(rows, dim=0)
         usable = (key_peak > 0) & (query_peak > 0)
         return {"balance": torch.where(usable, query_peak / key_peak.clamp(min=1e-30), 1.0).sqrt()[None]}
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""
-        if self._spec.balanced:
-            rows = rows * basis["balance"]
-        packed = quantize(rows, self._spec.bits, self._spec.group, self._spec.axis)
+        spec = self._spec
+        if not spec.balanced:
+            packed = quantize(rows, spec.bits, spec.group, spec.axis)
+        else:  # along tokens, so blocks of rows are packed apart
+            pieces = [
+                quantize(block * basis["balance"], spec.bits, spec.group, spec.axis) for block in rows.split(BLOCK_ROWS)
+            ]
+            packed = tuple(torch.cat(tensors) for tensors in zip(*pieces, strict=True))
         return dict(zip(("codes", "scale", "minimum"), packed, strict=True))
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
@@ -174,7 +185,7 @@ class Float8Codec:
 
     def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
         """See `Codec`: {"scale": float32 [1]}, above 0."""
-        return {"scale": (rows.abs().amax().float() / FLOAT8_MAX).clamp(min=1e-30)[None]}
+        return {"scale": (peak(rows.flatten(), dim=0) / FLOAT8_MAX).clamp(min=1e-30)[None]}
 
     def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
         """See `Codec`."""

@@ -8,8 +8,8 @@ Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows
 layer's keys after RoPE and values + keys before RoPE where the recipe packs those): no more than hidden, Q, K and V
 rows and a position. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
 before values are packed, and encoding works in blocks of rows, which count as part of c. Scoring adds a few floats a
-row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. See `state.py`;
-`benchmarks/prefill_memory.py` measures it.
+row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. Recipes that factor
+layers together hold the rows of one group of layers. See `state.py`; `benchmarks/prefill_memory.py` measures it.
 
 A pack that fails is run again prompt by prompt, so that only those fail which fail alone; the others lose nothing but
 time, for rows are computed from their own prompt. What an error's traceback refers to is let go of with its prompt.

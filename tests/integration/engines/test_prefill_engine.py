@@ -292,13 +292,14 @@ def test_rows_that_were_not_selected_go_no_further_and_positions_stay(monkeypatc
 
     class Selecting:
         wants_unrotated_keys = True
+        wants_mass = wants_query_peak = False
 
         def query_window(self, layer: int) -> int:
             return 5
 
         def finish_layer(self, obs):
             seen.append((obs.layer, obs.positions.tolist(), obs.q_window.clone(), obs.k.clone(), obs.k_pre.clone()))
-            return EncodedLayer(obs.layer, {}), kept if obs.layer == 1 else None
+            return [EncodedLayer(obs.layer, {})], kept if obs.layer == 1 else None
 
     monkeypatch.setattr(state, "make_compressor", lambda *args: Selecting())
     engine, out = prefill.engine(chunk=16, pack=32), sink("a")
