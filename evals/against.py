@@ -35,6 +35,7 @@ class Reference:
 
     def __init__(self, model: str, dtype: torch.dtype, device: torch.device) -> None:
         check_reference(model)
+        loaded: Any
         if model == DEFAULT_MODEL:
             loaded = reference_model.load_long_context(dtype)
         elif model in BUILTIN_MODELS:
@@ -42,7 +43,8 @@ class Reference:
         else:
             from transformers import AutoModelForCausalLM
 
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").eval()
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
+            loaded.eval()
         self._model: Any = loaded.to(device)
         self._device = device
 

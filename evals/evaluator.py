@@ -63,9 +63,6 @@ def make_plan(options: EvalOptions) -> Plan:
     texts = _texts(options.texts)
     suite = _suite(options, texts)
     tasks = options.tasks or suite.tasks()
-    unknown = [task for task in tasks if task not in suite.tasks()]
-    if unknown:
-        raise InvalidRequest("--task", repr(unknown[0]), ", ".join(suite.tasks()))
     _check_contexts(options, suite, shape)
     if options.against and EXACT not in recipes:
         raise InvalidRequest("--against", "needs a recipe to compare with", f"{EXACT} among --recipe")
@@ -167,7 +164,10 @@ def _suite(options: EvalOptions, texts: Mapping[str, str]) -> Suite:
     if options.suite == "niah":
         return NeedleGrid(encode, ids, options.seed, options.depths)
     suite = Perplexity(ids, options.seed, options.scored_tokens)
-    shortest = min(len(ids[task]) for task in options.tasks or ids if task in ids)
+    for task in options.tasks or ():
+        if task not in ids:
+            raise InvalidRequest("--task", repr(task[:64]), ", ".join(ids))
+    shortest = min(len(ids[task]) for task in options.tasks or ids)
     if suite.num_tokens(max(options.contexts)) > shortest:
         raise InvalidRequest(
             "--context", str(max(options.contexts)), f"at most {shortest - suite.num_tokens(0)}, the shortest text"

@@ -135,7 +135,8 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     Raises:
         InvalidRequest: names the option and what it allows.
     """
-    text = {one.key: given.get(one.key) if given.get(one.key) is not None else one.default for one in OPTIONS}
+    text: dict[str, Any] = {one.key: one.default for one in OPTIONS}
+    text |= {key: value for key, value in given.items() if value is not None}
     suite = _one_of("suite", text["suite"], SUITE_NAMES)
     json_file = Path(text["json"]) if text["json"] else None
     if json_file is not None and (json_file.is_dir() or json_file.suffix != ".json"):

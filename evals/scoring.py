@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ from .suites import Case
 EPOCH = 1
 MAX_PASS_ROWS = 128  # answer rows of one sequence in a pass: sparse attention gathers chunks for each of them
 LOGIT_ROWS = 1024  # rows whose logits exist at once
-CHUNK_TOKENS, PACK_TOKENS = 512, 2048  # as a service has them
+CHUNK_TOKENS = 512  # as a service has it
 CUDA_CHUNK_TOKENS = 8192  # fewer, larger launches than a service takes, which has others waiting
+CHUNKS_A_PACK = 4  # the prompts of a call share packs
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Scorer:
         self.shape: ModelShape = model_shape(model.config)
         self._profile = dict(profile)
         self._recipes = dict(recipes)
-        self._prefill = PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS))
+        self._counter = count()
+        self._prefill = PrefillEngine(model, chunk_tokens, CHUNKS_A_PACK * chunk_tokens)
 
     @torch.no_grad()
     def score(self, cases: Sequence[Case]) -> list[dict[str, Outcome]]:
@@ -165,16 +168,15 @@ class Scorer:
         Raises:
             KvsluiceError: whatever the engines refuse or fail with.
         """
-        sequences = [
-            {label: self._open(f"eval-{index}-{label}", case, recipe) for label, recipe in self._recipes.items()}
-            for index, case in enumerate(cases)
-        ]
+        sequences = [{label: self._open(case, recipe) for label, recipe in self._recipes.items()} for case in cases]
         everything = [sequence for row in sequences for sequence in row.values()]
         self._run_prefill(everything)
         self._run_answers(everything)
         return [{label: _outcome(sequence) for label, sequence in row.items()} for row in sequences]
 
-    def _open(self, request_id: str, case: Case, recipe: Recipe) -> _Sequence:
+    def _open(self, case: Case, recipe: Recipe) -> _Sequence:
+        # ids of one length, as every frame's header holds it
+        request_id = f"eval-{next(self._counter):09d}"
         model, num_tokens, num_new = self.model, len(case.prompt_ids), len(case.answer_ids) + 1
         resolved = resolve(recipe, self.shape, num_tokens, self._profile)
         ident = FrameIdent(
@@ -217,10 +219,10 @@ class Scorer:
             pairs = zip(running, batch, strict=True)
             targets = torch.cat([sequence.answer[sequence.num_done + 1 :][: len(rows.ids)] for sequence, rows in pairs])
             nll = running[0].case.rule == "nll"
-            pieces = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+            pieces = zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
             judged = torch.cat([self._judge(rows, wanted, nll) for rows, wanted in pieces])
             sizes = [len(rows.ids) for rows in batch]
-            for sequence, part in zip(running, judged.split(sizes), strict=True):
+            for sequence, part in zip(running, torch.split(judged, sizes), strict=True):
                 sequence.judged.append(part)
                 sequence.num_done += len(part)
 

@@ -32,11 +32,15 @@ class Interval:
     high: float
 
 
-def resample_weights(num_samples: int, stratum: str, num_resamples: int = NUM_RESAMPLES) -> Floats:
-    """float64 [resamples, samples]: the share that each sample has in each resampled mean. Fixed by the arguments."""
+def resampled_means(scores: Floats, stratum: str, num_resamples: int = NUM_RESAMPLES) -> Floats:
+    """Scores [..., samples] -> float64 [..., resamples]: means of as many samples drawn with replacement.
+
+    Which are drawn depends on the number of samples and the stratum's name alone."""
     generator = np.random.default_rng([SEED, zlib.crc32(stratum.encode())])
+    num_samples = scores.shape[-1]
     counts = generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=num_resamples)
-    return counts / num_samples
+    means: Floats = scores @ counts.T / num_samples
+    return means
 
 
 def interval(scores: Floats, resampled: Floats) -> Interval:
@@ -75,9 +79,12 @@ def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
     strata = []
     for task, depth in dict.fromkeys((cell.task, cell.depth) for cell in cells):
         own = [cell for cell in cells if (cell.task, cell.depth) == (task, depth)]
-        scores = {cell.recipe: np.array(cell.scores, dtype=np.float64) for cell in own}
-        weights = resample_weights(len(own[0].scores), f"{own[0].context} {task} {depth}")
-        strata.append(_Stratum(task, depth, scores, {name: weights @ one for name, one in scores.items()}))
+        scores = np.array([cell.scores for cell in own], dtype=np.float64)
+        resampled = resampled_means(scores, f"{own[0].context} {task} {depth}")
+        names = [cell.recipe for cell in own]
+        strata.append(
+            _Stratum(task, depth, dict(zip(names, scores, strict=True)), dict(zip(names, resampled, strict=True)))
+        )
     return strata
 
 

@@ -36,3 +36,15 @@ def test_python_carries_enough_text_for_the_demo():
 def test_a_missing_text_says_how_to_get_it(read, tmp_path):
     with pytest.raises(texts.TextMissing, match=r"scripts/fetch_texts\.sh"):
         read(tmp_path)
+
+
+def test_heldout_tenths_are_written_once_and_are_all_that_is_needed(tmp_path, monkeypatch):
+    texts_by_name = {"king_james_bible": "ab\r\n" * 50, "python_documentation": "cd" * 50, "debian_manuals": "é" * 50}
+    with monkeypatch.context() as patched:
+        for name, text in texts_by_name.items():
+            patched.setattr(texts, name, lambda folder, text=text: text)
+        first = texts.heldout_texts(tmp_path)
+    assert first == {"bible": "ab\r\n" * 5, "python": "cd" * 5, "debian": "é" * 5}
+    assert texts.heldout_texts(tmp_path) == first
+    with pytest.raises(texts.TextMissing, match=r"scripts/fetch_texts\.sh"):
+        texts.heldout_texts(tmp_path / "elsewhere")

@@ -1,0 +1,134 @@
+"""What `kvsluice eval` can be told, and how it refuses the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from kvsluice.errors import InvalidRequest, KvsluiceError
+from kvsluice.evals import runner
+from kvsluice.evals.evaluator import make_plan
+from kvsluice.evals.options import OPTIONS, argument_parser, parse_options
+from kvsluice.services import cli
+
+KIVI_SLOTS = '{"window":{"kind":"ends","sinks":0,"local":64,"seal_block":64}}'
+
+
+def test_defaults_are_what_the_help_says():
+    options = parse_options({})
+    assert (options.suite, options.contexts, options.samples, options.seed) == ("ruler", (4096,), 10, 0)
+    assert list(options.recipes) == ["exact"]
+    assert options.json is None
+    assert options.depths == tuple(i / 10 for i in range(11))
+
+
+def test_recipes_presets_and_variants_have_labels():
+    options = parse_options({"recipe": "exact, balanced", "variant": [f"a=kivi:{KIVI_SLOTS}", "b=kivi"]})
+    assert list(options.recipes) == ["exact", "sluice", "a", "b"]
+    assert options.recipes["a"].fingerprint != options.recipes["b"].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, niah, ppl"),
+        ({"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
+        ({"context": "512,512"}, "--context: '512,512'; allowed: values that differ"),
+        ({"context": "12"}, "--context: '12'; allowed: a whole number from 256"),
+        ({"samples": "0"}, "--samples: '0'; allowed: a whole number from 1"),
+        ({"samples": "1.5"}, "--samples: '1.5'"),
+        ({"seed": "-1"}, "--seed: '-1'; allowed: a whole number from 0"),
+        ({"recipe": "exact,none"}, "--recipe: recipe.name: unknown recipe 'none'; allowed: exact"),
+        ({"recipe": "exact,,kivi"}, "--recipe: 'exact,,kivi'"),
+        ({"recipe": "sluice,balanced"}, "--recipe: 'sluice' is taken"),
+        ({"variant": ["kivi"]}, "--variant: 'kivi'; allowed: LABEL=RECIPE:{slots as JSON}"),
+        ({"variant": ["a=kivi:{"]}, "--variant: recipe.slots: is not JSON"),
+        ({"variant": ["a=kivi:{}", "a=mikv:{}"]}, "--variant: 'a' is taken"),
+        ({"variant": ["transformers=kivi:{}"]}, "--variant: 'transformers' is taken"),
+        ({"recipe": "kivi", "variant": ["exact=kivi:{}"]}, "--variant: 'exact' is taken"),
+        ({"task": "vt,nope"}, "--task: 'nope'; allowed: niah_single_1, "),
+        ({"suite": "niah", "task": "vt"}, "--task: 'vt'; allowed: needle"),
+        ({"depth": "0,1.5"}, "--depth: '1.5'; allowed: numbers from 0 to 1"),
+        ({"depth": "nan"}, "--depth: 'nan'"),
+        ({"device": "tpu"}, "--device: 'tpu'; allowed: cpu, cuda"),
+        ({"dtype": "int8"}, "--dtype: 'int8'; allowed: float32, bfloat16, float16"),
+        ({"json": "results.txt"}, "--json: 'results.txt'; allowed: a file whose name ends in .json"),
+        ({"processes": "0"}, "--processes: '0'; allowed: a whole number from 1"),
+        ({"against": "vllm"}, "--against: 'vllm'; allowed: transformers"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(given, said):
+    with pytest.raises(InvalidRequest) as refused:
+        parse_options(given)
+    assert refused.value.message.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"context": "5000"}, "--context: 5000; allowed: at most 4055, the model's positions"),
+        ({"task": "novel"}, "--task: 'novel'; allowed: bible, python, debian"),
+        ({"recipe": "kivi", "against": "transformers"}, "--against: needs a recipe to compare with; allowed: exact"),
+        (
+            {"variant": ['a=fastkv:{"propagation":{"kind":"tsp","layer":9,"rate":0.2,"window":8}}']},
+            "--recipe a: recipe.propagation",
+        ),
+        ({"texts": "/nowhere"}, "--texts: /nowhere/usr/bin/bible is missing; run scripts/fetch_texts.sh /nowhere"),
+        ({"model": "/nowhere"}, "unknown model 'nowhere'"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(options, given, said):
+    with pytest.raises(KvsluiceError) as refused:
+        make_plan(options(**given))
+    assert refused.value.message.startswith(said)
+
+
+def test_a_text_must_be_longer_than_a_sample(options, tmp_path):
+    (tmp_path / "heldout").mkdir()
+    for name, size in (("bible", 900), ("python", 700), ("debian", 900)):
+        (tmp_path / "heldout" / f"{name}.txt").write_text("x" * size)
+    with pytest.raises(InvalidRequest, match="--context: 680; allowed: at most 659, the shortest text"):
+        make_plan(options(context="300,680", texts=str(tmp_path)))
+    assert make_plan(options(context="680", texts=str(tmp_path), task="bible")).tasks == ("bible",)
+
+
+def test_both_command_lines_take_the_same_options():
+    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, ["eval", "--help"])
+    assert shown.exit_code == 0
+    plain = argument_parser().format_help()
+    for option in OPTIONS:
+        line = next(line for line in shown.stdout.splitlines() if f" --{option.name} " in line)
+        assert option.default in line
+        assert f"--{option.name} " in plain + " "
+
+
+@pytest.mark.parametrize("command", [cli.main, runner.main])
+def test_a_refusal_is_one_line(command, monkeypatch, capsys):
+    words = ["kvsluice", "eval"] if command is cli.main else ["runner"]
+    monkeypatch.setattr(sys, "argv", [*words, "--suite", "glue"])
+    try:
+        status = command()
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--suite: 'glue'; allowed: ruler, niah, ppl" in said
+
+
+def test_the_runner_needs_none_of_the_services_libraries():
+    program = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pydantic", "ray", "redis", "fastapi", "typer", "rich", "grpc"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from kvsluice.evals import runner
+runner.main(["--help"])
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert "--against" in done.stdout

@@ -1,0 +1,210 @@
+"""A run gives the same results whatever interrupted it and however many processes shared it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from kvsluice.errors import InvalidRequest, KvsluiceError
+from kvsluice.evals import evaluator
+from kvsluice.evals.overview import overview_rows, print_overview
+from kvsluice.evals.results import AVERAGE, load
+from kvsluice.evals.runner import collect_cells, main, run
+from kvsluice.evals.scoring import Scorer
+from kvsluice.evals.workfile import WorkFile, work_path
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """Units that were really run."""
+    ran: list = []
+    plain = evaluator.Evaluator.evaluate
+
+    def evaluate(self, units):
+        ran.extend(units)
+        return plain(self, units)
+
+    monkeypatch.setattr(evaluator.Evaluator, "evaluate", evaluate)
+    return ran
+
+
+def test_a_run_writes_what_it_found(options):
+    chosen = options()
+    results = run(chosen)
+    assert load(chosen.json) == results
+    assert results.environment["commit"] == "some-commit"
+    assert results.settings["tasks"] == ["bible", "python", "debian"]
+    assert [len(digest) for digest in results.settings["texts"].values()] == [64] * 3
+    assert list(results.recipes) == ["exact", "kivi"]
+    assert (results.model.dtype, results.model.adapter) == ("float32", None)
+    assert len(results.cells) == 2 * 3
+    exact, kivi = results.cells[0], results.cells[3]
+    assert (exact.recipe, kivi.recipe, exact.task, kivi.task) == ("exact", "kivi", "bible", "bible")
+    assert len(exact.scores) == 2
+    assert exact.prompt_tokens == 300
+    assert exact.payload_bytes > exact.bf16_bytes > kivi.payload_bytes > 0
+    average = [row for row in results.summary if row.task == AVERAGE]
+    assert [row.recipe for row in average] == ["exact", "kivi"]
+    assert average[0].difference == 0
+    assert average[1].difference != 0
+
+
+def test_needles_have_cells_for_every_depth(options):
+    results = run(options(suite="niah", depth="0,1", samples="1", json=None))
+    assert [(cell.recipe, cell.depth) for cell in results.cells] == [
+        ("exact", 0.0),
+        ("exact", 1.0),
+        ("kivi", 0.0),
+        ("kivi", 1.0),
+    ]
+    assert results.settings["depths"] == [0.0, 1.0]
+
+
+def test_what_is_done_is_not_done_again(options, counted):
+    chosen = options()
+    first = run(chosen)
+    assert len(counted) == 6
+    assert run(chosen) == first
+    assert len(counted) == 6
+    run(replace(chosen, fresh=True))
+    assert len(counted) == 12
+
+
+def test_a_run_can_be_extended(options, counted):
+    run(options(samples="1"))
+    longer = run(options(samples="2"))
+    assert len(counted) == 6
+    assert longer == run(options(samples="2", fresh=True))
+
+
+def test_a_line_that_was_cut_short_is_done_again(options, counted):
+    chosen = options()
+    first = run(chosen)
+    work = work_path(chosen.json)
+    work.write_bytes(work.read_bytes()[:-20])
+    assert run(chosen) == first
+    assert len(counted) == 7
+    assert len(work.read_text().splitlines()) == 1 + 6
+
+
+def test_a_killed_run_goes_on(options, tmp_path):
+    chosen = options(samples="40")
+    words = ["--suite", "ppl", "--model", chosen.model, "--texts", chosen.texts, "--recipe", "exact,kivi"]
+    words += ["--context", "300", "--samples", "40", "--scored-tokens", "40", "--json", str(chosen.json)]
+    command = [sys.executable, "-P", "-m", "kvsluice.evals.runner", *words, "--commit", "some-commit"]
+    work = work_path(chosen.json)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not work.exists() or work.read_text().count("\n") < 4):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    done = work.read_text().count("\n") - 1
+    assert 3 <= done < 120
+    results = run(chosen)
+    again = run(replace(chosen, json=tmp_path / "whole.json"))
+    assert replace(results, environment={}) == replace(again, environment={})
+
+
+def test_processes_and_batches_change_nothing(options, tmp_path):
+    alone = run(options())
+    shared = run(options(json=str(tmp_path / "shared.json"), processes="2", batch="2"))
+    assert shared == alone
+
+
+def test_another_runs_work_is_refused_by_what_differs(options):
+    run(options(samples="1"))
+    with pytest.raises(InvalidRequest) as refused:
+        run(options(samples="1", seed="4", recipe="exact"))
+    said = refused.value.message
+    assert "seed: 0 → 4" in said
+    assert "recipes: " in said
+    assert "model" not in said
+    assert "--fresh" in said
+
+
+def test_two_runs_do_not_share_a_work_file(tmp_path):
+    path = tmp_path / "a.work.jsonl"
+    held = WorkFile(path, {"seed": 0})
+    with pytest.raises(InvalidRequest, match="another run writes"):
+        WorkFile(path, {"seed": 0})
+    held.close()
+    WorkFile(path, {"seed": 0}).close()
+
+
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "a.work.jsonl"
+    path.write_text("hello\nworld\n")
+    with pytest.raises(InvalidRequest, match="is no work file"):
+        WorkFile(path, {"seed": 0})
+    assert path.read_text() == "hello\nworld\n"
+
+
+def test_a_fault_ends_the_run_and_keeps_what_was_done(options, monkeypatch, capsys):
+    chosen = options()
+    plain, calls = Scorer.score, []
+
+    def score(self, cases):
+        calls.append(cases)
+        if len(calls) == 3:
+            raise KvsluiceError("the third sample")
+        return plain(self, cases)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    with pytest.raises(KvsluiceError, match="the third sample"):
+        run(chosen)
+    assert work_path(chosen.json).read_text().count("\n") == 1 + 2
+
+
+def test_an_interrupted_run_says_how_to_go_on(options, monkeypatch, capsys):
+    chosen = options()
+
+    def interrupt(self, cases):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scorer, "score", interrupt)
+    words = ["--suite", "ppl", "--model", chosen.model, "--texts", chosen.texts, "--json", str(chosen.json)]
+    assert main([*words, "--context", "300", "--scored-tokens", "40"]) == 130
+    assert f"the same command goes on from {work_path(chosen.json)}" in capsys.readouterr().err
+
+
+def test_cells_are_in_order_whatever_the_records_order():
+    def record(sample: int, task: str) -> dict:
+        outcome = {
+            "score": float(sample),
+            "payload_bytes": 1,
+            "resident_bytes": 2,
+            "fallback": "short" if sample else None,
+        }
+        places = {"context": 512, "sample": sample, "task": task, "depth": None}
+        return places | {"prompt_tokens": 5, "bf16_bytes": 9, "outcomes": {"exact": outcome}}
+
+    records = [record(sample, task) for sample in range(3) for task in ("vt", "quote")]
+    cells = collect_cells(records, ["exact"], with_reference=False)
+    assert [(cell.task, cell.scores, cell.fallbacks) for cell in cells] == [
+        ("vt", (0.0, 1.0, 2.0), 2),
+        ("quote", (0.0, 1.0, 2.0), 2),
+    ]
+
+
+def test_transformers_stands_beside_the_recipes(options, capsys):
+    results = run(options(against="transformers", recipe="exact", samples="1"))
+    assert results.against.samples == results.against.equal_scores == results.against.equal_tokens == 3
+    assert {cell.recipe for cell in results.cells} == {"exact", "transformers"}
+    assert list(results.recipes) == ["exact"]
+    exact, other = overview_rows(results, 300)
+    assert exact[3:5] != other[3:5] == ("-", "-")
+    print_overview(results)
+    assert "equal scores on 3 of 3 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"suite": "ruler"})])
+def test_what_is_no_results_file_is_refused(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match="kvsluice eval"):
+        load(path)
