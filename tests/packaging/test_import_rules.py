@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "client": ("protos", SERVICES_ROOT),
     "loadtest": ("client",),
     "evals": (*WORKER, "services.prefill", "services.decode", "client"),
-    "benchmarks": (*WORKER, "services.prefill", "services.decode", "client"),
+    "benchmarks": (*WORKER, "services.prefill", "services.decode", "client", "evals"),
     "services.cli": ("",),
     "services.cli_eval": ("evals",),
     "services.terminal": ("client", SERVICES_ROOT),
