@@ -98,6 +98,6 @@ def agreement(records: Sequence[Record], dtype: str, *, in_nats: bool) -> Agreem
     return Agreement(
         samples=len(records),
         equal_scores=sum(gap <= most for gap in gaps),
-        equal_tokens=len(records) - len(differences),
+        equal_tokens=None if in_nats else len(records) - len(differences),
         differences=tuple(differences),
     )

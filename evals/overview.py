@@ -50,10 +50,8 @@ def print_overview(results: EvalResults) -> None:
         _print_table(title(results, context), [HEADER, *overview_rows(results, context)])
     if results.against is not None:
         own = results.against
-        print(
-            f"exact and transformers: equal scores on {own.equal_scores} of {own.samples} samples, equal tokens on "
-            f"{own.equal_tokens}"
-        )
+        tokens = "" if own.equal_tokens is None else f", equal tokens on {own.equal_tokens}"
+        print(f"exact and transformers: equal scores on {own.equal_scores} of {own.samples} samples{tokens}")
 
 
 def _print_table(heading: str, rows: Sequence[Sequence[str]]) -> None:

@@ -144,13 +144,13 @@ class Agreement:
     Attributes:
         samples: how many were compared.
         equal_scores: samples on which both score the same.
-        equal_tokens: samples on which both choose the same token everywhere.
+        equal_tokens: samples on which both choose the same token everywhere; None for perplexity, which has none.
         differences: of the other samples, where they part.
     """
 
     samples: int
     equal_scores: int
-    equal_tokens: int
+    equal_tokens: int | None
     differences: tuple[TokenDifference, ...]
 
 

@@ -42,14 +42,20 @@ class WorkFile:
         done: units with their records, those of earlier runs included.
 
     Raises:
-        InvalidRequest: another run writes the file, it belongs to a run of another identity, or it is no work file.
+        InvalidRequest: it cannot be written, another run writes it or has left it with another identity, or it is no
+            work file.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
         self.done: dict[Unit, Record] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._file: TextIO = path.open("a+", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: TextIO = path.open("a+", encoding="utf-8")
+        except OSError as exc:
+            raise InvalidRequest(
+                "--json", f"cannot write {path}: {exc.strerror}", "a file that can be written"
+            ) from exc
         try:
             self._open({key: json.loads(json.dumps(value)) for key, value in identity.items()}, fresh)
         except BaseException:

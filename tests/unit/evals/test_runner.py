@@ -9,12 +9,14 @@ import sys
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from kvsluice.errors import InvalidRequest, KvsluiceError
 from kvsluice.evals import evaluator
+from kvsluice.evals.against import agreement
 from kvsluice.evals.overview import overview_rows, print_overview
-from kvsluice.evals.results import AVERAGE, load
+from kvsluice.evals.results import AVERAGE, TokenDifference, load
 from kvsluice.evals.runner import collect_cells, main, run
 from kvsluice.evals.scoring import Scorer
 from kvsluice.evals.workfile import WorkFile, work_path
@@ -94,17 +96,21 @@ def test_a_line_that_was_cut_short_is_done_again(options, counted):
 
 
 def test_a_killed_run_goes_on(options, tmp_path):
-    chosen = options(samples="40")
+    chosen = options(samples="12")
     words = ["--suite", "ppl", "--model", chosen.model, "--texts", chosen.texts, "--recipe", "exact,kivi"]
-    words += ["--context", "300", "--samples", "40", "--scored-tokens", "40", "--json", str(chosen.json)]
-    command = [sys.executable, "-P", "-m", "kvsluice.evals.runner", *words, "--commit", "some-commit"]
+    words += ["--context", "300", "--samples", "12", "--scored-tokens", "40", "--json", str(chosen.json)]
+    words += ["--commit", "some-commit", "--processes", "2"]
+    command = [sys.executable, "-P", "-m", "kvsluice.evals.runner", *words]
     work = work_path(chosen.json)
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and (not work.exists() or work.read_text().count("\n") < 4):
             time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
     done = work.read_text().count("\n") - 1
-    assert 3 <= done < 120
+    assert 3 <= done < 36
     results = run(chosen)
     again = run(replace(chosen, json=tmp_path / "whole.json"))
     assert replace(results, environment={}) == replace(again, environment={})
@@ -134,6 +140,12 @@ def test_two_runs_do_not_share_a_work_file(tmp_path):
         WorkFile(path, {"seed": 0})
     held.close()
     WorkFile(path, {"seed": 0}).close()
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="--json: cannot write"):
+        WorkFile(tmp_path / "file" / "a.work.jsonl", {"seed": 0})
 
 
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -193,13 +205,25 @@ def test_cells_are_in_order_whatever_the_records_order():
 
 def test_transformers_stands_beside_the_recipes(options, capsys):
     results = run(options(against="transformers", recipe="exact", samples="1"))
-    assert results.against.samples == results.against.equal_scores == results.against.equal_tokens == 3
+    assert (results.against.samples, results.against.equal_scores, results.against.equal_tokens) == (3, 3, None)
     assert {cell.recipe for cell in results.cells} == {"exact", "transformers"}
     assert list(results.recipes) == ["exact"]
     exact, other = overview_rows(results, 300)
     assert exact[3:5] != other[3:5] == ("-", "-")
     print_overview(results)
     assert "equal scores on 3 of 3 samples" in capsys.readouterr().out
+
+
+def test_where_exact_and_transformers_part_is_listed():
+    def record(sample: int, difference: dict | None) -> dict:
+        places = {"context": 512, "sample": sample, "task": "vt", "depth": None}
+        score = 1.0 if difference is None else 0.0
+        return places | {"outcomes": {"exact": {"score": 1.0}}, "reference": {"score": score, "difference": difference}}
+
+    parted = {"token": 2, "answer": 5, "exact": 5, "transformers": 6, "gap": 0.125, "exact_gap": 0.125}
+    found = agreement([record(0, None), record(1, parted)], "bfloat16", in_nats=False)
+    assert (found.samples, found.equal_scores, found.equal_tokens) == (2, 1, 1)
+    assert found.differences == (TokenDifference(512, "vt", None, 1, **parted),)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"suite": "ruler"})])

@@ -29,6 +29,7 @@ RECIPES = {
     "kivi-2bit": get_recipe("kivi-2bit"),
     "fastkv": get_recipe("fastkv"),
     "sluice": sealing_sluice(),
+    "streaming": get_recipe("streaming"),
 }
 
 
@@ -45,8 +46,8 @@ def scorer(longctx, profile) -> Scorer:
 @pytest.fixture(scope="module")
 def cases(encode, topics) -> list[Case]:
     ruler, niah = Ruler(encode, topics, 0), NeedleGrid(encode, topics, 0, [0.5])
-    units = [Unit(700, 0, "niah_multikey_1"), Unit(640, 0, "quote")]
-    return [niah.case(Unit(640, 0, "needle", 0.5)), *(ruler.case(unit) for unit in units)]
+    units = [Unit(600, 0, "niah_multikey_1"), Unit(560, 0, "quote")]
+    return [niah.case(Unit(480, 0, "needle", 0.5)), *(ruler.case(unit) for unit in units)]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def test_an_answer_scores_one_iff_generation_says_it(longctx, profile, cases, ou
 def test_right_and_wrong_answers_both_occur(outcomes):
     assert outcomes[0]["exact"].score == 1.0
     assert {outcome.score for row in outcomes for outcome in row.values()} > {0.0, 1.0}
+    assert {outcome.fallback for row in outcomes for outcome in row.values()} == {None}
 
 
 def test_samples_and_recipes_that_run_together_score_as_alone(longctx, profile, cases, outcomes):
