@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -11,6 +16,49 @@ REFERENCE = "reference"
 TRITON = "triton"
 
 Implementation = TypeVar("Implementation")
+
+_forced: str | None = None
+
+
+class Modules(Mapping[str, ModuleType]):
+    """The implementations of an op, which are modules of its package, each imported when it is first wanted.
+
+    Args:
+        package: `__package__` of the op.
+        names: its implementations; `triton` counts only where Triton is installed.
+    """
+
+    def __init__(self, package: str, *names: str) -> None:
+        self._package = package
+        self._names = [name for name in names if name != TRITON or has_triton()]
+
+    def __getitem__(self, name: str) -> ModuleType:
+        if name not in self._names:
+            raise KeyError(name)
+        return importlib.import_module(f".{name}", self._package)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within the context every op that has the implementation `name` runs it, whatever the device."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def backend(device: torch.device, implementations: Mapping[str, Implementation]) -> Implementation:
@@ -21,10 +69,10 @@ def backend(device: torch.device, implementations: Mapping[str, Implementation])
         implementations: those that the op has, by name; `reference` is always among them and runs everywhere.
 
     Returns:
-        `triton`'s for CUDA tensors of an op that has it, else `reference`'s.
+        `triton`'s for CUDA tensors of an op that has it, else `reference`'s; another one where it is `forced`.
     """
-    name = TRITON if device.type == "cuda" and TRITON in implementations else REFERENCE
-    return implementations[name]
+    wanted = _forced or (TRITON if device.type == "cuda" else REFERENCE)
+    return implementations[wanted if wanted in implementations else REFERENCE]
 
 
 def require(condition: bool, message: str) -> None:
