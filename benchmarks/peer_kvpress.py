@@ -55,14 +55,14 @@ from .kvpress_match import MOST_SHARE, NAMES, Match, Setup
 from .kvpress_side import PeerMissing, kvpress_version, load_press
 
 _RANKING = (
-    "In float32 both keep the same rows and say the same. In bfloat16 kvpress rounds attention weights and their means, "
+    "In float32 both keep the same rows and say the same. In bfloat16 kvpress rounds attention weights and means, "
     "ours ranks in float32, and the layers before round in other orders: near ties fall differently. Measured over all "
     "layers and heads, 1.0 % of the kept rows differ for snapkv and 1.1 % for pyramidkv at 6K tokens, 0.4 % and 0.9 % "
     "at 1K."
 )
 _FORGETTING = (
     "Ours forgets old local rows in blocks of 16 while the answer goes on, the press never does; it shows where the "
-    "answer is read from the oldest local rows, as in `quote`. With one block that is as long as the prompt, so without "
+    "answer is read from the oldest local rows, as in `quote`. With one block as long as the prompt, so without "
     "forgetting, all answer tokens are the same in float32."
 )
 REASONS: Mapping[str, str] = {
