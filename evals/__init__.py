@@ -1,1 +1,2 @@
-"""What answers are worth: tasks and texts, the adapter's training, the demo, and parity with transformers."""
+"""What answers are worth: suites and their scores under recipes, the adapter's training, the demo, and parity with
+transformers."""
