@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import REFERENCE, backend, require
-from . import reference
+from ..dispatch import REFERENCE, TRITON, Modules, backend, require
 
-_IMPLEMENTATIONS = {REFERENCE: reference}
+_IMPLEMENTATIONS = Modules(__package__, REFERENCE, TRITON)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
