@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import block_rows
+
 # half an ulp of float16 relative to a normal value, and half the smallest subnormal step
 _HALF_ULP = 2.0**-11
 _HALF_TINY = 2.0**-25
@@ -20,7 +22,8 @@ def quantize(x: Tensor, bits: int, group: int, axis: str) -> tuple[Tensor, Tenso
     groups = (-(-n // group), *x.shape[1:]) if by_rows else (*x.shape[:-1], -(-channels // group))
     codes = x.new_empty((*x.shape[:-1], -(-channels * bits // 8)), dtype=torch.uint8)
     scale, minimum = (x.new_empty(groups, dtype=torch.float16) for _ in range(2))
-    step = max(1, BLOCK_ROWS // group) * group if by_rows else BLOCK_ROWS
+    rows = block_rows(x.device, BLOCK_ROWS)
+    step = max(1, rows // group) * group if by_rows else rows
     for begin in range(0, n, step):
         end = min(begin + step, n)
         at = slice(begin // group, -(-end // group)) if by_rows else slice(begin, end)

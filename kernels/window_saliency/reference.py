@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import block_rows
+
 BLOCK_ROWS = 2048  # keys scored at once, and fewer where there are many queries
 BLOCK_SCORES = 1 << 20
 
@@ -21,7 +23,7 @@ def window_saliency(
     group = num_heads // num_kv_heads
     # [Hkv, G * w, d], so that a KV head's keys are multiplied once for its group
     queries = (q.float() / math.sqrt(d)).view(w, num_kv_heads, group, d).permute(1, 2, 0, 3).flatten(1, 2)
-    step = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (num_heads * w)))
+    step = max(1, min(block_rows(k.device, BLOCK_ROWS), block_rows(k.device, BLOCK_SCORES) // (num_heads * w)))
 
     def scores(begin: int, end: int) -> Tensor:
         """Masked scores [Hkv, G, w, end - begin]."""
