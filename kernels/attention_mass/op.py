@@ -18,8 +18,8 @@ def attention_mass(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tenso
     Args:
         q: [c, H, d], post-RoPE.
         k: [m, Hkv, d], post-RoPE; never repeated for the query heads.
-        q_positions: int64 [c], each among `k_positions`.
-        k_positions: int64 [m].
+        q_positions: int64 [c], ascending, each among `k_positions`.
+        k_positions: int64 [m], ascending.
         window: the layer's sliding window, or None.
 
     Returns:

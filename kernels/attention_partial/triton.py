@@ -177,6 +177,11 @@ def _merge_partials(outs, lses, out_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
     tl.store(out_ptr + pair * HEAD_DIM + dims, merged, mask=dims < HEAD_DIM)
 
 
+def multipliable(x: Tensor) -> Tensor:
+    """x, in float32 where Triton's interpreter stands in for a GPU: it cannot multiply matrices of bfloat16."""
+    return x.float() if triton.knobs.runtime.interpret and x.dtype == torch.bfloat16 else x
+
+
 def attention_partial(
     q: Tensor,
     k: Tensor,
@@ -189,6 +194,7 @@ def attention_partial(
     """See `op.attention_partial`."""
     num_rows, num_heads, d = q.shape
     num_keys = k.shape[-2]
+    q, k, v = multipliable(q), multipliable(k), multipliable(v)
     out = torch.empty(num_rows, num_heads, d, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=q.device)
     if num_keys == 0:

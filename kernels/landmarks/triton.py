@@ -47,6 +47,7 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tenso
         TILE=tile,
         BLOCK=BLOCK_LANDMARKS,
         HAS_SCALE=scale is not None,
+        num_warps=4 if d <= 64 else 8,  # fewer would spill registers
     )
     return scores
 

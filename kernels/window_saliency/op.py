@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..dispatch import REFERENCE, backend, require
-from . import reference
+from ..dispatch import REFERENCE, TRITON, Modules, backend, require
 
-_IMPLEMENTATIONS = {REFERENCE: reference}
+_IMPLEMENTATIONS = Modules(__package__, REFERENCE, TRITON)
 
 
 def window_saliency(
@@ -31,7 +30,7 @@ def window_saliency(
         k: [n, Hkv, d], post-RoPE keys, w <= n; never repeated for the query heads.
         kernel: odd width of the pooling, stride 1, zero padding.
         pool: `max` or `avg`.
-        positions: int64 [n], needed for a sliding window only.
+        positions: int64 [n], ascending, needed for a sliding window only.
         window: the layer's sliding window, or None.
 
     Returns:

@@ -40,12 +40,12 @@ def window_saliency(
     for begin in range(0, n - w, step):
         end = min(begin + step, n - w)
         mass[..., begin:end] = scores(begin, end).sub_(total[..., None]).exp_().sum(dim=2)
-    return torch.stack([_pooled(head, kernel, pool).sum(dim=0) for head in mass])
+    return torch.stack([pooled(head, kernel, pool).sum(dim=0) for head in mass])
 
 
-def _pooled(mass: Tensor, kernel: int, pool: str) -> Tensor:
-    """Pool [G, m] over neighbours, keeping m."""
+def pooled(mass: Tensor, kernel: int, pool: str) -> Tensor:
+    """Pool mass [heads, m] over neighbours, keeping m."""
     if mass.shape[-1] == 0 or kernel == 1:
         return mass
-    pooled = F.max_pool1d if pool == "max" else F.avg_pool1d
-    return pooled(mass[None], kernel, stride=1, padding=kernel // 2)[0]
+    reduce = F.max_pool1d if pool == "max" else F.avg_pool1d
+    return reduce(mass[None], kernel, stride=1, padding=kernel // 2)[0]

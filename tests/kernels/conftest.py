@@ -19,7 +19,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def interpreted(device: torch.device) -> bool:
-    """Whether Triton's interpreter stands in for a GPU; it cannot multiply matrices of bfloat16."""
+    """Whether Triton's interpreter stands in for a GPU."""
     return device.type == "cpu"
 
 

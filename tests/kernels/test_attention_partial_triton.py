@@ -39,9 +39,7 @@ def test_shared_keys_in_views_that_callers_pass(compiled, device, generator, gro
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product((F32, F16, BF16), repeat=3)))
-def test_every_mix_of_dtypes(compiled, device, interpreted, generator, dtypes):
-    if interpreted and (dtypes[2] == BF16 or dtypes[:2] == (BF16, BF16)):
-        pytest.skip("Triton's interpreter cannot multiply matrices of bfloat16")
+def test_every_mix_of_dtypes(compiled, device, generator, dtypes):
     q, k, v = (
         torch.randn(*shape, generator=generator).to(device, dtype)
         for shape, dtype in zip(((3, 6, 64), (2, 100, 64), (2, 100, 64)), dtypes, strict=True)
@@ -99,9 +97,7 @@ def test_no_rows_give_nothing(compiled, device):
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("m", [9, 400])
-def test_rows_together_equal_rows_alone_bit_for_bit(compiled, device, interpreted, generator, monkeypatch, dtype, m):
-    if interpreted and dtype == BF16:
-        pytest.skip("needs a CUDA device")
+def test_rows_together_equal_rows_alone_bit_for_bit(compiled, device, generator, monkeypatch, dtype, m):
     q = torch.randn(7, 9, 64, generator=generator).to(device, dtype)
     k, v = torch.randn(2, 3, m, 64, generator=generator).to(device, dtype)
     at, rows = torch.arange(m, device=device), torch.arange(m - 7, m, device=device)
