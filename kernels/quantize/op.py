@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..dispatch import REFERENCE, backend, require
-from . import reference
+from ..dispatch import REFERENCE, TRITON, Modules, backend, require
 
-_IMPLEMENTATIONS = {REFERENCE: reference}
+_IMPLEMENTATIONS = Modules(__package__, REFERENCE, TRITON)
 
 Axis = Literal["channel", "token"]
 
