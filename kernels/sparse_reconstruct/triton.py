@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .op import ChunkSegment
 
 BLOCK_RANK = 32
+DECODED_BYTES = 1 << 28  # of keys, and as much of values
 
 
 def sparse_attention(
@@ -27,7 +28,26 @@ def sparse_attention(
     chunk: int,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `op.sparse_attention`. Entries of other segments are read at a segment's first or last chunk and not used."""
+    """See `op.sparse_attention`; as many rows at once as `DECODED_BYTES` hold."""
+    row_nbytes = 4 * chunks[0].numel() * chunk * q.shape[2] if len(chunks) else 1
+    step = max(1, DECODED_BYTES // max(1, row_nbytes))
+    parts = []
+    for begin in range(0, max(1, len(q)), step):
+        at = slice(begin, begin + step)
+        shown = None if valid is None else valid[at].repeat_interleave(chunk, dim=-1)
+        k, v, positions = _read_rows(chunks[at], segments, chunk, q.shape[2])
+        parts.append(attention_partial(q[at], k, v, positions, q_positions[at], window, valid=shown))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _read_rows(chunks: Tensor, segments: Sequence[ChunkSegment], chunk: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks [Q, Hkv, K] as k, v float32 [Q, Hkv, K * chunk, d] and positions int64 [Q, Hkv, K * chunk].
+
+    An entry of another segment is read at a segment's first or last chunk and not used: to leave it out would take a
+    wait for the device.
+    """
     num_rows, num_kv_heads, count = chunks.shape
     heads = torch.arange(num_kv_heads, device=chunks.device)[None, :, None].expand_as(chunks).flatten()
     flat, begin = chunks.flatten(), 0
@@ -44,10 +64,7 @@ def sparse_attention(
             positions = torch.where(later[:, None], one[2], positions)
         begin += segment.num_chunks
     shape = (num_rows, num_kv_heads, count * chunk)
-    shown = None if valid is None else valid.repeat_interleave(chunk, dim=-1)
-    return attention_partial(
-        q, k.view(*shape, -1), v.view(*shape, -1), positions.view(shape), q_positions, window, valid=shown
-    )
+    return k.view(*shape, d), v.view(*shape, d), positions.view(shape)
 
 
 def _read(segment: ChunkSegment, heads: Tensor, chunks: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
