@@ -10,8 +10,8 @@ import torch
 from kvsluice.kernels.attention_partial import attention_partial, merge_partials, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# float32 sums in another order; 16-bit values meet weights of 16 bits
-ATOL, ATOL_16 = 4e-6, 4e-5
+# float32 sums in another order and fast exponentials; 16-bit values meet weights of 16 bits
+ATOL, ATOL_16 = 1e-5, 5e-5
 
 
 @pytest.fixture

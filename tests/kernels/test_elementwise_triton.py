@@ -14,7 +14,7 @@ from kvsluice.kernels.swiglu import swiglu
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # a few steps of the dtype, where float32 intermediates round the other way
-STEP = {F32: 2e-6, F16: 2e-3, BF16: 2.4e-2}
+STEP = {F32: 4e-6, F16: 2e-3, BF16: 2.4e-2}
 
 
 @pytest.fixture(params=[F32, F16, BF16], ids=str)
