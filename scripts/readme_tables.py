@@ -1,4 +1,4 @@
-"""Puts measured numbers into README.md, between `<!-- NAME -->` and `<!-- end NAME -->`, from benchmarks/results/.
+"""Puts what `make acceptance` measured into README.md; scripts/recipe_report.py does the same for the recipes.
 
 With --check it only says whether README.md holds what the results say.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from kvsluice.evals import demo
+from kvsluice.evals.pages import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -57,23 +58,9 @@ def origin(results: Mapping[str, Any]) -> str:
     )
 
 
-BLOCKS = {"demo": demo_table, "parity": parity_lines}
-
-
-def filled(readme: str, results: Mapping[str, Any]) -> str:
-    """README with every block made anew.
-
-    Raises:
-        ValueError: a block is missing.
-    """
-    for name, make in BLOCKS.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        before, found, rest = readme.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"README.md must hold a block {begin.strip()} ... {end}")
-        readme = f"{before}{begin}{make(results)}\n{end}{after}"
-    return readme
+def blocks(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every block by its name."""
+    return {"demo": demo_table(results), "parity": parity_lines(results)}
 
 
 def main() -> int:
@@ -81,7 +68,7 @@ def main() -> int:
         print(f"{RESULTS.relative_to(ROOT)} is missing; `make acceptance` writes it")
         return 1
     readme = README.read_text()
-    wanted = filled(readme, json.loads(RESULTS.read_text()))
+    wanted = filled(readme, blocks(json.loads(RESULTS.read_text())), README.name)
     if "--check" in sys.argv[1:]:
         if wanted != readme:
             print("README.md does not hold the numbers of benchmarks/results; run `make readme`")

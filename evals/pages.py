@@ -1,0 +1,52 @@
+"""Pages of Markdown with blocks that a program fills: `<!-- NAME -->`, what it made, `<!-- end NAME -->`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def filled(page: str, blocks: Mapping[str, str], where: str) -> str:
+    """The page with each block made anew.
+
+    Args:
+        blocks: name to text.
+        where: the page's name, for messages.
+
+    Raises:
+        ValueError: a block is missing.
+    """
+    for name, text in blocks.items():
+        before, _, after = _cut(page, name, where)
+        page = f"{before}{_begin(name)}\n{text}\n{_end(name)}{after}"
+    return page
+
+
+def block(page: str, name: str, where: str) -> str:
+    """What stands in a block.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    return _cut(page, name, where)[1].strip()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int = 1) -> str:
+    """A Markdown table; columns from `numbers_from` on are set to the right."""
+    rules = ["---" if place < numbers_from else "---:" for place in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+
+
+def _begin(name: str) -> str:
+    return f"<!-- {name} -->"
+
+
+def _end(name: str) -> str:
+    return f"<!-- end {name} -->"
+
+
+def _cut(page: str, name: str, where: str) -> tuple[str, str, str]:
+    before, found, rest = page.partition(f"{_begin(name)}\n")
+    inside, closed, after = rest.partition(_end(name))
+    if not (found and closed):
+        raise ValueError(f"{where} must hold a block {_begin(name)} ... {_end(name)}")
+    return before, inside, after

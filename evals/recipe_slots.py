@@ -1,0 +1,73 @@
+"""Tables of what recipes consist of and, from that, what they ship."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+
+from ..compression.filling import SLOT_NAMES
+from ..compression.recipe import ModelShape, Recipe, get_recipe, recipe_names, resolve
+from ..compression.sizes import encoded_nbytes
+from ..models.checkpoint import DEFAULT_MODEL
+from ..models.loader import load_config
+from ..models.profiles import load_profile
+from ..services.model_shape import model_shape
+from .pages import table
+
+CONTEXTS = (2048, 4096, 8192, 16384, 32768)
+BF16_BYTES = 2
+
+
+def slot_rows(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Slot, filling and numbers of each slot that differs from `exact`'s."""
+    plain, own, rows = json.loads(get_recipe("exact").to_json()), json.loads(recipe.to_json()), []
+    for slot in SLOT_NAMES:
+        filling = own[slot]
+        if filling == plain[slot]:
+            continue
+        numbers = (f"{name} = {_shown(value)}" for name, value in filling.items() if name != "kind")
+        rows.append((f"`{slot}`", f"`{filling['kind']}`", ", ".join(numbers)))
+    return rows
+
+
+def slots_table(name: str) -> str:
+    """The slots of a recipe, and what it ships of a prompt on the default model."""
+    rows = slot_rows(get_recipe(name))
+    if not rows:
+        return "Every slot at its default."
+    shares = ", ".join(f"{share} of {context:,}" for context, share in zip(CONTEXTS, shipped_shares(name), strict=True))
+    return (
+        f"{table(('slot', 'filling', 'numbers'), rows, numbers_from=3)}\n\nOther slots are those of `exact`. "
+        f"Bytes on the wire ÷ bf16, from the layout, for {DEFAULT_MODEL} and prompts in tokens: {shares}."
+    )
+
+
+def shipped_table() -> str:
+    """What each recipe ships by its layout, for the default model."""
+    rows = [(f"`{name}`", *shipped_shares(name)) for name in recipe_names()]
+    return table(("recipe", *(f"{context:,}" for context in CONTEXTS)), rows)
+
+
+def shipped_shares(name: str, contexts: Sequence[int] = CONTEXTS) -> list[str]:
+    """Bytes shipped, without headers, as shares of the cache in bf16; `exact` where a prompt is too short."""
+    shape = default_shape()
+    profile = load_profile(DEFAULT_MODEL, shape)
+    found = []
+    for context in contexts:
+        resolved = resolve(get_recipe(name), shape, context, profile)
+        share = encoded_nbytes(resolved.recipe, shape, context, BF16_BYTES) / shape.bf16_kv_bytes(context)
+        found.append("runs `exact`" if resolved.fallback_reason else f"{share:.3f}")
+    return found
+
+
+@cache
+def default_shape() -> ModelShape:
+    """The default model's shape."""
+    return model_shape(load_config(DEFAULT_MODEL))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "from the model's profile or shape"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,53 @@
+"""Runs of `kvsluice eval` as tables ask for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .results import AVERAGE, Cell, EvalResults, Summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file of results and its name without `.json`."""
+
+    name: str
+    results: EvalResults
+
+    @property
+    def contexts(self) -> list[int]:
+        return list(dict.fromkeys(cell.context for cell in self.results.cells))
+
+    def summary(self, recipe: str, context: int, task: str = AVERAGE) -> Summary | None:
+        """The row of a recipe, or None where there is none."""
+        wanted = (recipe, context, task, None)
+        rows = (row for row in self.results.summary if (row.recipe, row.context, row.task, row.depth) == wanted)
+        return next(rows, None)
+
+    def by_average(self, context: int) -> list[Summary]:
+        """The averages of a context, best first; those of transformers' own model left out."""
+        rows = [self.summary(label, context) for label in self.results.recipes]
+        less_is_better = self.results.suite == "ppl"
+        found = [row for row in rows if row is not None]
+        return sorted(found, key=lambda row: row.mean if less_is_better else -row.mean)
+
+    def costs(self, recipe: str, context: int) -> tuple[float, float]:
+        """Bytes shipped and held as shares of the cache in bf16, over all samples of a context."""
+        cells = self._cells(recipe, context)
+        whole = sum(cell.bf16_bytes * len(cell.scores) for cell in cells)
+        shipped = sum(cell.payload_bytes * len(cell.scores) for cell in cells)
+        held = sum(cell.resident_bytes * len(cell.scores) for cell in cells)
+        return shipped / whole, held / whole
+
+    def fallbacks(self, context: int) -> str:
+        """Which recipes ran `exact` on some samples, as a sentence; "" where none did."""
+        parts = []
+        for label in self.results.recipes:
+            cells = self._cells(label, context)
+            count, samples = sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)
+            if count:
+                parts.append(f"`{label}` on {count} of {samples}")
+        return f"Samples too short for the recipe, which ran `exact`: {', '.join(parts)}." if parts else ""
+
+    def _cells(self, recipe: str, context: int) -> list[Cell]:
+        return [cell for cell in self.results.cells if (cell.recipe, cell.context) == (recipe, context)]
