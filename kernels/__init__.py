@@ -1,6 +1,6 @@
 """Tensor operations, one folder an op.
 
-Each folder has `op.py` (checks, allocates, dispatches), `reference.py` (plain torch, every device) and, where there is
-one, `triton.py` (compiled kernels only, imported when a CUDA tensor first needs them). The folder's `__init__.py`
-exports the public function. Nothing here knows of models, recipes or services.
+Each folder has `op.py` (checks and dispatches), `reference.py` (plain torch, every device) and, where there is one,
+`triton.py` (compiled kernels and their launches, imported when a CUDA tensor first needs them). The folder's
+`__init__.py` exports the public function. Nothing here knows of models, recipes or services.
 """
