@@ -118,10 +118,11 @@ def column_mass(
     else:
         last = torch.cat((at[shape["BLOCK_N"] - 1 :: shape["BLOCK_N"]], at[-1:]))[:tiles]
         stop = torch.searchsorted(q_positions, last + window)
-    _column_sums[(tiles, len(mass))](
-        q, k, q_positions, k_positions, first, stop, lse, mass, q.stride(), k.stride(),
-        num_columns, q.shape[1], window or 0, 1 / math.sqrt(q.shape[2]), SPAN=span, **shape,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _column_sums[(tiles, len(mass))](
+            q, k, q_positions, k_positions, first, stop, lse, mass, q.stride(), k.stride(),
+            num_columns, q.shape[1], window or 0, 1 / math.sqrt(q.shape[2]), SPAN=span, **shape,
+        )  # fmt: skip
     return mass
 
 
@@ -139,10 +140,11 @@ def _row_lse(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, win
         first = torch.searchsorted(k_positions, q_positions[::tile_rows] - window, right=True)
     splits = min(-(-num_keys // MIN_SPLIT_KEYS), max(1, ENOUGH_PROGRAMS // (tiles * num_kv_heads)))
     lse = torch.empty(splits, num_rows, num_heads, dtype=torch.float32, device=q.device)
-    _denominators[(tiles, num_kv_heads, splits)](
-        q, k, q_positions, k_positions, first, stop, lse, q.stride(), k.stride(), num_rows, num_keys,
-        -(-num_keys // splits), window or 0, 1 / math.sqrt(q.shape[2]), TILE_ROWS=tile_rows, **shape,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _denominators[(tiles, num_kv_heads, splits)](
+            q, k, q_positions, k_positions, first, stop, lse, q.stride(), k.stride(), num_rows, num_keys,
+            -(-num_keys // splits), window or 0, 1 / math.sqrt(q.shape[2]), TILE_ROWS=tile_rows, **shape,
+        )  # fmt: skip
     return lse[0] if splits == 1 else torch.logsumexp(lse, dim=0)
 
 

@@ -220,7 +220,8 @@ def merge_partials(partials: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     merged = torch.empty_like(outs[0])
     d = merged.shape[-1]
     if lses[0].numel():
-        _merge_partials[(lses[0].numel(),)](outs, lses, merged, d, triton.next_power_of_2(d), num_warps=1)
+        with torch.cuda.device_of(merged):
+            _merge_partials[(lses[0].numel(),)](outs, lses, merged, d, triton.next_power_of_2(d), num_warps=1)
     return merged
 
 
@@ -264,14 +265,16 @@ def _launch(
     split = num_splits > 1
     outs = out.new_empty(num_splits, *out.shape) if split else out
     lses = lse.new_empty(num_splits, *lse.shape) if split else lse
-    _attend_split[(-(-num_rows // tile_rows), num_kv_heads, num_splits)](
-        q, k, v, k_positions, valid, q_positions.contiguous(), outs, lses,
-        q.stride(), _strides(k, 4), _strides(v, 4), _strides(k_positions, 3), _strides(valid, 3),
-        num_rows, num_keys, split_keys, window or 0, 1 / math.sqrt(d),
-        HEAD_DIM=d, GROUP=group, TILE_ROWS=tile_rows, HAS_WINDOW=window is not None,
-        BLOCK_M=block_m, BLOCK_N=32 if large else 64, BLOCK_D=block_d,
-        num_warps=8 if large else 4, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _attend_split[(-(-num_rows // tile_rows), num_kv_heads, num_splits)](
+            q, k, v, k_positions, valid, q_positions.contiguous(), outs, lses,
+            q.stride(), _strides(k, 4), _strides(v, 4), _strides(k_positions, 3), _strides(valid, 3),
+            num_rows, num_keys, split_keys, window or 0, 1 / math.sqrt(d),
+            HEAD_DIM=d, GROUP=group, TILE_ROWS=tile_rows, HAS_WINDOW=window is not None,
+            BLOCK_M=block_m, BLOCK_N=32 if large else 64, BLOCK_D=block_d,
+            num_warps=8 if large else 4, num_stages=2,
+        )  # fmt: skip
     if split:
         blocks = {"BLOCK_S": triton.next_power_of_2(num_splits), "BLOCK_D": block_d}
-        _merge_splits[(num_rows * num_heads,)](outs, lses, out, lse, num_splits, HEAD_DIM=d, **blocks, num_warps=4)
+        with torch.cuda.device_of(q):
+            _merge_splits[(num_rows * num_heads,)](outs, lses, out, lse, num_splits, HEAD_DIM=d, **blocks, num_warps=4)

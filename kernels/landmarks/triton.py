@@ -29,26 +29,27 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tenso
     tile = max(TILE_QUERIES, triton.next_power_of_2(group))
     rows = tile // group
     grid = (triton.cdiv(num_rows, rows), num_kv_heads, triton.cdiv(count, BLOCK_LANDMARKS))
-    _score[grid](
-        q,
-        landmarks,
-        q if scale is None else scale,
-        scores,
-        num_rows,
-        count,
-        1.0 / math.sqrt(d),
-        *q.stride(),
-        *landmarks.stride(),
-        *((0, 0) if scale is None else scale.stride()),
-        GROUP=group,
-        D=d,
-        D_PAD=max(16, triton.next_power_of_2(d)),
-        ROWS=rows,
-        TILE=tile,
-        BLOCK=BLOCK_LANDMARKS,
-        HAS_SCALE=scale is not None,
-        num_warps=4 if d <= 64 else 8,  # fewer would spill registers
-    )
+    with torch.cuda.device_of(q):
+        _score[grid](
+            q,
+            landmarks,
+            q if scale is None else scale,
+            scores,
+            num_rows,
+            count,
+            1.0 / math.sqrt(d),
+            *q.stride(),
+            *landmarks.stride(),
+            *((0, 0) if scale is None else scale.stride()),
+            GROUP=group,
+            D=d,
+            D_PAD=max(16, triton.next_power_of_2(d)),
+            ROWS=rows,
+            TILE=tile,
+            BLOCK=BLOCK_LANDMARKS,
+            HAS_SCALE=scale is not None,
+            num_warps=4 if d <= 64 else 8,  # fewer would spill registers
+        )
     return scores
 
 

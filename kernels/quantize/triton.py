@@ -97,8 +97,9 @@ def _launch(
     if heads is not None and chunks is not None:
         heads, chunks = heads.contiguous(), chunks.contiguous()
     # products and sums round separately, as in the reference
-    _decode[(-(-num_rows // rows),)](
-        codes.contiguous(), scale.contiguous(), minimum.contiguous(), heads, chunks, out, num_rows,
-        NUM_HEADS=num_heads, CHUNK=chunk, NUM_CHANNELS=num_channels, BITS=bits, GROUP=group,
-        BY_CHANNEL=axis == "channel", BLOCK_R=rows, BLOCK_C=columns, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _decode[(-(-num_rows // rows),)](
+            codes.contiguous(), scale.contiguous(), minimum.contiguous(), heads, chunks, out, num_rows,
+            NUM_HEADS=num_heads, CHUNK=chunk, NUM_CHANNELS=num_channels, BITS=bits, GROUP=group,
+            BY_CHANNEL=axis == "channel", BLOCK_R=rows, BLOCK_C=columns, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -59,10 +59,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])
         num_rows = rows.shape[0] * rows.shape[1]
         grid, options = _tiles(num_rows, x.shape[-1])
-        _rms_norm[grid](
-            rows, weight.contiguous(), y, num_rows, eps, *rows.stride(),
-            INNER=rows.shape[1], NUM_COLUMNS=x.shape[-1], **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(y):
+            _rms_norm[grid](
+                rows, weight.contiguous(), y, num_rows, eps, *rows.stride(),
+                INNER=rows.shape[1], NUM_COLUMNS=x.shape[-1], **options,
+            )  # fmt: skip
     return y
 
 
@@ -72,10 +73,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if x.numel():
         num_rows = x.numel() // x.shape[-1]
         grid, options = _tiles(num_rows, x.shape[-1])
-        _add_rms_norm[grid](
-            x.contiguous(), residual.contiguous(), weight.contiguous(), y, total, num_rows, eps,
-            NUM_COLUMNS=x.shape[-1], **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(y):
+            _add_rms_norm[grid](
+                x.contiguous(), residual.contiguous(), weight.contiguous(), y, total, num_rows, eps,
+                NUM_COLUMNS=x.shape[-1], **options,
+            )  # fmt: skip
     return y, total
 
 

@@ -42,8 +42,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         columns = triton.next_power_of_2(d // 2)
         pairs = max(1, TILE_ELEMENTS // columns)
         # products and sums round separately, as in the reference
-        _rotate[(-(-n * num_heads // pairs),)](
-            x, cos, sin, y, x.stride(), cos.expand(x.shape).stride(), sin.expand(x.shape).stride(), n * num_heads,
-            NUM_HEADS=num_heads, HALF=d // 2, BLOCK_P=pairs, BLOCK_D=columns, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(y):
+            _rotate[(-(-n * num_heads // pairs),)](
+                x, cos, sin, y, x.stride(), cos.expand(x.shape).stride(), sin.expand(x.shape).stride(), n * num_heads,
+                NUM_HEADS=num_heads, HALF=d // 2, BLOCK_P=pairs, BLOCK_D=columns, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
     return y

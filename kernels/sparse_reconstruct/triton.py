@@ -82,19 +82,20 @@ def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tenso
     d = basis.shape[2]
     out = torch.empty(count, chunk, d, dtype=torch.float32, device=coefficients.device)
     if count:
-        _multiply[(count,)](
-            coefficients.contiguous(),
-            basis,
-            heads,
-            out,
-            *basis.stride(),
-            CHUNK=chunk,
-            RANK=rank,
-            D=d,
-            ROWS=max(16, triton.next_power_of_2(chunk)),
-            D_PAD=max(16, triton.next_power_of_2(d)),
-            BLOCK=BLOCK_RANK,
-        )
+        with torch.cuda.device_of(out):
+            _multiply[(count,)](
+                coefficients.contiguous(),
+                basis,
+                heads,
+                out,
+                *basis.stride(),
+                CHUNK=chunk,
+                RANK=rank,
+                D=d,
+                ROWS=max(16, triton.next_power_of_2(chunk)),
+                D_PAD=max(16, triton.next_power_of_2(d)),
+                BLOCK=BLOCK_RANK,
+            )
     return out
 
 

@@ -35,7 +35,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         num_columns = gate.shape[-1]
         num_rows = gate.numel() // num_columns
         gate, up = (t if t.dim() == 2 else t.reshape(num_rows, num_columns) for t in (gate, up))
-        _swiglu[(num_rows * -(-num_columns // BLOCK),)](
-            gate, up, y, num_rows, num_columns, *gate.stride(), *up.stride(), BLOCK=BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(y):
+            _swiglu[(num_rows * -(-num_columns // BLOCK),)](
+                gate, up, y, num_rows, num_columns, *gate.stride(), *up.stride(), BLOCK=BLOCK, num_warps=4
+            )
     return y
