@@ -153,7 +153,7 @@ def _shape(q: Tensor, k: Tensor, num_pairs: int, window: int | None) -> dict[str
     group, d = q.shape[1] // k.shape[1], q.shape[2]
     block_d = max(TILE, triton.next_power_of_2(d))
     # float32 products run on ordinary units from registers: small blocks keep them from spilling
-    exact = torch.float32 in (q.dtype, k.dtype)
+    exact = q.dtype != k.dtype or q.dtype == torch.float32
     block_m = TILE if exact else max(TILE, min(TILE_PAIRS, triton.next_power_of_2(num_pairs)))
     large = exact and block_d > 64
     return {

@@ -259,7 +259,7 @@ def _launch(
     group = num_heads // num_kv_heads
     block_m, block_d = max(TILE, triton.next_power_of_2(group)), max(TILE, triton.next_power_of_2(d))
     # float32 products run on ordinary units from registers: smaller blocks over more warps keep them from spilling
-    large = block_d > 64 and torch.float32 in (q.dtype, k.dtype, v.dtype)
+    large = block_d > 64 and (q.dtype != k.dtype or torch.float32 in (k.dtype, v.dtype))
     own = k.dim() == 4 or any(t is not None and t.dim() == 3 for t in (k_positions, valid))
     tile_rows = 1 if own else block_m // group
     split = num_splits > 1
