@@ -9,7 +9,7 @@ help:
 	@echo "make test        the test suite (ARGS='tests/unit -x' narrows it)"
 	@echo "make check       lint, formatting, types, import rules, generated files; changes nothing"
 	@echo "make acceptance  what is too long for the suite; writes benchmarks/results/acceptance.json"
-	@echo "make readme      put the measured numbers into README.md"
+	@echo "make readme      put the measured numbers, tables and plots into README.md and docs/"
 	@echo "make clean       remove the virtual environment and everything that was built"
 
 setup:
@@ -30,6 +30,7 @@ acceptance: setup
 
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py
+	@$(BIN)/python scripts/recipe_report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

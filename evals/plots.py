@@ -139,7 +139,7 @@ def _drawing() -> Iterator[None]:
     """Settings under which the same numbers give the same file, and letters stay letters."""
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "kvsluice",
         "svg.fonttype": "none",
         "font.family": "DejaVu Sans",
@@ -148,7 +148,7 @@ def _drawing() -> Iterator[None]:
         "axes.spines.right": False,
     }
     # a user's own matplotlibrc must not show
-    with matplotlib.rc_context(rc=matplotlib.rcParamsDefault | settings):
+    with matplotlib.rc_context(rc={**matplotlib.rcParamsDefault, **settings}):
         yield
 
 

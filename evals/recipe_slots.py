@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 
-from ..compression.filling import SLOT_NAMES
+from ..compression.filling import SLOT_NAMES, filling_kinds
 from ..compression.recipe import ModelShape, Recipe, get_recipe, recipe_names, resolve
 from ..compression.sizes import encoded_nbytes
 from ..models.checkpoint import DEFAULT_MODEL
@@ -47,6 +47,15 @@ def shipped_table() -> str:
     """What each recipe ships by its layout, for the default model."""
     rows = [(f"`{name}`", *shipped_shares(name)) for name in recipe_names()]
     return table(("recipe", *(f"{context:,}" for context in CONTEXTS)), rows)
+
+
+def fillings_table() -> str:
+    """What may stand in each slot, `exact`'s filling first."""
+    plain, rows = json.loads(get_recipe("exact").to_json()), []
+    for slot in SLOT_NAMES:
+        kinds = sorted(filling_kinds(slot), key=lambda kind: (kind != plain[slot]["kind"], kind))
+        rows.append((f"`{slot}`", ", ".join(f"`{kind}`" for kind in kinds)))
+    return table(("slot", "fillings"), rows, numbers_from=2)
 
 
 def shipped_shares(name: str, contexts: Sequence[int] = CONTEXTS) -> list[str]:

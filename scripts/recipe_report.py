@@ -1,0 +1,163 @@
+"""Puts what was measured of the recipes into README.md, docs/recipes.md and docs/recipes/, and draws docs/images/.
+
+The numbers come from benchmarks/results/{ruler,niah,ppl,peer_kvpress}*.json, the tables of slots from the recipes
+themselves. What was not measured says so. With --check it only says whether pages and images hold all that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvsluice.evals import recipe_slots, recipe_tables, simulation
+from kvsluice.evals.pages import block, filled
+from kvsluice.evals.recipe_tables import NOT_MEASURED
+from kvsluice.evals.recorded import Run
+from kvsluice.evals.results import load
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("benchmarks") / "results"
+README = Path("README.md")
+LIBRARY = Path("docs") / "recipes.md"
+PAGES = Path("docs") / "recipes"
+IMAGES = Path("docs") / "images"
+DRAWN = ("ruler", "niah")  # suites that have an image a file
+EXPLANATIONS = "explanations"
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the files of results hold, by suite; the first file of a suite in order of names is the main one."""
+
+    ruler: Sequence[Run]
+    niah: Sequence[Run]
+    ppl: Sequence[Run]
+    peers: Sequence[tuple[str, Any]]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.ruler, *self.niah, *self.ppl]
+
+
+def read(root: Path) -> Measurements:
+    """Every file of results below a root.
+
+    Raises:
+        InvalidRequest: a file is not what its name says.
+    """
+    found = {}
+    for suite in ("ruler", "niah", "ppl"):
+        files = sorted((root / RESULTS).glob(f"{suite}*.json"), key=lambda path: path.stem)
+        found[suite] = [Run(path.stem, load(path)) for path in files]
+    peers = sorted((root / RESULTS).glob("peer_kvpress*.json"), key=lambda path: path.stem)
+    return Measurements(**found, peers=[(path.stem, json.loads(path.read_text())) for path in peers])
+
+
+def images(found: Measurements) -> dict[Path, str]:
+    """Every image by its path."""
+    drawn = {IMAGES / f"{run.name}.svg": recipe_tables.bytes_plot(run) for run in found.ruler}
+    return drawn | {IMAGES / f"{run.name}.svg": recipe_tables.needle_plot(run) for run in found.niah}
+
+
+def readme_blocks(found: Measurements) -> dict[str, str]:
+    """Blocks of README.md."""
+    if not found.ruler:
+        return {"recipes": NOT_MEASURED}
+    run = found.ruler[0]
+    return {"recipes": f"{_image(run, 'docs/images')}\n\n{recipe_tables.overview(run)}"}
+
+
+def library_blocks(found: Measurements) -> dict[str, str]:
+    """Blocks of docs/recipes.md."""
+
+    def each(texts: Sequence[str]) -> str:
+        return "\n\n".join(texts) or NOT_MEASURED
+
+    return {
+        "shipped": recipe_slots.shipped_table(),
+        "fillings": recipe_slots.fillings_table(),
+        "accuracy": each([f"{_image(run, 'images')}\n\n{recipe_tables.averages(run)}" for run in found.ruler]),
+        "tasks": each([recipe_tables.task_scores(run) for run in found.ruler]),
+        "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
+        "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
+        "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),
+        "simulation": simulation.comparison(found.ruler),
+        "variants": "```sh\n" + _variants_command() + "\n```",
+    }
+
+
+def page_blocks(page: str, found: Measurements) -> dict[str, str]:
+    """Blocks of a recipe's page: for every `slots NAME` and `measured NAME` that it has."""
+    made = {}
+    for kind, name in re.findall(r"^<!-- (slots|measured) (\S+) -->$", page, re.MULTILINE):
+        text = recipe_slots.slots_table(name) if kind == "slots" else recipe_tables.measured(name, found.runs)
+        made[f"{kind} {name}"] = text
+    return made
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """Every file that this script writes, as it should be.
+
+    Raises:
+        ValueError: a page lacks a block.
+    """
+    found = read(root)
+    pages = {README: readme_blocks(found), LIBRARY: library_blocks(found)}
+    for path in sorted((root / PAGES).glob("*.md")):
+        pages[path.relative_to(root)] = page_blocks(path.read_text(), found)
+    return images(found) | {path: filled((root / path).read_text(), made, str(path)) for path, made in pages.items()}
+
+
+def stale_images(root: Path, made: dict[Path, str]) -> list[Path]:
+    """Images of results that are no more."""
+    drawn = [path for suite in DRAWN for path in (root / IMAGES).glob(f"{suite}*.svg")]
+    return [path for path in sorted(drawn) if path.relative_to(root) not in made]
+
+
+def faults(root: Path, made: dict[Path, str]) -> list[str]:
+    """What differs from what the results say, and what is not explained."""
+    apart = [path for path, text in made.items() if not (root / path).is_file() or (root / path).read_text() != text]
+    stale = [path.relative_to(root) for path in stale_images(root, made)]
+    explanations = block(made[LIBRARY], EXPLANATIONS, str(LIBRARY))
+    return [
+        *(f"{path} does not hold what benchmarks/results says; run `make readme`" for path in apart),
+        *(f"{path} shows results that are no more; run `make readme`" for path in stale),
+        *(
+            f"{LIBRARY} does not explain the difference to the simulation for {label}: write an item `- **{label}**: …`"
+            for label in simulation.unexplained(read(root).ruler, explanations)
+        ),
+    ]
+
+
+def _image(run: Run, folder: str) -> str:
+    what = "scores against bytes shipped" if run.results.suite == "ruler" else "needles found by depth and length"
+    return f"![{what}]({folder}/{run.name}.svg)"
+
+
+def _variants_command() -> str:
+    lines = [f"  --variant '{label}={variant}'" for label, variant in simulation.VARIANTS.items()]
+    head = f"kvsluice eval --suite ruler --recipe exact --context {simulation.CONTEXT} --samples 50"
+    return " \\\n".join([head, *lines, f"  --json {RESULTS}/ruler_variants.json"])
+
+
+def main(root: Path = ROOT) -> int:
+    made = wanted(root)
+    if "--check" in sys.argv[1:]:
+        found = faults(root, made)
+        print("\n".join(found), end="\n" if found else "")
+        return int(bool(found))
+    for path, text in made.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    for path in stale_images(root, made):
+        path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
