@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..compression.interfaces import EncodedLayer
-from ..compression.recipe import get_recipe, resolve
+from ..compression.recipe import Recipe, get_recipe, resolve
 from ..errors import KvsluiceError
 from ..models.config import SHAPES, ModelConfig
 from ..models.model import Model
@@ -79,9 +79,12 @@ class Measurement:
 
 
 def measure(
-    config: ModelConfig, num_tokens: int, recipe: str, chunk_tokens: int, max_pack_tokens: int, device: torch.device
+    config: ModelConfig, num_tokens: int, recipe: Recipe, chunk_tokens: int, max_pack_tokens: int, device: torch.device
 ) -> Measurement:
     """Run one prompt of random tokens through a model of random weights.
+
+    Args:
+        recipe: with open numbers, or resolved.
 
     Raises:
         KvsluiceError: whatever prefill failed with.
@@ -91,7 +94,7 @@ def measure(
     engine = PrefillEngine(model, chunk_tokens, max_pack_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = tuple(torch.randint(config.vocab_size, (num_tokens,), generator=generator).tolist())
-    effective = resolve(get_recipe(recipe), engine.shape, num_tokens, {}).recipe
+    effective = resolve(recipe, engine.shape, num_tokens, {}).recipe
     sink = DiscardingSink()
     # two tokens are asked for, so that the last layer is encoded as well
     job = PrefillJob("measured", 1, ids, effective, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run = measure(
                 config,
                 num_tokens,
-                options.recipe,
+                get_recipe(options.recipe),
                 options.chunk_tokens,
                 options.max_pack_tokens,
                 torch.device(options.device),

@@ -4,7 +4,7 @@
 Token-selective propagation after a calibrated layer, of whole position-aligned chunks of 4; the scoring window of 64
 covers the question, not only its last words. Keys are packed as the model's profile says (4-bit per channel, or
 low-rank at 8 bits), values in 4 bits per token; decode scores int8 landmarks of 4 rows and attends to 6 % of the
-prompt, at least 256 tokens. 4 sinks and the last 32 rows (up to 63) stay exact, in bfloat16. Generated rows are
+prompt, at least 1,024 tokens. 4 sinks and the last 32 rows (up to 63) stay exact, in bfloat16. Generated rows are
 sealed in blocks of 32 at positions that are multiples of 32, so long answers stay bounded.
 
 A chunk's score is the maximum of its tokens' pooled scores. Chunks that were not propagated are missing from the
@@ -27,7 +27,7 @@ SLUICE = Recipe(
     propagation=s.TspPropagation(window=64, kernel=7, chunk_aligned=True, recall=0.0),
     key_codec=s.ProfileKeys(),
     value_codec=s.Affine(bits=4, axis="token", group=64),
-    retrieval=s.ChunkLandmarks(chunk=4, outliers=0, budget_tokens=256, budget_rate=0.06, landmark_bits=8),
+    retrieval=s.ChunkLandmarks(chunk=4, outliers=0, budget_tokens=1024, budget_rate=0.06, landmark_bits=8),
     window=s.ExactEnds(sinks=4, local=32, seal_block=32, dtype="bfloat16"),
 )
 SLUICE_FULL = replace(SLUICE, name="sluice-full", propagation=s.FullPropagation())

@@ -12,7 +12,7 @@ from kvsluice.errors import InvalidRequest
 from kvsluice.models.forward import forward_tokens
 from kvsluice.services.decode.engine import EmittedChoice
 
-LONG = 1000  # no recipe falls back at this length
+LONG = 1200  # no recipe falls back at this length
 
 
 def small_sluice():

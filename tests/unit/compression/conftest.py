@@ -254,6 +254,10 @@ def _toy() -> Iterator[None]:
 
 AFFINE = {"kind": "affine", "bits": 4, "axis": "channel", "group": 32}
 LOWRANK = {"kind": "lowrank", "bits": 8, "rank": 12}
+# `sluice` attends to more rows than the prompts here have
+FEW_ROWS = """{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_tokens": 256, "budget_rate": 0.06,
+ "landmark_bits": 8}}"""
+SLOTS = {"sluice": FEW_ROWS, "sluice-full": FEW_ROWS}
 CASES = [(name, LOWRANK) for name in (*recipe_names(), "toy")] + [("sluice", AFFINE)]
 N, NEW = 761, 110
 
@@ -262,7 +266,7 @@ N, NEW = 761, 110
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     """Every registered recipe and the toy, resolved for a prompt of N rows; `sluice` with both kinds of keys."""
     name, codec = request.param
-    resolved = resolve(get_recipe(name), make_shape(), N, PROFILE | {"key_codec": codec})
+    resolved = resolve(get_recipe(name, SLOTS.get(name, "")), make_shape(), N, PROFILE | {"key_codec": codec})
     assert resolved.fallback_reason is None
     return resolved.recipe
 

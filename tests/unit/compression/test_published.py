@@ -108,7 +108,7 @@ def test_shadowkv_decodes_as_the_paper_says(lab: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("codec", [AFFINE_KEYS, {"kind": "lowrank", "bits": 8}])
 def test_sluice_passes_whole_chunks_and_seals_on_one_grid(lab: SimpleNamespace, codec: dict[str, object]) -> None:
-    shape, n = lab.make_shape(), 1003
+    shape, n = lab.make_shape(), 1503
     recipe = resolve(get_recipe("sluice"), shape, n, lab.PROFILE | {"key_codec": codec}).recipe
     prompt = lab.make_prompt(shape, n)
     encoded, passed = lab.prefill(recipe, prompt)

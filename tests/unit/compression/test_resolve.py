@@ -86,7 +86,8 @@ def test_a_prompt_too_short_for_a_recipe_runs_exact_and_says_why(name: str) -> N
 
 @pytest.mark.parametrize("num_tokens", [365, 600, 900, 1100, 1300])
 def test_no_layer_packs_fewer_rows_than_the_rank(num_tokens: int) -> None:
-    resolved = resolve(get_recipe("sluice"), LLAMA, num_tokens, {})
+    few = s.ChunkLandmarks(chunk=4, outliers=0, budget_tokens=64)
+    resolved = resolve(replace(get_recipe("sluice"), retrieval=few), LLAMA, num_tokens, {})
     if resolved.fallback_reason is None:
         assert layer_layout(resolved.recipe, num_tokens, 31).num_sealed >= resolved.recipe.key_codec.min_rows() == 160
     else:
