@@ -11,6 +11,7 @@ from .plots import Point, accuracy_against_bytes, needle_maps
 from .recorded import Run
 from .results import AVERAGE, TRANSFORMERS, Summary
 from .simulation import VARIANTS
+from .tasks import SUITE
 
 NOT_MEASURED = "Not measured yet."
 FINGERPRINT_DIGITS = 8
@@ -50,7 +51,16 @@ def _command(run: Run) -> str:
             parts.append(f"--variant '{label}={VARIANTS.get(label) or recipe.name.removesuffix('-custom') + ':{…}'}'")
     contexts = ",".join(map(str, settings["contexts"]))
     parts.append(f"--context {contexts} --samples {settings['samples']} --seed {settings['seed']}")
-    return " ".join(parts if results.against is None else [*parts, f"--against {TRANSFORMERS}"])
+    if results.suite == "ruler" and set(settings["tasks"]) != set(SUITE):
+        parts.append(f"--task {','.join(settings['tasks'])}")
+    if "depths" in settings:
+        parts.append(f"--depth {','.join(f'{depth:g}' for depth in settings['depths'])}")
+    if "scored_tokens" in settings:
+        parts.append(f"--scored-tokens {settings['scored_tokens']}")
+    if results.against is not None:
+        parts.append(f"--against {TRANSFORMERS}")
+    device = "cuda" if "gpu" in results.environment["hardware"] else "cpu"
+    return " ".join([*parts, f"--device {device} --dtype {results.model.dtype}"])
 
 
 def averages(run: Run) -> str:

@@ -70,6 +70,7 @@ def results(
         recipes[label] = evaluated(get_recipe(name, slots))
     hardware = WHERE["hardware"] | ({"gpu": gpu} if gpu else {})
     settings = {"contexts": [8192, 16384], "samples": 4, "seed": 0, "tasks": ["vt"], "texts": {}}
+    settings |= {"depths": [0.0, 0.5, 1.0]} if suite == "niah" else {}
     model = EvaluatedModel("a-model", "f" * 64, "a" * 64, "bfloat16")
     return EvalResults(
         WHERE | {"hardware": hardware}, suite, model, settings, recipes, tuple(cells), summarize(cells), None
@@ -101,10 +102,15 @@ def test_every_table_says_where_it_comes_from(run):
     for text in (recipe_tables.averages(run), recipe_tables.overview(run)):
         assert (
             "`kvsluice eval --suite ruler --model a-model --recipe exact,snapkv,kivi --context 8192,16384 --samples 4 "
-            "--seed 0` on one A GPU 9000, in bfloat16, at commit abc123: 4 samples a task" in text
+            "--seed 0 --task vt --device cuda --dtype bfloat16` on one A GPU 9000, in bfloat16, at commit "
+            "abc123: 4 samples a task" in text
         )
         assert "fingerprint `ffffffff`, adapter `aaaaaaaa`" in text
-    assert "2 cores of a CPU, without a GPU" in recipe_tables.origin(Run("ruler", results()))
+    assert "--device cpu --dtype bfloat16` on 2 cores of a CPU, without a GPU" in recipe_tables.origin(
+        Run("ruler", results())
+    )
+    niah = recipe_tables.origin(Run("niah", results("niah")))
+    assert "--depth 0,0.5,1 --device" in niah and "--task" not in niah
 
 
 def test_variants_are_given_as_they_were_measured():
