@@ -10,10 +10,12 @@ from torch import Tensor
 from ..kernels.attention_partial import attention_partial, merge_partials
 from ..kernels.sparse_reconstruct import sparse_attention
 from .budgets import others
+from .codec_slots import CodecFilling
 from .codecs import owned
 from .interfaces import EncodedLayer, Part, ReadCounter
-from .layout import basis_name, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .layout import basis_name, grown_tier, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
 from .segment import Kit, Packing, Segment, Tail
+from .spec import Tier
 
 Partial = tuple[Tensor, Tensor]
 
@@ -25,17 +27,18 @@ def packings(kit: Kit, basis: Mapping[str, Tensor], layer: int) -> list[Packing]
         keys, values = tier.key_codec, tier.value_codec
         if not tier.prefix:
             keys, values = joined_codecs(kit.recipe, layer, kit.shape.num_layers)
-        heads, dim = kit.shape.num_kv_heads, kit.shape.head_dim
-        # a layer without rows of a tier has no basis for it either
-        named = [
-            {name: basis[basis_name(tier, of_values, name)] for name in codec.basis_specs(heads, dim)}
-            if all(basis_name(tier, of_values, name) in basis for name in codec.basis_specs(heads, dim))
-            else {}
-            for of_values, codec in ((False, keys), (True, values))
-        ]
+        key_basis, value_basis = _basis_of(kit, tier, keys, False, basis), _basis_of(kit, tier, values, True, basis)
         rope = kit.rope if keys.domain == "pre_rope" else None
-        out.append(Packing(keys.build(), values.build(), *named, rope))
+        out.append(Packing(keys.build(), values.build(), key_basis, value_basis, rope))
     return out
+
+
+def _basis_of(
+    kit: Kit, tier: Tier, codec: CodecFilling, of_values: bool, basis: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a codec's rows share, under the codec's names; empty for a layer that has no rows of the tier."""
+    names = codec.basis_specs(kit.shape.num_kv_heads, kit.shape.head_dim)
+    return {name: basis[key] for name in names if (key := basis_name(tier, of_values, name)) in basis}
 
 
 def tier_tensors(tensors: Mapping[str, Tensor], tier: int, prefixes: Sequence[str]) -> dict[str, Tensor]:
@@ -68,7 +71,10 @@ class LayerCache:
         self._sinks = (ends["sink_k"], ends["sink_v"]) if at.num_sinks else None
         self._outliers = dict(tensors.get(Part.OUTLIERS, {}))
         self._packings = packings(kit, tensors.get(Part.BASIS, {}), layer)
-        self._base = self._demoted = self._grown = None
+        self._grown_packing = self._packings[grown_tier(kit.recipe, at)]
+        self._base: Segment | None = None
+        self._demoted: Segment | None = None
+        self._grown: Segment | None = None
         if at.num_sealed:
             positions = tensors.get(Part.POSITIONS, {})
             index = positions.get("rows", positions.get("chunks"))
@@ -123,7 +129,7 @@ class LayerCache:
 
     def seal(self, end: int) -> None:
         """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""
-        block, packing = self._kit.recipe.block, self._packings[-1]
+        block, packing = self._kit.recipe.block, self._grown_packing
         if self._kit.recipe.budget.fixed:
             self._tail.drop_first(max(0, end - self._tail.begin) // block * block)
             return

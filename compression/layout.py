@@ -95,6 +95,11 @@ def layer_layout(recipe: Recipe, num_tokens: int, layer: int) -> LayerLayout:
     )
 
 
+def grown_tier(recipe: Recipe, at: LayerLayout) -> int:
+    """Index of the tier that a layer's generated rows are sealed in: the lowest that it has."""
+    return len(recipe.tiers()) - 1 if at.num_demoted else 0
+
+
 def basis_name(tier: Tier, of_values: bool, name: str) -> str:
     """Name of a tensor that all rows of a tier share; keys, values and tiers have one part for theirs."""
     return f"{tier.prefix}{'value_' if of_values else ''}{name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .codec_slots import Specs
-from .layout import Part, layer_layout, layer_specs, sealed_end
+from .layout import Part, grown_tier, layer_layout, layer_specs, sealed_end
 from .segment import TAIL_ROWS
 from .spec import ModelShape, Recipe
 
@@ -61,7 +61,7 @@ def _own_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, 
         num_tail = min(num_tail, window.local_rows(num_tokens) + recipe.block)
         num_grown = sealed_end(recipe, num_tokens, num_tokens + num_new) - begin
     if num_grown and not recipe.budget.fixed:
-        tier = recipe.tiers()[-1]
+        tier = recipe.tiers()[grown_tier(recipe, layer_layout(recipe, num_tokens, layer))]
         grown = [
             tier.key_codec.tensor_specs(num_grown, heads, dim, native),
             tier.value_codec.tensor_specs(num_grown, heads, dim, native),

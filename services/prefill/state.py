@@ -128,7 +128,7 @@ class Prompt:
         obs.k[begin:end] = apply_rope(k_pre, cos, sin)
         obs.v[begin:end] = v
         if obs.query_peak is not None:
-            by_head = q.abs().amax(dim=0).float().unflatten(0, (len(obs.query_peak), -1))
+            by_head = q.abs().amax(dim=0).float().view(len(obs.query_peak), -1, q.shape[2])
             torch.maximum(obs.query_peak, by_head.amax(dim=1), out=obs.query_peak)
         first = self.num_rows - obs.q_window.shape[0]
         if end > first:

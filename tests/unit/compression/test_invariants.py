@@ -17,7 +17,7 @@ from torch import Tensor
 from kvsluice.compression import bound_nbytes, make_cache, make_compressor
 from kvsluice.compression import slots as s
 from kvsluice.compression.interfaces import EncodedLayer, LayerObs, Part, SequenceCache
-from kvsluice.compression.layout import layer_layout, layer_specs, sealed_end
+from kvsluice.compression.layout import grown_tier, layer_layout, layer_specs, sealed_end
 from kvsluice.compression.recipe import Recipe, fill, get_recipe, neutral, recipe_names, resolve
 from kvsluice.compression.sizes import encoded_nbytes
 from kvsluice.errors import FrameMismatch
@@ -274,7 +274,7 @@ def test_bytes_read_are_those_of_what_a_step_touches(recipe: Recipe, prompt: Any
                 expected += sum(x.nbytes for x in (specs.get(part) or lead.get(part, {})).values())
             expected += 4 * heads * at.num_demoted
             if num_grown and not recipe.budget.fixed:
-                tier = recipe.tiers()[-1]
+                tier = recipe.tiers()[grown_tier(recipe, at)]
                 for codec in (tier.key_codec, tier.value_codec):
                     expected += sum(x.nbytes for x in codec.tensor_specs(num_grown, heads, dim, "float32").values())
                     expected += sum(x.nbytes for x in codec.basis_specs(heads, dim).values())  # for these rows again

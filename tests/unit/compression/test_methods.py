@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvsluice.compression import bound_nbytes
 from kvsluice.compression import slots as s
 from kvsluice.compression.budgets import Ranked, others
 from kvsluice.compression.interfaces import Part
@@ -175,6 +176,22 @@ def test_balancing_a_dead_channel_leaves_it_alone() -> None:
     basis = codec.fit(k, torch.ones(1, 32))
     read = codec.reader(codec.encode(k, basis), basis, 32, 1).read_all()
     assert read.isfinite().all() and basis["balance"][0, 0, 3] == 1
+
+
+def test_a_layer_without_demoted_rows_seals_as_the_kept_ones(lab: Any) -> None:
+    shape = lab.make_shape()
+    prompt = lab.make_prompt(shape, N, 100)
+    slots = (
+        '{"budget": {"kind": "pyramid", "rate": 0.6, "beta": 20}, "evicted": {"kind": "demote", "balanced": true}, '
+        '"scorer": {"kind": "snap", "window": 32}}'
+    )
+    recipe = resolved("mikv", shape, slots=slots)
+    demoted = [layer_layout(recipe, N, layer).num_demoted for layer in range(4)]
+    assert demoted[0] == 0 and demoted[-1] > 0
+    cache = lab.load(recipe, prompt, lab.prefill(recipe, prompt)[0])
+    outs = lab.decode(cache, prompt, N, N + 100)
+    assert all(out.isfinite().all() for out in outs)
+    assert cache.nbytes() <= bound_nbytes(recipe, shape, N, 100, 1, 4)
 
 
 # --- layers that share --------------------------------------------------------------------------------------
