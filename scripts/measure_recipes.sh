@@ -1,0 +1,74 @@
+#!/bin/sh
+# Measures what recipes do to answers: every results file that docs/recipes.md and README.md take their numbers from.
+# Takes a GPU half an hour; stopped, it goes on where it was. Names of parts run those alone: see the list at the end.
+# DEVICE=cpu, SAMPLES=2 tries it out; OUT is where the files go, PROCESSES how many share the device.
+set -eu
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+device=${DEVICE:-cuda}
+samples=${SAMPLES:-50}
+out=${OUT:-benchmarks/results}
+recipes=exact,fastkv,shadowkv,sluice,sluice-full,lowrank,snapkv,kivi,kivi-2bit,mikv,pyramidkv,quantized-pruning,fp8,streaming,xkv,xkv-kv
+
+processes=8
+[ "$device" = cpu ] && processes=1
+common="--device $device --texts ${TEXTS:-.cache/texts} --processes ${PROCESSES:-$processes}${COMMIT:+ --commit $COMMIT}"
+
+evaluate() {
+  name=$1
+  shift
+  # shellcheck disable=SC2086 # words of $common are options
+  "$python" -P -m kvsluice.evals.runner $common --json "$out/$name.json" "$@"
+}
+
+chunks() {
+  printf '{"retrieval": {"kind": "chunks", "chunk": %s, "outliers": 0, "budget_tokens": %s, "budget_rate": %s, ' "$1" "$2" "$3"
+  printf '"landmark_bits": 8}}'
+}
+
+# every recipe, every task, two lengths, beside transformers
+part_ruler() { evaluate ruler --recipe $recipes --context 8192,16384 --samples "$samples" --against transformers; }
+
+# the same in full precision, where `exact` and transformers must agree sample by sample
+part_float32() {
+  evaluate ruler_float32 --recipe exact --context 8192 --samples "$samples" --dtype float32 --against transformers
+}
+
+# single parts of recipes, as an early simulation had them
+part_simulation() {
+  evaluate ruler_variants --recipe exact --context 8192 --samples "$samples" \
+    --variant 'tsp-alone=exact:{"propagation": {"kind": "tsp", "rate": 0.2, "window": 8, "kernel": 7}}' \
+    --variant 'chunks-8=exact:{"retrieval": {"kind": "chunks", "chunk": 8, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}' \
+    --variant 'chunks-4=exact:{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}'
+}
+
+# how much a step has to read, in chunks of what size, and what packing costs beside it
+part_retrieval() {
+  exact_rows='{"key_codec": {"kind": "dense"}, "value_codec": {"kind": "dense"}}'
+  evaluate ruler_retrieval --recipe exact,sluice-full,shadowkv --context 8192 --samples "$(((samples + 1) / 2))" \
+    --variant "rows-3=sluice-full:$(chunks 4 256 0.03)" --variant "rows-6=sluice-full:$(chunks 4 256 0.06)" \
+    --variant "rows-25=sluice-full:$(chunks 4 256 0.25)" --variant "pairs-6=sluice-full:$(chunks 2 256 0.06)" \
+    --variant 'packed=sluice-full:{"retrieval": {"kind": "all"}}' --variant "unpacked=sluice-full:$exact_rows" \
+    --variant 'shadowkv-6=shadowkv:{"retrieval": {"kind": "chunks", "budget_rate": 0.06}}' \
+    --variant 'shadowkv-half-rank=shadowkv:{"key_codec": {"kind": "lowrank", "share": 0.5}}'
+}
+
+part_niah() { evaluate niah --suite niah --recipe $recipes --context 4096,8192,16384,32768 --samples 3; }
+
+part_ppl() { evaluate ppl --suite ppl --recipe $recipes --context 4096,16384 --samples 8; }
+
+# needs kvpress: see benchmarks/README.md
+part_peers() {
+  # shellcheck disable=SC2086
+  "$python" -P -m kvsluice.benchmarks.peer_kvpress $common --context 8192 --samples "$samples" \
+    --json "$out/peer_kvpress.json"
+}
+
+for part in ${*:-ruler float32 simulation retrieval niah ppl peers}; do
+  case $part in
+  ruler | float32 | simulation | retrieval | niah | ppl | peers) "part_$part" ;;
+  *) echo "measure_recipes: unknown part $part" >&2; exit 1 ;;
+  esac
+done
+echo "measure_recipes: done; make readme puts the numbers into the pages"
