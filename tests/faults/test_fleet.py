@@ -48,7 +48,7 @@ def test_both_roles_in_one_worker_and_the_end_of_the_service(part):
     with running_service(*from_scratch) as service, Client(service.address, timeout_s=60.0) as client:
         tree = descendants(service.process.pid)
         assert listening([*tree]) <= LOOPBACK
-        done = client.generate(list(range(100, 900)), recipe="balanced", max_tokens=3, ignore_eos=True)
+        done = client.generate(list(range(100, 1600)), recipe="balanced", max_tokens=3, ignore_eos=True)
         assert done.recipe.effective == "sluice"
         assert 0 < done.recipe.handoff_bytes < done.recipe.handoff_bf16_bytes
 
