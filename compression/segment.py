@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import block_rows
 from ..kernels.sparse_reconstruct import ChunkSegment
 from .codecs import Codec, Reader
 from .interfaces import Rope
@@ -144,7 +145,7 @@ class Segment:
     def _summarize(self, retrieval: Retrieval) -> dict[str, Tensor]:
         """Landmarks from decoded keys, so that whoever holds the packed rows finds the same bits."""
         heads = torch.arange(self._kit.shape.num_kv_heads, device=self.device)
-        step = max(1, _SUMMARY_ROWS // self._chunk)
+        step = max(1, block_rows(self.device, _SUMMARY_ROWS) // self._chunk)
         pieces = []
         for begin in range(0, self.num_chunks, step):
             chunks = torch.arange(begin, min(begin + step, self.num_chunks), device=self.device)

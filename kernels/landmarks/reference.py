@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import block_rows
+
 BLOCK_ROWS = 2048  # rows compared with their means at once, so that float32 copies do not grow with n
 
 
@@ -20,7 +22,7 @@ def min_cosine_outliers(k: Tensor, chunk: int, num_outliers: int) -> Tensor:
     """See `op.min_cosine_outliers`."""
     chunks = k.unflatten(0, (-1, chunk))
     worst = torch.empty(len(chunks), k.shape[1], dtype=torch.float32, device=k.device)
-    step = max(1, BLOCK_ROWS // chunk)
+    step = max(1, block_rows(k.device, BLOCK_ROWS) // chunk)
     for begin in range(0, len(chunks), step):
         worst[begin : begin + step] = _least_cosine(chunks[begin : begin + step].float())
     order = torch.sort(worst, dim=0, stable=True).indices[:num_outliers]
