@@ -37,8 +37,7 @@ class Filling:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for slot in cls.slot:
-            _FILLINGS[slot][cls.kind] = cls
+        add_filling(cls)
 
     def open_field(self) -> str | None:
         """A field that resolution must still fill in, None when there is none."""
@@ -50,6 +49,12 @@ class Filling:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind} | {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def add_filling(cls: type[Filling]) -> None:
+    """Make a filling known by its kind, in every slot that it may stand in."""
+    for slot in cls.slot:
+        _FILLINGS[slot][cls.kind] = cls
 
 
 def forget_filling(cls: type[Filling]) -> None:

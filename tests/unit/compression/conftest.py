@@ -14,7 +14,7 @@ from torch import Tensor
 from kvsluice.compression import make_cache, make_compressor
 from kvsluice.compression import slots as s
 from kvsluice.compression.codec_slots import Specs, TensorSpec
-from kvsluice.compression.filling import forget_filling
+from kvsluice.compression.filling import add_filling, forget_filling
 from kvsluice.compression.interfaces import EncodedLayer, LayerObs, SequenceCache
 from kvsluice.compression.recipe import ModelShape, Recipe, get_recipe, recipe_names, register, resolve, unregister
 
@@ -242,8 +242,12 @@ TOY = Recipe(
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
+forget_filling(Signed)  # other tests must not see it
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _toy() -> Iterator[None]:
+    add_filling(Signed)
     register(TOY)
     yield
     unregister("toy")

@@ -19,9 +19,11 @@ from kvsluice.services.model_shape import model_shape
 
 
 def sealing_sluice():
-    """`sluice` that seals generated rows after few, so that an answer crosses several blocks."""
-    window = get_recipe("sluice").window.to_dict() | {"local": 16, "seal_block": 8}
-    return get_recipe("sluice", json.dumps({"window": window}))
+    """`sluice` that seals generated rows after few, so that an answer crosses several blocks, and reads few rows."""
+    sluice = get_recipe("sluice")
+    window = sluice.window.to_dict() | {"local": 16, "seal_block": 8}
+    retrieval = sluice.retrieval.to_dict() | {"budget_tokens": 256}
+    return get_recipe("sluice", json.dumps({"window": window, "retrieval": retrieval}))
 
 
 RECIPES = {
