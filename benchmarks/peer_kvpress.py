@@ -27,10 +27,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -41,6 +40,7 @@ import numpy as np
 import torch
 
 from ..errors import KvsluiceError
+from ..evals.processes import process_pool
 from ..evals.progress import progress
 from ..evals.report import environment
 from ..evals.results import AVERAGE, EvaluatedModel, EvaluatedRecipe
@@ -183,10 +183,12 @@ def run_units(setup: Setup, units: Sequence[Unit], num_processes: int) -> Iterat
         _start(setup)
         yield from map(_run, units)
         return
-    # spawned: a forked process could not use the device
-    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _start, (setup,)) as pool:
+    pool = process_pool(num_processes, setup.device, _start, setup)
+    try:
         for future in as_completed([pool.submit(_run, unit) for unit in units]):
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def described(setup: Setup) -> dict[str, Any]:

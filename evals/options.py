@@ -83,7 +83,8 @@ OPTIONS = (
     Option("texts", "FOLDER", f"what scripts/fetch_texts.sh filled (its folder heldout/ is enough); `{PYTHON_TEXTS}` "
            "takes the topics of Python's help instead, whose wording the adapter partly saw in training",
            str(DEFAULT_FOLDER)),
-    Option("device", "cpu|cuda|cuda:N", "where the model runs", "cpu"),
+    Option("device", "cpu|cuda|cuda:N", "where the model runs; processes under cuda take the visible GPUs in turn",
+           "cpu"),
     Option("dtype", "|".join(DTYPES), "of weights and computation; default: float32 on a CPU, else bfloat16"),
     Option("batch", "N", "samples whose answers run together, each under all recipes", "1"),
     Option("processes", "N", "processes that share the work and the device, each with the model loaded; several keep a "

@@ -1,24 +1,15 @@
-"""Several processes that share an evaluation's work, and one device; each loads the model.
-
-A small model leaves a GPU waiting for the one thread that launches its kernels, so several such threads are what
-makes it busy; threads of one process would wait for one another's interpreter.
-"""
+"""Several processes that share an evaluation's work; each loads the model."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-
-import torch
 
 from ..errors import InternalError, KvsluiceError
 from .evaluator import Evaluator, make_plan
 from .options import EvalOptions
+from .processes import process_pool
 from .suites import Unit
 from .workfile import Record
 
@@ -34,10 +25,7 @@ def evaluate_in_processes(options: EvalOptions, groups: Sequence[Sequence[Unit]]
     """
     if not groups:
         return
-    count = min(options.processes, len(groups))
-    # spawned: a forked process could not use the device
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, _start, (options, count))
+    pool = process_pool(min(options.processes, len(groups)), options.device, _start, options)
     try:
         for future in as_completed([pool.submit(_evaluate, group) for group in groups]):
             records, error = future.result()
@@ -50,20 +38,9 @@ def evaluate_in_processes(options: EvalOptions, groups: Sequence[Sequence[Unit]]
         pool.shutdown(cancel_futures=True)
 
 
-def _start(options: EvalOptions, num_processes: int) -> None:
+def _start(options: EvalOptions) -> None:
     """Make this process ready for work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told as well, and ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
     _evaluators.append(Evaluator(options, make_plan(options)))
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its processes, and they would keep the device's memory."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
 
 
 def _evaluate(units: Sequence[Unit]) -> tuple[list[Record], str | None]:

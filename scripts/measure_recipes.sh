@@ -1,7 +1,7 @@
 #!/bin/sh
 # Measures what recipes do to answers: every results file that docs/recipes.md and README.md take their numbers from.
 # Takes a GPU half an hour; stopped, it goes on where it was. Names of parts run those alone: see the list at the end.
-# DEVICE=cpu, SAMPLES=2 tries it out; OUT is where the files go, PROCESSES how many share the device.
+# DEVICE=cpu, SAMPLES=2 tries it out; OUT is where the files go, PROCESSES how many share the GPUs that are visible.
 set -eu
 cd "$(dirname "$0")/.."
 
