@@ -156,7 +156,7 @@ class Affine(CodecFilling):
         check_choice("recipe.codec.group", self.group, (16, 32, 64, 128))
         check_choice("recipe.codec.balanced", self.balanced, (True, False))
         if self.balanced and self.axis == "channel":
-            raise InvalidRecipe("recipe.codec.balanced", "is of no use along `channel`, which scales channels", "token")
+            raise InvalidRecipe("recipe.codec.balanced", "is of no use along `channel`, which scales channels", "false")
 
     @property
     def keys_only(self) -> bool:
@@ -227,7 +227,7 @@ class LowRank(CodecFilling):
     bits: int = 16
 
     def __post_init__(self) -> None:
-        check_int("recipe.codec.rank", self.rank, 1, 8192, optional=True)
+        check_int("recipe.codec.rank", self.rank, 1, 16384, optional=True)
         check_rate("recipe.codec.share", self.share)
         check_choice("recipe.codec.bits", self.bits, (16, 8, 4))
         as_float(self, "share")

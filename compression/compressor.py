@@ -165,7 +165,7 @@ class RecipeCompressor:
     def _encode_ends(self, obs: LayerObs, at: LayerLayout) -> Tensors:
         dtype = self._exact_dtype(obs.k)
         sink_keys = obs.k_pre if sinks_are_unrotated(self.recipe) else obs.k
-        tail_keys = obs.k_pre if tail_is_unrotated(self.recipe) else obs.k
+        tail_keys = obs.k_pre if tail_is_unrotated(self.recipe, at) else obs.k
         tail_begin = at.num_rows - at.num_tail
         ends = {
             "sink_k": sink_keys[: at.num_sinks],

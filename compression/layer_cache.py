@@ -72,6 +72,7 @@ class LayerCache:
         self._outliers = dict(tensors.get(Part.OUTLIERS, {}))
         self._packings = packings(kit, tensors.get(Part.BASIS, {}), layer)
         self._grown_packing = self._packings[grown_tier(kit.recipe, at)]
+        self._tail_is_unrotated = tail_is_unrotated(kit.recipe, at)
         self._base: Segment | None = None
         self._demoted: Segment | None = None
         self._grown: Segment | None = None
@@ -106,7 +107,7 @@ class LayerCache:
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""
-        self._tail.append(k_pre if tail_is_unrotated(self._kit.recipe) else k, v)
+        self._tail.append(k_pre if self._tail_is_unrotated else k, v)
 
     def attend(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Tensor:
         """q [Q, H, d] at positions int64 [Q] -> [Q, H, d] in q's dtype.
@@ -131,7 +132,8 @@ class LayerCache:
         """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""
         block, packing = self._kit.recipe.block, self._grown_packing
         if self._kit.recipe.budget.fixed:
-            self._tail.drop_first(max(0, end - self._tail.begin) // block * block)
+            if end > self._tail.begin:
+                self._tail.drop_first(end - self._tail.begin)
             return
         while self._tail.begin + block <= end:
             # copies, as a codec may keep rows that the tail is going to write over
@@ -186,7 +188,7 @@ class LayerCache:
         k, v = self._tail.rows()
         at = torch.arange(self._tail.begin, self._tail.end, device=q.device)
         counter.bytes_read += k.nbytes + v.nbytes
-        if tail_is_unrotated(self._kit.recipe):
+        if self._tail_is_unrotated:
             k = self._kit.rope(k.to(q.dtype), at)
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
 

@@ -156,9 +156,9 @@ def _sealed_specs(recipe: Recipe, shape: ModelShape, at: LayerLayout, layer: int
     return specs
 
 
-def tail_is_unrotated(recipe: Recipe) -> bool:
-    """Whether the tail holds keys before RoPE, because they will be sealed by a codec of that domain."""
-    return recipe.window.seal_block > 0 and recipe.key_codec.domain == "pre_rope"
+def tail_is_unrotated(recipe: Recipe, at: LayerLayout) -> bool:
+    """Whether a layer's tail holds keys before RoPE, because they will be sealed by a codec of that domain."""
+    return recipe.window.seal_block > 0 and recipe.tiers()[grown_tier(recipe, at)].key_codec.domain == "pre_rope"
 
 
 def sinks_are_unrotated(recipe: Recipe) -> bool:
@@ -173,6 +173,8 @@ def short_reason(recipe: Recipe, shape: ModelShape, num_tokens: int) -> str | No
     if end <= window.sinks:
         exact = window.sinks + window.local_rows(num_tokens)
         return f"{num_tokens} tokens are no more than the {exact} exact ones at both ends, in blocks of {recipe.block}"
+    if recipe.budget.fixed and not window.sinks and end == num_tokens:
+        return f"{num_tokens} tokens leave no exact row at either end, and nothing else is kept"
     if recipe.propagation.too_short(num_tokens, retrieval.chunk, window.sinks):
         return f"{num_tokens} tokens leave nothing to select beside the window of {recipe.propagation.window}"
     if recipe.budget.needs_scores:

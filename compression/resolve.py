@@ -13,6 +13,7 @@ from .layout import short_reason
 from .recipes.exact import EXACT
 from .spec import ModelShape, Recipe, Resolved
 
+MAX_JOINT_WIDTH = 16384  # what layers that share have side by side: a Gram matrix of it takes 2 GiB
 RANK_SHARE = s.LowRank.share
 DEFAULT_TSP_RATE = 0.2
 
@@ -47,6 +48,7 @@ def fill(recipe: Recipe, shape: ModelShape, profile: Mapping[str, Any]) -> Recip
         key_codec=_fill_codec(recipe.key_codec, shape, profile),
         value_codec=_fill_codec(recipe.value_codec, shape, profile),
     )
+    _check_sharing(filled, shape)
     _check_codec("key_codec", filled.key_codec, shape)
     _check_codec("value_codec", filled.value_codec, shape)
     return filled
@@ -106,3 +108,12 @@ def _fill_codec(filling: s.CodecFilling, shape: ModelShape, profile: Mapping[str
 def _check_codec(slot: str, codec: s.CodecFilling, shape: ModelShape) -> None:
     if isinstance(codec, s.LowRank) and (codec.rank or 0) > shape.kv_width:
         raise InvalidRecipe(f"recipe.{slot}.rank", shown(codec.rank), f"1 to {shape.kv_width} = KV heads x head size")
+
+
+def _check_sharing(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse groups whose factors are as wide as `LowRank` or the memory of prefill does not allow."""
+    layers = len(recipe.sharing.group(0, shape.num_layers))
+    if layers > 1 and layers * shape.kv_width > MAX_JOINT_WIDTH:
+        most = max(1, MAX_JOINT_WIDTH // shape.kv_width)
+        allowed = f"1 to {most}, as {shape.kv_width} columns a layer make at most {MAX_JOINT_WIDTH}"
+        raise InvalidRecipe("recipe.sharing.layers", shown(recipe.sharing.layers), allowed)

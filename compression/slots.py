@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from ..errors import InvalidRecipe
 from .codec_slots import Affine as Affine
 from .codec_slots import CodecFilling as CodecFilling
 from .codec_slots import Dense as Dense
@@ -101,6 +102,10 @@ class Demote(EvictedFilling):
         check_choice("recipe.evicted.key_axis", self.key_axis, ("channel", "token"))
         check_choice("recipe.evicted.group", self.group, (16, 32, 64, 128))
         check_choice("recipe.evicted.balanced", self.balanced, (True, False))
+        if self.balanced and self.key_axis == "channel":
+            raise InvalidRecipe(
+                "recipe.evicted.balanced", "is of no use along `channel`, which scales channels", "false"
+            )
 
     @property
     def key_codec(self) -> CodecFilling:

@@ -187,6 +187,10 @@ class Recipe:
             raise InvalidRecipe("recipe.window.positions", "`cache` needs nothing between the ends", "original")
         if self.budget.fixed and not self.window.seal_block:
             raise InvalidRecipe("recipe.window.seal_block", f"`{self.budget.kind}` forgets block by block", "1 to 4096")
+        if self.budget.fixed and not (self.window.sinks or self.window.local or self.window.local_rate):
+            raise InvalidRecipe(
+                "recipe.window", f"has no exact rows, and `{self.budget.kind}` keeps no others", "sinks or local rows"
+            )
         if self.block > MAX_BLOCK:
             raise InvalidRecipe(
                 "recipe.window.seal_block",

@@ -194,6 +194,22 @@ def test_a_layer_without_demoted_rows_seals_as_the_kept_ones(lab: Any) -> None:
     assert cache.nbytes() <= bound_nbytes(recipe, shape, N, 100, 1, 4)
 
 
+@pytest.mark.parametrize("budget", ['"kind": "uniform", "rate": 0.4', '"kind": "pyramid", "rate": 0.6'])
+def test_demoted_rows_are_rotated_whatever_packs_the_kept_ones(budget: str, lab: Any) -> None:
+    shape = lab.make_shape()
+    prompt = lab.make_prompt(shape, N, 100)
+    slots = (
+        f'{{"budget": {{{budget}, "heads": "shared"}}, "scorer": {{"kind": "snap", "window": 32}}, '
+        '"key_codec": {"kind": "lowrank", "share": 1.0}, "value_codec": {"kind": "dense", "dtype": "float32"}, '
+        '"evicted": {"kind": "demote", "key_bits": 8, "value_bits": 8, "group": 16}}'
+    )
+    recipe = resolved("mikv", shape, slots=slots)
+    outs = lab.decode(lab.load(recipe, prompt, lab.prefill(recipe, prompt)[0]), prompt, N, N + 100)
+    for layer, out in enumerate(outs):  # generated rows are sealed in either tier by now
+        expected = lab.dense(prompt, layer, torch.arange(N), N + 99)
+        assert float((out[-1] - expected).norm() / expected.norm()) < 0.05
+
+
 # --- layers that share --------------------------------------------------------------------------------------
 
 
@@ -266,6 +282,17 @@ def test_streaming_attends_to_sinks_right_before_the_local_rows(lab: Any) -> Non
             weights = torch.softmax(torch.einsum("hd,mhd->hm", q, k.repeat_interleave(2, dim=1)) / 4, dim=-1)
             expected = torch.einsum("hm,mhd->hd", weights, prompt.v[layer][rows].repeat_interleave(2, dim=1))
             assert torch.allclose(outs[layer][new], expected, atol=2e-4)
+
+
+def test_a_fresh_cache_has_nothing_to_seal(lab: Any) -> None:
+    shape = lab.make_shape(layers=2)
+    prompt = lab.make_prompt(shape, 512, 4)
+    recipe = resolved("streaming", shape, 512, '{"window": {"kind": "ends", "sinks": 4, "seal_block": 16}}')
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache, other = lab.load(recipe, prompt, encoded), lab.load(recipe, prompt, encoded)
+    cache.seal(512)
+    outs = lab.decode(cache, prompt, 512, 516), lab.decode(other, prompt, 512, 516)
+    assert all(map(torch.equal, *outs))
 
 
 def test_an_endless_stream_takes_constant_bytes(lab: Any) -> None:

@@ -145,7 +145,7 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"evicted": {"kind": "merge"}}, "recipe.evicted.kind", "drop"),
     ({"windows": {}}, "recipe.slots", "window"),
     ({"value_codec": {"kind": "affine", "balanced": True}}, "recipe.value_codec", "native"),
-    ({"key_codec": {"kind": "affine", "axis": "channel", "balanced": True}}, "recipe.key_codec.balanced", "token"),
+    ({"key_codec": {"kind": "affine", "axis": "channel", "balanced": True}}, "recipe.key_codec.balanced", "false"),
     ({"key_codec": {"kind": "lowrank", "share": 0}}, "recipe.key_codec.share", "above 0"),
     ({"sharing": {"kind": "groups"}, "key_codec": {"kind": "dense"}}, "recipe.key_codec", "lowrank"),
     ({"sharing": {"kind": "groups", "layers": 0}}, "recipe.sharing.layers", "1 to 64"),
@@ -167,6 +167,12 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"window": {"kind": "ends", "local_rate": -0.1}}, "recipe.window.local_rate", "0 to 1"),
     ({"evicted": {"kind": "demote"}}, "recipe.budget", "pyramid, uniform"),
     ({"evicted": {"kind": "demote", "key_bits": 3}}, "recipe.evicted.key_bits", "8, 4, 2"),
+    (
+        RANKED | {"evicted": {"kind": "demote", "key_axis": "channel", "balanced": True}},
+        "recipe.evicted.balanced",
+        "false",
+    ),
+    ({"budget": {"kind": "ends"}, "window": {"kind": "ends", "seal_block": 16}}, "recipe.window", "sinks or local"),
     (
         RANKED | {"evicted": {"kind": "demote"}, "propagation": {"kind": "tsp", "rate": 0.5}},
         "recipe.propagation",

@@ -122,6 +122,23 @@ def test_slots_that_do_not_fit_the_model(recipe: object, profile: dict[str, obje
     assert caught.value.field == field and allowed in caught.value.allowed
 
 
+def test_layers_are_joined_up_to_a_width_that_prefill_can_factor() -> None:
+    full = replace(get_recipe("xkv"), key_codec=s.LowRank(share=1.0), sharing=s.LayerGroups(layers=16))
+    assert resolve(full, LLAMA, 131072, {}).fallback_reason is None
+    assert resolve(replace(full, sharing=s.LayerGroups(layers=64)), SMOLLM, 131072, {}).fallback_reason is None
+    with pytest.raises(InvalidRecipe) as caught:
+        resolve(replace(full, sharing=s.LayerGroups(layers=17)), LLAMA, 131072, {})
+    assert caught.value.field == "recipe.sharing.layers" and "1 to 16" in caught.value.allowed
+
+
+def test_a_prompt_of_which_nothing_would_be_kept_runs_exact() -> None:
+    ends = s.ExactEnds(local_rate=0.001, seal_block=16)
+    recipe = replace(get_recipe("streaming"), window=ends)
+    assert "no exact row" in (resolve(recipe, SMOLLM, 336, {}).fallback_reason or "")
+    for num_tokens in (337, 1008):
+        assert resolve(recipe, SMOLLM, num_tokens, {}).fallback_reason is None
+
+
 def test_a_model_of_one_layer_cannot_propagate_selectively() -> None:
     one = replace(SMOLLM, num_layers=1, layer_windows=(None,))
     with pytest.raises(InvalidRecipe, match="full"):
