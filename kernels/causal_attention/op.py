@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import REFERENCE, backend, require
-from . import reference
+from ..dispatch import REFERENCE, TRITON, Modules, backend, require
 
-_IMPLEMENTATIONS = {REFERENCE: reference}
+_IMPLEMENTATIONS = Modules(__package__, REFERENCE, TRITON)
 
 
 def causal_attention(
@@ -20,6 +19,7 @@ def causal_attention(
     window: int | None = None,
     *,
     last_rows: bool | None = None,
+    no_gaps: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the keys at positions <= a row's own, and > its own - window.
 
@@ -31,6 +31,7 @@ def causal_attention(
         window: width of a sliding window in positions, the row's own included, or None.
         last_rows: True when the caller vouches that the rows of q are the last c rows of k and positions ascend
             strictly, False when they are not, None to find out (which waits for the device).
+        no_gaps: True when the caller vouches that positions moreover ascend by one; lets a window run faster.
 
     Returns:
         [c, H, d] in q's dtype. A row that sees no key gives zeros.
@@ -50,9 +51,10 @@ def causal_attention(
     require(not last_rows or c <= m, f"{c} rows cannot be the last of {m}")
     if c == 0:
         return torch.empty_like(q)
+    implementation = backend(q.device, _IMPLEMENTATIONS)
     if last_rows and window is None:
-        return backend(q.device, _IMPLEMENTATIONS).lower_right(q, k, v)
-    return backend(q.device, _IMPLEMENTATIONS).by_position(q, k, v, q_positions, k_positions, window, last_rows)
+        return implementation.lower_right(q, k, v)
+    return implementation.by_position(q, k, v, q_positions, k_positions, window, last_rows, no_gaps)
 
 
 def are_last_rows(q_positions: Tensor, k_positions: Tensor) -> bool:

@@ -16,7 +16,8 @@ def lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     c, m = len(q), len(k)
     if c == m:
         return _attend(q, k, v, None, causal=True)
-    if q.device.type != "cpu":
+    # in float32 the fused kernel that knows this mask does not know heads that share keys
+    if q.device.type != "cpu" and q.dtype.itemsize == 2:
         return _heads_last(
             F.scaled_dot_product_attention(
                 _heads_first(q), _heads_first(k), _heads_first(v), attn_mask=causal_lower_right(c, m), enable_gqa=True
@@ -34,6 +35,7 @@ def by_position(
     k_positions: Tensor,
     window: int | None,
     last_rows: bool,
+    no_gaps: bool = False,
 ) -> Tensor:
     """Attention under an explicit mask, a block of query rows at a time.
 
