@@ -173,8 +173,9 @@ def short_reason(recipe: Recipe, shape: ModelShape, num_tokens: int) -> str | No
     if end <= window.sinks:
         exact = window.sinks + window.local_rows(num_tokens)
         return f"{num_tokens} tokens are no more than the {exact} exact ones at both ends, in blocks of {recipe.block}"
-    if recipe.budget.fixed and not window.sinks and end == num_tokens:
-        return f"{num_tokens} tokens leave no exact row at either end, and nothing else is kept"
+    if recipe.budget.fixed and not window.local and window.local_rate and window.local_rows(num_tokens) < recipe.block:
+        local = window.local_rows(num_tokens)
+        return f"{num_tokens} tokens leave {local} local rows, fewer than the {recipe.block} that are forgotten at once"
     if recipe.propagation.too_short(num_tokens, retrieval.chunk, window.sinks):
         return f"{num_tokens} tokens leave nothing to select beside the window of {recipe.propagation.window}"
     if recipe.budget.needs_scores:

@@ -6,7 +6,8 @@ answer gets. Positions are those inside the cache: the sinks stand right before 
 Deviations:
 - Prefill is dense: the rows of the prompt have seen all rows before them. The paper's rolling cache never does, so it
   can read without end; here the prompt has to fit prefill.
-- The window is a share of the prompt, so that it can be compared at equal bytes; `local` gives a fixed one.
+- The window is a share of the prompt, so that it can be compared at equal bytes; `local` gives a fixed one. Where the
+  share is less than a block, which is so below 200 tokens, the prompt runs `exact`.
 - In-cache positions turn the sinks alone, since only differences of positions matter to RoPE.
 """
 

@@ -131,12 +131,14 @@ def test_layers_are_joined_up_to_a_width_that_prefill_can_factor() -> None:
     assert caught.value.field == "recipe.sharing.layers" and "1 to 16" in caught.value.allowed
 
 
-def test_a_prompt_of_which_nothing_would_be_kept_runs_exact() -> None:
-    ends = s.ExactEnds(local_rate=0.001, seal_block=16)
-    recipe = replace(get_recipe("streaming"), window=ends)
-    assert "no exact row" in (resolve(recipe, SMOLLM, 336, {}).fallback_reason or "")
-    for num_tokens in (337, 1008):
-        assert resolve(recipe, SMOLLM, num_tokens, {}).fallback_reason is None
+def test_a_share_of_a_short_prompt_that_is_no_window_runs_exact() -> None:
+    streaming = get_recipe("streaming")
+    assert "199 tokens leave 15 local rows" in (resolve(streaming, SMOLLM, 199, {}).fallback_reason or "")
+    assert resolve(streaming, SMOLLM, 200, {}).fallback_reason is None
+    no_sinks = replace(streaming, window=s.ExactEnds(local_rate=0.001, seal_block=1))
+    assert "0 local rows" in (resolve(no_sinks, SMOLLM, 336, {}).fallback_reason or "")
+    for window in (s.ExactEnds(sinks=4, seal_block=16), s.ExactEnds(local=2, seal_block=16)):  # as asked for
+        assert resolve(replace(streaming, window=window), SMOLLM, 64, {}).fallback_reason is None
 
 
 def test_a_model_of_one_layer_cannot_propagate_selectively() -> None:
