@@ -1,14 +1,17 @@
 """Encoded layers to frames on the way out, frames to encoded layers on the way in.
 
 Out: a large layer leaves as frames of one kind each, split along axis 0; its small kinds, and the layers of short
-prompts, share frames. In: every slice is copied once, into the tensor that it belongs to.
+prompts, share frames. What lies on a device comes to the host group by group, see `staging.py`. In: every slice is
+copied once, into the tensor that it belongs to.
 """
 
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import tee
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ from ..kvstore.frame import (
     encode_frame,
 )
 from ..kvstore.identity import FrameIdent
+from .staging import Event, HostCopies, PlainCopies
 
 __all__ = ["FrameIdent", "FramePacker", "LayerAssembler", "layer_frames"]
 
@@ -48,13 +52,38 @@ _DTYPES = {
 _TORCH_DTYPES = {sent: dtype for dtype, sent in _DTYPES.items()}
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The elements of a tensor, dense and row-major; a view of its memory where that is how a CPU tensor lies."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+@dataclass(frozen=True)
+class Sending:
+    """Rows of a tensor of a layer, where the layer lies.
+
+    Attributes:
+        spec: what the receiver hears of them, without data.
+        rows: [spec.shape].
+    """
+
+    spec: TensorSlice
+    rows: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.nbytes
+
+    def cut(self, begin: int, end: int) -> Sending:
+        """Rows [begin, end) of a whole tensor."""
+        return Sending(replace(self.spec, shape=(end - begin, *self.spec.shape[1:]), begin=begin), self.rows[begin:end])
+
+    def kept(self, data: memoryview) -> Sending:
+        """The same in memory of its own, from bytes that are lent."""
+        own = torch.empty(len(data), dtype=torch.uint8)
+        own.numpy().data[:] = data
+        return Sending(self.spec, own.view(self.rows.dtype).reshape(self.spec.shape))
+
+    def with_data(self, data: memoryview) -> TensorSlice:
+        """As it is encoded."""
+        return replace(self.spec, data=data)
 
 
-def layer_slices(encoded: EncodedLayer) -> list[TensorSlice]:
+def layer_tensors(encoded: EncodedLayer) -> list[Sending]:
     """Every tensor of a layer, whole, in the recipe's order.
 
     Raises:
@@ -63,27 +92,26 @@ def layer_slices(encoded: EncodedLayer) -> list[TensorSlice]:
     named = [(part, name, tensor) for part, group in encoded.tensors.items() for name, tensor in group.items()]
     if not named:
         raise ValueError(f"layer {encoded.layer} has no tensors to send")
-    slices = []
+    sending = []
     for index, (part, name, tensor) in enumerate(named):
         if tensor.dtype not in _DTYPES or tensor.ndim == 0:
             raise ValueError(
                 f"tensor {name!r} of layer {encoded.layer} cannot be sent: {tensor.dtype}, {tensor.ndim} axes"
             )
-        slices.append(
-            TensorSlice(
-                layer=encoded.layer,
-                kind=Kind(int(part)),
-                name=name,
-                dtype=_DTYPES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                begin=0,
-                total=tensor.shape[0],
-                index=index,
-                layer_tensors=len(named),
-                data=tensor_bytes(tensor),
-            )
+        spec = TensorSlice(
+            layer=encoded.layer,
+            kind=Kind(int(part)),
+            name=name,
+            dtype=_DTYPES[tensor.dtype],
+            shape=tuple(tensor.shape),
+            begin=0,
+            total=tensor.shape[0],
+            index=index,
+            layer_tensors=len(named),
+            data=memoryview(b""),
         )
-    return slices
+        sending.append(Sending(spec, tensor))
+    return sending
 
 
 def layer_frames(encoded: EncodedLayer, ident: FrameIdent, num_prompt_tokens: int) -> Iterator[bytes]:
@@ -99,12 +127,15 @@ class FramePacker:
     are never overtaken. Of a layer with `pack_bytes` or more, every kind that reaches `pack_bytes` has frames of its
     own, split along axis 0 into payloads of about `target_payload_bytes`, and the other kinds share frames.
 
+    Nothing refers to a layer, or to its memory, once `add` has returned.
+
     Args:
         ident: whom the frames belong to.
         num_prompt_tokens: rows of the whole prompt.
         target_payload_bytes: largest payload, unless one row alone is larger.
         pack_bytes: below it a layer waits for others.
         limits: what the receiver decodes with.
+        copies: how tensors come to the host.
     """
 
     def __init__(
@@ -114,6 +145,7 @@ class FramePacker:
         target_payload_bytes: int = TARGET_PAYLOAD_BYTES,
         pack_bytes: int = PACK_BYTES,
         limits: FrameLimits = DEFAULT_LIMITS,
+        copies: HostCopies | None = None,
     ) -> None:
         if not 0 < pack_bytes <= target_payload_bytes <= limits.max_payload_bytes:
             raise ValueError("needs 0 < pack_bytes <= target_payload_bytes <= the payload limit")
@@ -122,20 +154,27 @@ class FramePacker:
         self._target = target_payload_bytes
         self._pack = pack_bytes
         self._limits = limits
-        self._waiting: list[TensorSlice] = []
+        self._copies = copies or PlainCopies()
+        self._waiting: list[Sending] = []
         self._first = True
 
-    def add(self, encoded: EncodedLayer) -> list[bytes]:
+    def add(self, encoded: EncodedLayer, after: Event | None = None) -> list[bytes]:
         """Take the next layer; returns the frames that leave now, perhaps none.
+
+        Args:
+            after: when the layer is complete, where another thread has launched its computation; by `copies.mark`.
 
         Raises:
             ValueError: a tensor that cannot be sent.
         """
-        slices = layer_slices(encoded)
-        if _payload_bytes(slices) >= self._pack:
-            return [*self.flush(), *self._large(slices)]
-        self._waiting += slices
-        if self._first or _payload_bytes(self._waiting) >= self._pack or len(self._waiting) >= MAX_PACKED_TENSORS:
+        tensors = layer_tensors(encoded)
+        if sum(item.num_bytes for item in tensors) >= self._pack:
+            return [*self.flush(), *self._frames(self._groups(tensors), after, self._copies)]
+        with closing(self._copies.to_host([[item.rows for item in tensors]], after)) as fetched:
+            for data in fetched:
+                self._waiting += [item.kept(part) for item, part in zip(tensors, data, strict=True)]
+        waiting_bytes = sum(item.num_bytes for item in self._waiting)
+        if self._first or waiting_bytes >= self._pack or len(self._waiting) >= MAX_PACKED_TENSORS:
             return self.flush()
         return []
 
@@ -143,56 +182,51 @@ class FramePacker:
         """The frames of the layers that still wait; after the last layer, the rest."""
         self._first = False
         waiting, self._waiting = self._waiting, []
-        return list(self._frames(waiting))
+        return list(self._frames(_fill(waiting, self._target), None, PlainCopies()))
 
-    def _large(self, slices: list[TensorSlice]) -> Iterator[bytes]:
-        kinds = dict.fromkeys(item.kind for item in slices)
-        groups = {kind: [item for item in slices if item.kind == kind] for kind in kinds}
-        small: list[TensorSlice] = []
-        for group in groups.values():
-            if _payload_bytes(group) >= self._pack:
-                yield from self._frames(group)
+    def _groups(self, tensors: list[Sending]) -> Iterator[list[Sending]]:
+        """What shares a frame, of a layer that does not wait."""
+        kinds = dict.fromkeys(item.spec.kind for item in tensors)
+        by_kind = {kind: [item for item in tensors if item.spec.kind == kind] for kind in kinds}
+        small: list[Sending] = []
+        for group in by_kind.values():
+            if sum(item.num_bytes for item in group) >= self._pack:
+                yield from _fill(group, self._target)
             else:
                 small += group
-        yield from self._frames(small)
+        yield from _fill(small, self._target)
 
-    def _frames(self, slices: list[TensorSlice]) -> Iterator[bytes]:
-        for group in _fill(slices, self._target):
-            yield encode_frame(self._ident, self._tokens, group, self._limits)
+    def _frames(self, groups: Iterable[list[Sending]], after: Event | None, copies: HostCopies) -> Iterator[bytes]:
+        groups, wanted = tee(groups)
+        rows = ([item.rows for item in group] for group in wanted)
+        with closing(copies.to_host(rows, after)) as fetched:
+            for group, data in zip(groups, fetched, strict=True):
+                slices = [item.with_data(part) for item, part in zip(group, data, strict=True)]
+                yield encode_frame(self._ident, self._tokens, slices, self._limits)
 
 
-def _payload_bytes(slices: list[TensorSlice]) -> int:
-    return sum(item.data.nbytes for item in slices)
-
-
-def _fill(slices: list[TensorSlice], target_payload_bytes: int) -> Iterator[list[TensorSlice]]:
-    """The slices in order, cut between rows into groups whose payloads reach the target but do not pass it, unless
+def _fill(tensors: list[Sending], target_payload_bytes: int) -> Iterator[list[Sending]]:
+    """The tensors in order, cut between rows into groups whose payloads reach the target but do not pass it, unless
     one row alone does."""
-    group: list[TensorSlice] = []
+    group: list[Sending] = []
     end = 0
-    for item in slices:
-        begin, rows = 0, item.shape[0]
+    for item in tensors:
+        begin, rows, row_nbytes = 0, item.spec.shape[0], item.spec.row_nbytes
         while begin < rows or begin == rows == 0:
             room = max(target_payload_bytes - aligned(end), 0)
-            fit = min(room // item.row_nbytes, rows - begin) if item.row_nbytes else rows
+            fit = min(room // row_nbytes, rows - begin) if row_nbytes else rows
             if group and ((fit == 0 and rows > 0) or len(group) == MAX_PACKED_TENSORS):
                 yield group
                 group, end = [], 0
                 continue
             stop = begin + (max(fit, 1) if rows else 0)
-            group.append(_cut(item, begin, stop))
-            end = aligned(end) + group[-1].data.nbytes
+            group.append(item.cut(begin, stop))
+            end = aligned(end) + group[-1].num_bytes
             if rows == 0:
                 break
             begin = stop
     if group:
         yield group
-
-
-def _cut(item: TensorSlice, begin: int, end: int) -> TensorSlice:
-    """Rows [begin, end) of a whole tensor."""
-    data = item.data[begin * item.row_nbytes : end * item.row_nbytes]
-    return replace(item, shape=(end - begin, *item.shape[1:]), begin=begin, data=data)
 
 
 @dataclass

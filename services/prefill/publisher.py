@@ -1,17 +1,20 @@
 """Ships one prompt's compressed KV to its decode worker while later layers still run.
 
-    engine thread: on_layer ──FramePacker──> frames ─┐ bounded: `ready` is False while too many wait for their ack
-    event loop:                                      └─> PutFrames ──> acks … manifest last ──> Shipped
+    engine thread: on_layer ─┐ bounded: `ready` is False while layers wait to be packed, or frames for their acks
+    a worker thread:         └─> copy to the host, FramePacker ─┐
+    event loop:                                                 └─> PutFrames ──> acks … manifest last ──> Shipped
 
-The first tokens go to the gateway by another way and never wait for a frame.
+A layer is copied and packed while the next one computes, so the device holds at most MAX_LAYERS of them beside the one
+that computes. The first tokens go to the gateway by another way and never wait for a frame.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from asyncio import AbstractEventLoop, Future, Queue
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from threading import Lock
 from typing import Any
 
@@ -26,8 +29,13 @@ from ...protos import worker_pb2 as wpb
 from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..framing import FramePacker
 from ..rpc import read_all
-from ..telemetry import Recorder
+from ..staging import Event, HostCopies
+from ..telemetry import Recorder, where
 from .engine import PrefillJob
+
+logger = logging.getLogger(__name__)
+
+MAX_LAYERS = 2  # that wait to be packed: while there are as many, no further item runs
 
 WriteEvent = Callable[[wpb.PrefillEvent], Awaitable[None]]
 
@@ -39,6 +47,7 @@ class Publisher:
         job: the prompt.
         ident: whom its frames belong to.
         window: frames that may wait for their acknowledgement before the engine is held back.
+        copies: how layers come to the host.
         wake: has the engine look at `ready` again.
     """
 
@@ -47,6 +56,7 @@ class Publisher:
         job: PrefillJob,
         ident: FrameIdent,
         window: int,
+        copies: HostCopies,
         wake: Callable[[], None],
         loop: AbstractEventLoop,
         recorder: Recorder,
@@ -57,16 +67,19 @@ class Publisher:
         self._wake = wake
         self._loop = loop
         self._recorder = recorder
-        self._packer = FramePacker(ident, len(job.prompt_ids))
+        self._copies = copies
+        self._packer = FramePacker(ident, len(job.prompt_ids), copies=copies)
         self._lock = Lock()
+        self._unpacked = 0
         self._unacked = 0
         self._acked = 0
         self._committed = False
+        self._closed = False
         self._submitted_s = time.monotonic()
         self._started_s = self._submitted_s
         self._first: Future[wpb.FirstTokens] = loop.create_future()
-        # None ends the frames; an error ends the prompt
-        self._frames: Queue[bytes | KvsluiceError | None] = Queue()
+        # None ends the layers; an error ends the prompt
+        self._layers: Queue[tuple[EncodedLayer, Event | None] | KvsluiceError | None] = Queue()
         self._choices: tuple[ChoiceState, ...] = ()
         self._entries: list[FrameEntry] = []
 
@@ -74,7 +87,7 @@ class Publisher:
 
     def ready(self) -> bool:
         with self._lock:
-            return self._unacked < self._window
+            return self._unacked < self._window and self._unpacked < MAX_LAYERS
 
     def on_layer_start(self, layer: int) -> None:
         if layer == 0:
@@ -82,7 +95,9 @@ class Publisher:
         self._record("prefill.layer_started", layer=layer)
 
     def on_layer(self, encoded: EncodedLayer) -> None:
-        self._send(self._packer.add(encoded))
+        with self._lock:
+            self._unpacked += 1
+        self._post((encoded, self._copies.mark()))
 
     def on_first_tokens(self, sampled: list[Sampled]) -> None:
         now = time.monotonic()
@@ -98,24 +113,29 @@ class Publisher:
         self._loop.call_soon_threadsafe(self._settle, message)
 
     def on_done(self) -> None:
-        if not self._ended:
-            self._send(self._packer.flush())
-        self._loop.call_soon_threadsafe(self._frames.put_nowait, None)
+        self._post(None)
 
     def on_error(self, error: KvsluiceError) -> None:
-        self._loop.call_soon_threadsafe(self._frames.put_nowait, error)
+        self._post(error)
 
-    def _send(self, frames: Sequence[bytes]) -> None:
-        with self._lock:
-            self._unacked += len(frames)
-        for frame in frames:
-            self._loop.call_soon_threadsafe(self._frames.put_nowait, frame)
+    def _post(self, item: tuple[EncodedLayer, Event | None] | KvsluiceError | None) -> None:
+        self._loop.call_soon_threadsafe(self._arrive, item)
 
     @property
     def _ended(self) -> bool:
         return bool(self._choices) and all(choice.finish_reason for choice in self._choices)
 
     # --- the event loop's side -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of the layers that will not be sent. The engine may hold on to its sink, and call it, for a while."""
+        self._closed = True
+        while not self._layers.empty():
+            self._layers.get_nowait()
+
+    def _arrive(self, item: tuple[EncodedLayer, Event | None] | KvsluiceError | None) -> None:
+        if not self._closed:
+            self._layers.put_nowait(item)
 
     async def run(self, stub: DecodeWorkerStub, write: WriteEvent) -> None:
         """Report the first tokens, ship the frames, report that. Raises what the engine or the decode worker raised."""
@@ -159,16 +179,45 @@ class Publisher:
 
     async def _write_frames(self, call: Any) -> wpb.Shipped:
         shipped = wpb.Shipped()
-        while (frame := await self._frames.get()) is not None:
-            if isinstance(frame, KvsluiceError):
-                raise frame
-            decoded = decode_frame(frame)
-            self._entries.append(frame_entry(frame_key(self._ident, shipped.frames), decoded))
-            await self._put(call, wpb.FramePut(frame=frame), shipped)
+        while (item := await self._layers.get()) is not None:
+            if isinstance(item, KvsluiceError):
+                raise item
+            # megabytes are copied and hashed: not on the event loop
+            packing = asyncio.to_thread(self._pack, *item)
+            del item  # while its frames are written its memory is free
+            for frame in await packing:
+                await self._put(call, wpb.FramePut(frame=frame), shipped)
         if not self._ended:
+            for frame in await asyncio.to_thread(self._noted, self._packer.flush()):
+                await self._put(call, wpb.FramePut(frame=frame), shipped)
             await self._put(call, wpb.FramePut(manifest=self._manifest()), shipped)
             await call.done_writing()
         return shipped
+
+    def _pack(self, encoded: EncodedLayer, after: Event | None) -> list[bytes]:
+        """The frames that leave with a layer. On a worker thread, one layer after the other."""
+        fault = None
+        try:
+            frames = self._noted(self._packer.add(encoded, after))
+        except Exception as exc:
+            # what is raised must not lead to the layer, whose memory the device may be short of
+            fault, place = type(exc).__name__, where(exc)
+        if fault is not None:
+            logger.error("packing layer %d of request %s failed: %s", encoded.layer, self._job.request_id, place)
+            raise InternalError(f"packing a layer failed: {fault}")
+        with self._lock:
+            self._unpacked -= 1
+        self._wake()
+        return frames
+
+    def _noted(self, frames: list[bytes]) -> list[bytes]:
+        """The same frames, once they are counted and the manifest knows of them."""
+        for frame in frames:
+            key = frame_key(self._ident, len(self._entries))
+            self._entries.append(frame_entry(key, decode_frame(frame)))
+        with self._lock:
+            self._unacked += len(frames)
+        return frames
 
     async def _put(self, call: Any, message: wpb.FramePut, shipped: wpb.Shipped) -> None:
         await call.write(message)

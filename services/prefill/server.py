@@ -20,6 +20,7 @@ from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..config import ServeConfig
 from ..lifecycle import EngineThread
 from ..rpc import current_request_id, make_channel
+from ..staging import make_host_copies
 from ..telemetry import NullRecorder, Recorder
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import PrefillEngine, PrefillJob
@@ -86,6 +87,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self.engine = engine
         self._identity = identity
         self._window = window
+        self._copies = make_host_copies(engine.model.device)
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("prefill-engine", engine.step, setup, on_crash)
         self._peers = _Peers(max_message_bytes)
@@ -112,6 +114,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             job,
             self._identity.frame_ident(request, job.recipe),
             self._window,
+            self._copies,
             self._thread.wake,
             asyncio.get_running_loop(),
             self._recorder,
@@ -123,6 +126,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             async with self._peers.stub(request.decode_address) as stub:
                 await publisher.run(stub, context.write)
         finally:
+            publisher.close()
             self._thread.post(lambda: self._cancel(job.request_id, publisher))
 
     def _cancel(self, request_id: str, publisher: Publisher) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvsluice.compression.interfaces import EncodedLayer, Part
 from kvsluice.kvstore.frame import DEFAULT_LIMITS, Kind, decode_frame
 from kvsluice.services import framing
-from kvsluice.services.framing import FrameIdent, FramePacker, LayerAssembler, layer_frames, layer_slices
+from kvsluice.services.framing import FrameIdent, FramePacker, LayerAssembler, layer_frames, layer_tensors
+from kvsluice.services.staging import PlainCopies, tensor_bytes
 
 IDENT = FrameIdent(request_id="req-1", epoch=3, tenant="acme", model_fingerprint="ab" * 16, recipe_fingerprint="cd")
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
@@ -27,7 +28,7 @@ def random_tensor(shape, dtype, seed) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(framing.tensor_bytes(tensor))
+    return bytes(tensor_bytes(tensor))
 
 
 def assert_same(got: EncodedLayer, sent: EncodedLayer) -> None:
@@ -182,7 +183,8 @@ def test_a_row_above_the_target_has_a_frame_of_its_own():
 def test_splitting_copies_a_large_layer_once():
     encoded = EncodedLayer(0, {Part.VALUES: {"v": torch.zeros(8 * 1024, 1024, dtype=torch.uint8)}})
     tracemalloc.start()
-    for frame in FramePacker(IDENT, 9)._frames(layer_slices(encoded)):
+    packer = FramePacker(IDENT, 9)
+    for frame in packer._frames(packer._groups(layer_tensors(encoded)), None, PlainCopies()):
         assert len(frame) < 1100 * 1024
         del frame
     _, peak = tracemalloc.get_traced_memory()

@@ -16,7 +16,8 @@ from kvsluice.errors import CorruptFrame, FrameMismatch
 from kvsluice.kvstore.envelope import Fault
 from kvsluice.kvstore.frame import DType, FrameLimits, Kind, decode_frame, encode_frame
 from kvsluice.services import framing
-from kvsluice.services.framing import FrameIdent, FramePacker, LayerAssembler, layer_slices
+from kvsluice.services.framing import FrameIdent, FramePacker, LayerAssembler, layer_tensors
+from kvsluice.services.staging import tensor_bytes
 
 IDENT = FrameIdent(request_id="req-1", epoch=3, tenant="acme", model_fingerprint="ab" * 16, recipe_fingerprint="cd")
 MESSAGES = {f"corrupt {what}: {fault.value}" for what in ("frame", "layer") for fault in Fault}
@@ -89,8 +90,9 @@ def resent(frame: bytes, position: int = 0, **fields) -> bytes:
 def slices_of(rows: list[tuple[int, int]], total: int = 10) -> list[bytes]:
     """Frames with these ranges of rows of a layer's only tensor."""
     encoded = EncodedLayer(0, {Part.KEYS: {"k": random_bytes(total, 3)}})
-    (whole,) = layer_slices(encoded)
-    return [encode_frame(IDENT, (0, 40), [framing._cut(whole, begin, end)]) for begin, end in rows]
+    (whole,) = layer_tensors(encoded)
+    parts = [whole.cut(begin, end) for begin, end in rows]
+    return [encode_frame(IDENT, (0, 40), [part.with_data(tensor_bytes(part.rows))]) for part in parts]
 
 
 @pytest.mark.parametrize(
