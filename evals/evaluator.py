@@ -58,12 +58,12 @@ def make_plan(options: EvalOptions) -> Plan:
     shape = model_shape(load_config(options.model))
     profile = load_profile(locate(options.model).name, shape)
     recipes = {label: _filled(label, recipe, shape, profile) for label, recipe in options.recipes.items()}
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise InvalidRequest("--device", options.device, "cpu, as there is no CUDA device")
+    _check_device(options.device)
     texts = _texts(options.texts)
     suite = _suite(options, texts)
     tasks = options.tasks or suite.tasks()
     _check_contexts(options, suite, shape)
+    _check_samples(options, suite, tasks)
     if options.against and EXACT not in recipes:
         raise InvalidRequest("--against", "needs a recipe to compare with", f"{EXACT} among --recipe")
     return Plan(
@@ -159,6 +159,8 @@ def _texts(texts: str) -> dict[str, str]:
 def _suite(options: EvalOptions, texts: Mapping[str, str]) -> Suite:
     encode = load_tokenizer(options.model).encode
     ids = {name: token_ids(encode, text) for name, text in texts.items()}
+    if empty := [name for name, tokens in ids.items() if not tokens]:
+        raise ConfigError(f"--texts: {', '.join(empty)} in {options.texts} holds nothing")
     if options.suite == "ruler":
         return Ruler(encode, ids, options.seed)
     if options.suite == "niah":
@@ -181,3 +183,27 @@ def _check_contexts(options: EvalOptions, suite: Suite, shape: ModelShape) -> No
     for context in options.contexts:
         if context > most:
             raise InvalidRequest("--context", str(context), f"at most {most}, the model's positions")
+
+
+def _check_samples(options: EvalOptions, suite: Suite, tasks: Sequence[str]) -> None:
+    """The first sample of every place must be as long as it is called; some tasks need room for several facts."""
+    if isinstance(suite, Perplexity):
+        return
+    for unit in suite.units(options.contexts, 1, tasks):
+        try:
+            case = suite.case(unit)
+            num_tokens = len(case.prompt_ids) + len(case.answer_ids)
+        except ValueError:
+            num_tokens = None
+        if num_tokens is None or num_tokens > unit.context:
+            raise InvalidRequest("--context", f"{unit.context} has no room for {unit.task}", "more, or other tasks")
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise InvalidRequest("--device", device, "cpu, as there is no CUDA device")
+    if (torch.device(device).index or 0) >= count:
+        raise InvalidRequest("--device", device, ", ".join(["cpu", "cuda", *(f"cuda:{at}" for at in range(count))]))

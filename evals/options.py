@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..compression.recipe import Recipe, get_recipe
 from ..errors import InvalidRecipe, InvalidRequest
@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PYTHON_TEXTS = "python"
 MOST_SAMPLES = 10_000
 MOST_PROCESSES = 64
+T = TypeVar("T")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -142,19 +143,20 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     json_file = Path(text["json"]) if text["json"] else None
     if json_file is not None and (json_file.is_dir() or json_file.suffix != ".json"):
         raise InvalidRequest("--json", repr(text["json"]), "a file whose name ends in .json")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text["device"]):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text["device"]):
         raise InvalidRequest("--device", repr(text["device"]), "cpu, cuda, cuda:N")
+    contexts = _listed("context", text["context"])
     return EvalOptions(
         suite=suite,
         model=text["model"],
         recipes=_recipes(text["recipe"], given.get("variant") or []),
-        contexts=tuple(_whole("context", one, LEAST_CONTEXT, 1 << 20) for one in _listed("context", text["context"])),
+        contexts=_apart("context", [_whole("context", one, LEAST_CONTEXT, 1 << 20) for one in contexts]),
         samples=_whole("samples", text["samples"], 1, MOST_SAMPLES),
         seed=_whole("seed", text["seed"], 0, 1 << 32),
         json=json_file,
         fresh=bool(given.get("fresh")),
         tasks=_tasks(suite, text["task"]),
-        depths=tuple(_share("depth", one) for one in _listed("depth", text["depth"])),
+        depths=_apart("depth", [_share("depth", one) for one in _listed("depth", text["depth"])]),
         scored_tokens=_whole("scored-tokens", text["scored_tokens"], 1, 1 << 16),
         texts=text["texts"],
         device=text["device"],
@@ -218,9 +220,15 @@ def _tasks(suite: str, text: str) -> tuple[str, ...] | None:
 
 def _listed(option: str, text: str) -> tuple[str, ...]:
     items = tuple(item.strip() for item in text.split(","))
-    if not all(items) or len(set(items)) < len(items):
-        raise InvalidRequest(f"--{option}", repr(text[:64]), "values that differ, with commas between them")
-    return items
+    if not all(items):
+        raise InvalidRequest(f"--{option}", repr(text[:64]), "values with commas between them")
+    return _apart(option, items)
+
+
+def _apart(option: str, values: Sequence[T]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise InvalidRequest(f"--{option}", repr(",".join(map(str, values))[:64]), "values that differ")
+    return tuple(values)
 
 
 def _one_of(option: str, text: str, allowed: Sequence[str]) -> str:
@@ -230,7 +238,7 @@ def _one_of(option: str, text: str, allowed: Sequence[str]) -> str:
 
 
 def _whole(option: str, text: str, low: int, high: int) -> int:
-    if not re.fullmatch(r"\d{1,12}", text) or not low <= int(text) <= high:
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise InvalidRequest(f"--{option}", repr(text[:64]), f"a whole number from {low} to {high}")
     return int(text)
 

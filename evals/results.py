@@ -169,11 +169,24 @@ class EvalResults:
 
 
 def save(path: Path, results: EvalResults) -> None:
-    """Write the file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the file; see `save_json`."""
+    save_json(path, asdict(results))
+
+
+def save_json(path: Path, results: Mapping[str, Any]) -> None:
+    """Write a file of results, whole or not at all.
+
+    Raises:
+        InvalidRequest: it cannot be written.
+    """
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as exc:
+        raise InvalidRequest("--json", f"cannot write {path}: {exc.strerror}", "a file that can be written") from exc
 
 
 def load(path: Path) -> EvalResults:
@@ -185,7 +198,7 @@ def load(path: Path) -> EvalResults:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidRequest("results", f"{path} is too large", f"at most {MAX_FILE_BYTES} bytes")
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as exc:
         raise InvalidRequest("results", f"cannot read {path}", "a file that `kvsluice eval` wrote") from exc
     try:

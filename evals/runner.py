@@ -32,7 +32,7 @@ from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedR
 from .statistics import summarize
 from .suites import Unit
 from .work_processes import evaluate_in_processes
-from .workfile import Record, WorkFile, unit_of, work_path
+from .workfile import Record, WorkFile, check_writable, unit_of, work_path
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -46,6 +46,8 @@ def run(options: EvalOptions) -> EvalResults:
     if options.against:
         check_reference(options.model)
     plan = make_plan(options)
+    if options.json is not None:
+        check_writable(options.json)
     evaluator = Evaluator(options, plan) if options.processes == 1 else None
     model = _evaluated_model(options, evaluator)
     where = _environment(options)

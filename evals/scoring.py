@@ -11,6 +11,7 @@ share the pass, as sequences share a decode batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -37,6 +38,7 @@ MAX_PASS_ROWS = 128  # answer rows of one sequence in a pass: sparse attention g
 LOGIT_ROWS = 1024  # rows whose logits exist at once
 CHUNK_TOKENS = 512  # as a service has it
 CUDA_CHUNK_TOKENS = 8192  # fewer, larger launches than a service takes, which has others waiting
+NOT_FINITE = -1  # stands for a token where logits are not numbers; told when all is done, as telling waits for a GPU
 CHUNKS_A_PACK = 4  # the prompts of a call share packs
 
 
@@ -166,13 +168,13 @@ class Scorer:
         """Every case under every recipe: case by case, label -> outcome.
 
         Raises:
-            KvsluiceError: whatever the engines refuse or fail with.
+            KvsluiceError: whatever the engines refuse or fail with, or what they would: logits that are not finite.
         """
         sequences = [{label: self._open(case, recipe) for label, recipe in self._recipes.items()} for case in cases]
         everything = [sequence for row in sequences for sequence in row.values()]
         self._run_prefill(everything)
         self._run_answers(everything)
-        return [{label: _outcome(sequence) for label, sequence in row.items()} for row in sequences]
+        return [{label: _outcome(label, sequence) for label, sequence in row.items()} for row in sequences]
 
     def _open(self, case: Case, recipe: Recipe) -> _Sequence:
         # ids of one length, as every frame's header holds it
@@ -227,11 +229,11 @@ class Scorer:
                 sequence.num_done += len(part)
 
     def _judge(self, hidden: Tensor, targets: Tensor, nll: bool) -> Tensor:
-        """Rows [n, D] that predict the targets [n]: predicted ids, or under `nll` nats."""
+        """Rows [n, D] that predict the targets [n]: predicted ids or `NOT_FINITE`, or under `nll` nats."""
         logits = self.model.logits(hidden)
         if nll:
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1).masked_fill(~logits.isfinite().all(dim=-1), NOT_FINITE)
 
 
 def score_of(case: Case, predicted: Sequence[int]) -> float:
@@ -240,9 +242,11 @@ def score_of(case: Case, predicted: Sequence[int]) -> float:
     return float(all(right)) if case.rule == "all" else sum(right) / len(right)
 
 
-def _outcome(sequence: _Sequence) -> Outcome:
+def _outcome(label: str, sequence: _Sequence) -> Outcome:
     case = sequence.case
     judged = torch.cat(sequence.judged).tolist() if sequence.judged else []
+    if NOT_FINITE in judged or not all(map(math.isfinite, judged)):
+        raise InternalError(f"{label}: decoding gave logits that are not finite")
     if case.rule == "nll":
         predicted: tuple[int, ...] = ()
         score = sum(judged) / len(judged)

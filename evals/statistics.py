@@ -3,6 +3,8 @@
 Every recipe sees the same samples, so one resampling of sample indices serves all of them, and a difference between
 two recipes is resampled as a difference: what is hard about a sample cancels. A mean of tasks resamples the samples of
 each task on its own, for the tasks are fixed and the samples drawn (Efron and Tibshirani 1993, chapters 8 and 13).
+Sample i of a needle's depths is one text and one number, so depths are resampled together: they are not so many
+independent samples.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def interval(scores: Floats, resampled: Floats) -> Interval:
 
 @dataclass(frozen=True)
 class _Stratum:
-    """One task (and depth) of one context.
+    """One task (and depth) of one context; the depths of a task resample the same indices.
 
     Attributes:
         scores: recipe -> float64 [samples].
@@ -80,7 +82,7 @@ def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
     for task, depth in dict.fromkeys((cell.task, cell.depth) for cell in cells):
         own = [cell for cell in cells if (cell.task, cell.depth) == (task, depth)]
         scores = np.array([cell.scores for cell in own], dtype=np.float64)
-        resampled = resampled_means(scores, f"{own[0].context} {task} {depth}")
+        resampled = resampled_means(scores, f"{own[0].context} {task}")
         names = [cell.recipe for cell in own]
         strata.append(
             _Stratum(task, depth, dict(zip(names, scores, strict=True)), dict(zip(names, resampled, strict=True)))

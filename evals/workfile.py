@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from ..errors import InvalidRequest
 from .suites import Unit
 
+FIRST_LINE = '{"identity":'
 Record = dict[str, Any]
 """A unit's fields and what came out of it; see `evaluator.Evaluator.evaluate`."""
 
@@ -23,6 +24,27 @@ Record = dict[str, Any]
 def unit_of(record: Mapping[str, Any]) -> Unit:
     """The unit that a record is about."""
     return Unit(record["context"], record["sample"], record["task"], record["depth"])
+
+
+def check_writable(results: Path) -> None:
+    """Make sure that the work towards a file of results can be kept, before a model is read.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    _opened(work_path(results)).close()
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8", errors="surrogateescape")
+    except OSError as exc:
+        raise _cannot_write(path, exc) from exc
+
+
+def _cannot_write(path: Path, exc: OSError) -> InvalidRequest:
+    return InvalidRequest("--json", f"cannot write {path}: {exc.strerror}", "a file that can be written")
 
 
 def work_path(results: Path) -> Path:
@@ -49,13 +71,7 @@ class WorkFile:
     def __init__(self, path: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
         self.done: dict[Unit, Record] = {}
         self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = path.open("a+", encoding="utf-8")
-        except OSError as exc:
-            raise InvalidRequest(
-                "--json", f"cannot write {path}: {exc.strerror}", "a file that can be written"
-            ) from exc
+        self._file = _opened(path)
         try:
             self._open({key: json.loads(json.dumps(value)) for key, value in identity.items()}, fresh)
         except BaseException:
@@ -81,14 +97,14 @@ class WorkFile:
             self._file.truncate(0)
         self._file.seek(0)
         text = self._file.read()
-        whole, _, _ = text.rpartition("\n")
-        if not whole:
+        whole, _, rest = text.rpartition("\n")
+        if not whole and (FIRST_LINE.startswith(rest) or rest.startswith(FIRST_LINE)):
             self._file.truncate(0)
             self._write({"identity": identity})
             return
         self._take(whole.split("\n"), identity)
         # what stands behind the last line's end was cut short
-        self._file.truncate(len(whole.encode()) + 1)
+        self._file.truncate(len(whole.encode(errors="surrogateescape")) + 1)
 
     def _take(self, lines: list[str], identity: Mapping[str, Any]) -> None:
         try:
@@ -109,8 +125,11 @@ class WorkFile:
             )
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as exc:
+            raise _cannot_write(self._path, exc) from exc
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvsluice.errors import InvalidRequest, KvsluiceError
@@ -37,6 +38,10 @@ def test_recipes_presets_and_variants_have_labels():
         ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, niah, ppl"),
         ({"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
         ({"context": "512,512"}, "--context: '512,512'; allowed: values that differ"),
+        ({"context": "512,0512"}, "--context: '512,512'; allowed: values that differ"),
+        ({"context": "\u0665\u0661\u0662"}, "--context: '\u0665\u0661\u0662'; allowed: a whole number"),
+        ({"suite": "niah", "depth": "0.5,0.50"}, "--depth: '0.5,0.5'; allowed: values that differ"),
+        ({"suite": "niah", "depth": "0,-0"}, "--depth: '0.0,-0.0'; allowed: values that differ"),
         ({"context": "12"}, "--context: '12'; allowed: a whole number from 256"),
         ({"samples": "0"}, "--samples: '0'; allowed: a whole number from 1"),
         ({"samples": "1.5"}, "--samples: '1.5'"),
@@ -70,6 +75,8 @@ def test_what_cannot_be_is_refused_by_name(given, said):
     ("given", "said"),
     [
         ({"context": "5000"}, "--context: 5000; allowed: at most 4055, the model's positions"),
+        ({"suite": "ruler", "context": "300", "task": "niah_multikey_3"}, "--context: 300 has no room for niah_mul"),
+        ({"suite": "niah", "context": "300"}, "--context: 300 has no room for needle; allowed: more"),
         ({"task": "novel"}, "--task: 'novel'; allowed: bible, python, debian"),
         ({"recipe": "kivi", "against": "transformers"}, "--against: needs a recipe to compare with; allowed: exact"),
         (
@@ -93,6 +100,21 @@ def test_a_text_must_be_longer_than_a_sample(options, tmp_path):
     with pytest.raises(InvalidRequest, match="--context: 680; allowed: at most 659, the shortest text"):
         make_plan(options(context="300,680", texts=str(tmp_path)))
     assert make_plan(options(context="680", texts=str(tmp_path), task="bible")).tasks == ("bible",)
+
+
+def test_a_text_without_a_word_is_refused(options, tmp_path):
+    (tmp_path / "heldout").mkdir()
+    for name, text in (("bible", "x" * 900), ("python", ""), ("debian", "x" * 900)):
+        (tmp_path / "heldout" / f"{name}.txt").write_text(text)
+    with pytest.raises(KvsluiceError, match=r"--texts: python in .* holds nothing"):
+        make_plan(options(suite="niah", context="600", texts=str(tmp_path)))
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidRequest, match="--device: cuda:2; allowed: cpu, cuda, cuda:0, cuda:1"):
+        make_plan(options(device="cuda:2"))
+    assert make_plan(options(device="cuda:1")).recipes
 
 
 def test_both_command_lines_take_the_same_options():

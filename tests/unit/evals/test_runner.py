@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from kvsluice.errors import InvalidRequest, KvsluiceError
 from kvsluice.evals import evaluator
 from kvsluice.evals.against import agreement
 from kvsluice.evals.overview import overview_rows, print_overview
-from kvsluice.evals.results import AVERAGE, TokenDifference, load
+from kvsluice.evals.results import AVERAGE, TokenDifference, load, save_json
 from kvsluice.evals.runner import collect_cells, main, run
 from kvsluice.evals.scoring import Scorer
 from kvsluice.evals.workfile import WorkFile, work_path
@@ -58,7 +59,7 @@ def test_a_run_writes_what_it_found(options):
 
 
 def test_needles_have_cells_for_every_depth(options):
-    results = run(options(suite="niah", depth="0,1", samples="1", json=None))
+    results = run(options(suite="niah", context="1000", depth="0,1", samples="1", json=None))
     assert [(cell.recipe, cell.depth) for cell in results.cells] == [
         ("exact", 0.0),
         ("exact", 1.0),
@@ -148,12 +149,48 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
         WorkFile(tmp_path / "file" / "a.work.jsonl", {"seed": 0})
 
 
-def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "text", [b"hello\nworld\n", b"no end of line", b'{"identity":{"seed":0}}\n\xff\xfe\n', b"\0\0\0"]
+)
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "a.work.jsonl"
-    path.write_text("hello\nworld\n")
+    path.write_bytes(text)
     with pytest.raises(InvalidRequest, match="is no work file"):
         WorkFile(path, {"seed": 0})
-    assert path.read_text() == "hello\nworld\n"
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"ide', b'{"identity":{"se', b'{"identity":{"seed":0}}\n{"con\xc3'])
+def test_a_kill_leaves_a_file_that_can_be_gone_on_with(tmp_path, torn):
+    path = tmp_path / "a.work.jsonl"
+    path.write_bytes(torn)
+    WorkFile(path, {"seed": 0}).close()
+    assert path.read_text() == '{"identity":{"seed":0}}\n'
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path, monkeypatch):
+    work = WorkFile(tmp_path / "a.work.jsonl", {"seed": 0})
+
+    def write(text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(work._file, "write", write)
+    with pytest.raises(InvalidRequest, match=r"a\.work\.jsonl: No space left on device"):
+        work.add({"context": 1, "sample": 0, "task": "vt", "depth": None})
+    work.close()
+
+
+def test_results_that_cannot_be_written_are_told_in_a_line(tmp_path):
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(InvalidRequest, match=r"--json: cannot write .*taken\.json"):
+        save_json(tmp_path / "taken.json", {})
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_read(options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluator, "load_model", lambda *_, **__: pytest.fail("the model was read"))
+    with pytest.raises(InvalidRequest, match="--json: cannot write"):
+        run(options(json=str(tmp_path / "file" / "a.json")))
 
 
 def test_a_fault_ends_the_run_and_keeps_what_was_done(options, monkeypatch, capsys):

@@ -8,6 +8,8 @@ import math
 import pytest
 
 from kvsluice.compression.recipe import get_recipe
+from kvsluice.errors import InternalError
+from kvsluice.evals import scoring
 from kvsluice.evals.against import Reference
 from kvsluice.evals.pipeline import LocalPipeline
 from kvsluice.evals.scoring import Outcome, Scorer, score_of
@@ -131,6 +133,15 @@ def test_a_difference_to_transformers_is_found_where_it_stands(reference, cases,
     assert (found["token"], found["answer"], found["exact"]) == (2, case.answer_ids[2], predicted[2])
     assert found["transformers"] == right.predicted[2]
     assert 0 < found["gap"] <= found["exact_gap"]
+
+
+@pytest.mark.parametrize("rule", ["all", "nll"])
+def test_logits_that_are_not_finite_are_no_score(longctx, monkeypatch, rule):
+    scorer = Scorer(longctx, {}, {"exact": get_recipe("exact")})
+    plain = scoring.forward_rows
+    monkeypatch.setattr(scoring, "forward_rows", lambda *given: plain(*given).fill_(math.nan))
+    with pytest.raises(InternalError, match="exact: decoding gave logits that are not finite"):
+        scorer.score([Case((1, 2, 3), (4, 5, 6), rule)])
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_tasks_are_resampled_apart():
     assert (both.high - both.low) / (one.high - one.low) == pytest.approx(0.5**0.5, abs=0.1)
 
 
+def test_depths_share_their_samples_and_are_resampled_with_them():
+    """The same answers at every depth say no more than those of one depth do."""
+    scores = [0.0, 1.0] * 10
+    rows = summarize([cell(name, "needle", scores, depth) for name in ("exact", "b") for depth in (0.0, 0.5, 1.0)])
+    average, one = rows[0], rows[1]
+    assert (average.task, one.depth) == (AVERAGE, 0.0)
+    assert (average.low, average.high) == pytest.approx((one.low, one.high))
+
+
 def test_depths_are_rows_of_their_own_and_enter_the_average():
     rows = summarize([cell("a", "needle", [1.0, 1.0], 0.0), cell("a", "needle", [0.0, 0.0], 1.0)])
     assert [(one.task, one.depth, one.mean) for one in rows] == [
