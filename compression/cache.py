@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ..errors import FrameMismatch
+from ..kernels.step_attention import View
 from .codecs import compact
 from .interfaces import EncodedLayer, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
 from .segment import Kit
 from .spec import ModelShape, Recipe
+from .views import layer_view
 
 _NATIVE = ("float32", "bfloat16", "float16")
 
@@ -40,6 +42,7 @@ class RecipeCache:
     def __init__(self, kit: Kit) -> None:
         self.recipe = kit.recipe
         self.counter = ReadCounter()
+        self.version = 0
         self._kit = kit
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
@@ -75,6 +78,22 @@ class RecipeCache:
         """See `SequenceCache`."""
         return self._layers[layer].attend(q, positions, self.counter)
 
+    def reserve(self, num_rows: int, like: Tensor) -> None:
+        """See `SequenceCache`."""
+        moved = [layer.tail.reserve(num_rows, like) for layer in self._layers.values()]
+        if any(moved):
+            self.version += 1
+
+    def views(self) -> list[View]:
+        """See `SequenceCache`."""
+        return [layer_view(self._layers[layer]) for layer in range(self._kit.shape.num_layers)]
+
+    def advance(self, num_rows: int) -> None:
+        """See `SequenceCache`."""
+        for layer in self._layers.values():
+            layer.tail.advance(num_rows)
+            self.counter.bytes_read += layer.read_nbytes(layer.tail.num_rows)
+
     def rows_until_seal(self, position: int) -> int:
         """See `SequenceCache`."""
         return rows_until_seal(self.recipe, self._kit.num_prompt_tokens, position)
@@ -85,6 +104,7 @@ class RecipeCache:
             end = sealed_end(self.recipe, self._kit.num_prompt_tokens, next_position)
             for layer in self._layers.values():
                 layer.seal(end)
+            self.version += 1
 
     def fork(self) -> SequenceCache:
         """See `SequenceCache`."""

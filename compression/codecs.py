@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantize import dequantize, dequantize_chunks, quantize
+from ..kernels.step_attention import Layout, Packed
 from .slots import Affine
 
 Tensors = Mapping[str, Tensor]
@@ -35,6 +36,10 @@ class Reader(Protocol):
 
     def read_all(self) -> Tensor:
         """[n, Hkv, d], all rows; may be a view."""
+        ...
+
+    def packed(self) -> Packed:
+        """The rows as they lie, for kernels that decode them in place."""
         ...
 
 
@@ -119,6 +124,10 @@ class DenseReader:
         """See `Reader`."""
         return self._rows
 
+    def packed(self) -> Packed:
+        """See `Reader`."""
+        return Packed(Layout("dense", dtype=self._rows.dtype), (self._rows,))
+
 
 class AffineCodec:
     """Integers with a scale and a minimum per group, of channels that may be balanced first."""
@@ -181,6 +190,12 @@ class AffineReader:
         rows: Tensor = dequantize(*self._packed, self._spec.bits, self._spec.group, self._spec.axis, self._head_dim)
         return rows if self._balance is None else rows / self._balance
 
+    def packed(self) -> Packed:
+        """See `Reader`."""
+        spec = self._spec
+        layout = Layout(spec.axis, bits=spec.bits, group=spec.group, balanced=self._balance is not None)
+        return Packed(layout, self._packed, self._balance)
+
 
 class Float8Codec:
     """e4m3 numbers with one scale a layer."""
@@ -222,3 +237,7 @@ class Float8Reader:
     def read_all(self) -> Tensor:
         """See `Reader`."""
         return self._rows.float() * self._scale
+
+    def packed(self) -> Packed:
+        """See `Reader`."""
+        return Packed(Layout("float8"), (self._rows,), self._scale)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..kernels.step_attention import View
 from .layout import Part as Part
 from .spec import Recipe
 
@@ -107,6 +108,8 @@ class SequenceCache(Protocol):
 
     recipe: Recipe
     counter: ReadCounter
+    version: int
+    """Grows whenever rows move: views of before are void."""
 
     def add_layer(self, encoded: EncodedLayer) -> None: ...
 
@@ -117,6 +120,18 @@ class SequenceCache(Protocol):
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         """q [Q, H, d] post-RoPE at positions int64 [Q] -> [Q, H, d]. Row i sees cached rows up to its own position
         only, and only those within the layer's sliding window."""
+        ...
+
+    def reserve(self, num_rows: int, like: Tensor) -> None:
+        """Make room for so many more rows in every layer, of the shape and dtype of `like` [_, Hkv, d]."""
+        ...
+
+    def views(self) -> list[View]:
+        """Every layer as the batched kernels read it; needs room for the rows that they will append."""
+        ...
+
+    def advance(self, num_rows: int) -> None:
+        """Count rows that kernels have appended, and attended from, in every layer."""
         ...
 
     def rows_until_seal(self, position: int) -> int:

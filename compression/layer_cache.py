@@ -60,33 +60,40 @@ class LayerCache:
 
     Args:
         lead: the layer that carries the packed rows of this one's group; None for that layer itself.
+
+    Attributes:
+        window: width of the layer's sliding window, or None.
+        sinks: keys and values [n, Hkv, d].
+        outliers: `chunks` int32 [O, Hkv], `k` and `v` [O * chunk, Hkv, d]; empty without outliers.
+        base, demoted, grown, tail: as drawn.
+        tail_is_unrotated: the tail holds keys before RoPE.
     """
 
     def __init__(self, kit: Kit, encoded: EncodedLayer, lead: LayerCache | None) -> None:
         tensors, layer = encoded.tensors, encoded.layer
         at = layer_layout(kit.recipe, kit.num_prompt_tokens, layer)
         ends = tensors.get(Part.TAIL, {})
-        self._kit = kit
-        self._window = kit.shape.layer_windows[layer]
-        self._sinks = (ends["sink_k"], ends["sink_v"]) if at.num_sinks else None
-        self._outliers = dict(tensors.get(Part.OUTLIERS, {}))
+        self.kit = kit
+        self.window = kit.shape.layer_windows[layer]
+        self.sinks = (ends["sink_k"], ends["sink_v"]) if at.num_sinks else None
+        self.outliers = dict(tensors.get(Part.OUTLIERS, {}))
         self._packings = packings(kit, tensors.get(Part.BASIS, {}), layer)
         self._grown_packing = self._packings[grown_tier(kit.recipe, at)]
-        self._tail_is_unrotated = tail_is_unrotated(kit.recipe, at)
-        self._base: Segment | None = None
-        self._demoted: Segment | None = None
-        self._grown: Segment | None = None
+        self.tail_is_unrotated = tail_is_unrotated(kit.recipe, at)
+        self.base: Segment | None = None
+        self.demoted: Segment | None = None
+        self.grown: Segment | None = None
         if at.num_sealed:
             positions = tensors.get(Part.POSITIONS, {})
             index = positions.get("rows", positions.get("chunks"))
-            self._base = self._prompt_segment(0, at.num_sealed, at.num_sinks, tensors, index, lead)
+            self.base = self._prompt_segment(0, at.num_sealed, at.num_sinks, tensors, index, lead)
             if at.num_demoted:
                 assert index is not None, "some rows are kept, some are not"
                 rest = others(index.long() - at.num_sinks, at.num_sealed + at.num_demoted) + at.num_sinks
                 rest = owned(rest, torch.int32)
-                self._demoted = self._prompt_segment(1, at.num_demoted, at.num_sinks, tensors, rest, None)
+                self.demoted = self._prompt_segment(1, at.num_demoted, at.num_sinks, tensors, rest, None)
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
-        self._tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
+        self.tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 
     def _prompt_segment(
         self,
@@ -97,17 +104,17 @@ class LayerCache:
         index: Tensor | None,
         lead: LayerCache | None,
     ) -> Segment:
-        prefixes = [one.prefix for one in self._kit.recipe.tiers()]
+        prefixes = [one.prefix for one in self.kit.recipe.tiers()]
         keys = tier_tensors(tensors.get(Part.KEYS, {}), tier, prefixes)
         values = tier_tensors(tensors.get(Part.VALUES, {}), tier, prefixes)
         if lead is not None:
-            assert lead._base is not None, "layers of a group hold the same rows"
-            keys, values = keys or lead._base.keys, values or lead._base.values
-        return Segment(self._kit, self._packings[tier], keys, values, num_rows, begin, index)
+            assert lead.base is not None, "layers of a group hold the same rows"
+            keys, values = keys or lead.base.keys, values or lead.base.values
+        return Segment(self.kit, self._packings[tier], keys, values, num_rows, begin, index)
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""
-        self._tail.append(k_pre if self._tail_is_unrotated else k, v)
+        self.tail.append(k_pre if self.tail_is_unrotated else k, v)
 
     def attend(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Tensor:
         """q [Q, H, d] at positions int64 [Q] -> [Q, H, d] in q's dtype.
@@ -115,105 +122,125 @@ class LayerCache:
         Counted as read: regions that all rows share once a call, chosen chunks once for each row that chose them.
         """
         parts: list[Partial] = []
-        if self._sinks is not None:
-            parts.append(self._sink_rows(q, positions, *self._sinks, counter))
-        segments = [segment for segment in (self._base, self._demoted, self._grown) if segment is not None]
-        if self._kit.retrieval is None:
+        if self.sinks is not None:
+            parts.append(self._sink_rows(q, positions, *self.sinks, counter))
+        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+        if self.kit.retrieval is None:
             parts += [self._all_rows(q, positions, segment, counter) for segment in segments]
         elif segments:
             parts.append(self._chosen_chunks(q, positions, segments, counter))
-            if self._outliers:
+            if self.outliers:
                 parts.append(self._outlier_rows(q, positions, counter))
-        if self._tail.num_rows:
+        if self.tail.num_rows:
             parts.append(self._tail_rows(q, positions, counter))
         return merge_partials(parts).to(q.dtype)
 
+    def read_nbytes(self, num_rows: int) -> int:
+        """Bytes that one query reads when the tail has `num_rows` rows."""
+        count: int = sum(t.nbytes for t in (*(self.sinks or ()), *self.outliers.values()))
+        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+        retrieval, heads = self.kit.recipe.retrieval, self.kit.shape.num_kv_heads
+        if self.kit.retrieval is None:
+            count += sum(sum(t.nbytes for t in one.tensors()) + one.basis_nbytes for one in segments)
+        elif segments:
+            first, num_chunks = segments[0], sum(one.num_chunks for one in segments)
+            chosen = min(retrieval.selected_chunks(self.kit.num_prompt_tokens), num_chunks)
+            count += chosen * heads * (first.key_reader.chunk_nbytes + first.value_reader.chunk_nbytes)
+            count += first.basis_nbytes
+            count += sum(t.nbytes for one in segments for t in one.summary.values())
+            count += sum(0 if one.index is None else one.index.nbytes for one in segments)
+        return count + num_rows * self.tail.row_nbytes
+
     def seal(self, end: int) -> None:
         """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""
-        block, packing = self._kit.recipe.block, self._grown_packing
-        if self._kit.recipe.budget.fixed:
-            if end > self._tail.begin:
-                self._tail.drop_first(end - self._tail.begin)
+        block, packing = self.kit.recipe.block, self._grown_packing
+        if self.kit.recipe.budget.fixed:
+            if end > self.tail.begin:
+                self.tail.drop_first(end - self.tail.begin)
             return
-        while self._tail.begin + block <= end:
+        while self.tail.begin + block <= end:
             # copies, as a codec may keep rows that the tail is going to write over
-            k, v = (rows[:block].clone() for rows in self._tail.rows())
+            k, v = (rows[:block].clone() for rows in self.tail.rows())
             sealed = Segment(
-                self._kit,
+                self.kit,
                 packing,
                 packing.key_codec.encode(k, packing.key_basis),
                 packing.value_codec.encode(v, packing.value_basis),
                 block,
-                self._tail.begin,
+                self.tail.begin,
             )
-            if self._grown is None:
-                self._grown = sealed
+            if self.grown is None:
+                self.grown = sealed
             else:
-                self._grown.extend(sealed)
-            self._tail.drop_first(block)
+                self.grown.extend(sealed)
+            self.tail.drop_first(block)
 
     def fork(self) -> LayerCache:
         """A layer over the same prompt with a tail and sealed blocks of its own."""
         twin = object.__new__(LayerCache)
         twin.__dict__.update(self.__dict__)
-        twin._grown = None if self._grown is None else self._grown.copy()
-        twin._tail = self._tail.copy()
+        twin.grown = None if self.grown is None else self.grown.copy()
+        twin.tail = self.tail.copy()
         return twin
 
     def shared_tensors(self) -> Iterator[Tensor]:
         """What the prompt made."""
         for packing in self._packings:
             yield from packing.tensors()
-        yield from self._sinks or ()
-        yield from self._outliers.values()
-        for segment in (self._base, self._demoted):
+        yield from self.sinks or ()
+        yield from self.outliers.values()
+        for segment in (self.base, self.demoted):
             if segment is not None:
                 yield from segment.tensors()
 
     def own_tensors(self) -> Iterator[Tensor]:
         """What this choice appended, and its copy of the prompt's tail."""
-        if self._grown is not None:
-            yield from self._grown.tensors()
-        yield from self._tail.tensors()
+        if self.grown is not None:
+            yield from self.grown.tensors()
+        yield from self.tail.tensors()
 
     def _sink_rows(self, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, counter: ReadCounter) -> Partial:
         counter.bytes_read += k.nbytes + v.nbytes
         at = torch.arange(len(k), device=q.device)
-        if sinks_are_unrotated(self._kit.recipe):
-            at = at + (self._tail.begin - len(k))
-            k = self._kit.rope(k.to(q.dtype), at)
-        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
+        if sinks_are_unrotated(self.kit.recipe):
+            at = at + (self.tail.begin - len(k))
+            k = self.kit.rope(k.to(q.dtype), at)
+        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
     def _tail_rows(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Partial:
-        k, v = self._tail.rows()
-        at = torch.arange(self._tail.begin, self._tail.end, device=q.device)
+        k, v = self.tail.rows()
+        at = torch.arange(self.tail.begin, self.tail.end, device=q.device)
         counter.bytes_read += k.nbytes + v.nbytes
-        if self._tail_is_unrotated:
-            k = self._kit.rope(k.to(q.dtype), at)
-        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
+        if self.tail_is_unrotated:
+            k = self.kit.rope(k.to(q.dtype), at)
+        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
     def _all_rows(self, q: Tensor, positions: Tensor, segment: Segment, counter: ReadCounter) -> Partial:
         counter.bytes_read += sum(t.nbytes for t in segment.tensors()) + segment.basis_nbytes
         k, v = segment.rotated_keys(), segment.value_reader.read_all()
         at = segment.row_positions()
-        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
+        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
+
+    def outlier_positions(self) -> Tensor:
+        """int32 [O * chunk, Hkv]."""
+        assert self.base is not None
+        first = self.base.chunk_positions(self.outliers["chunks"].long())
+        within = torch.arange(self.kit.recipe.retrieval.chunk, device=first.device)
+        return (first[:, None] + within[:, None]).flatten(0, 1).int()
 
     def _outlier_rows(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Partial:
-        assert self._base is not None
-        counter.bytes_read += self._outliers["chunks"].nbytes
-        first = self._base.chunk_positions(self._outliers["chunks"].long().T)
-        within = torch.arange(self._kit.recipe.retrieval.chunk, device=q.device)
-        at = (first[..., None] + within).flatten(1)
-        k, v = self._outliers["k"], self._outliers["v"]
+        counter.bytes_read += self.outliers["chunks"].nbytes
+        k, v = self.outliers["k"], self.outliers["v"]
         counter.bytes_read += k.nbytes + v.nbytes
-        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self._window)
+        at = self.outlier_positions().T
+        return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
     def _chosen_chunks(self, q: Tensor, positions: Tensor, segments: list[Segment], counter: ReadCounter) -> Partial:
-        retrieval, chunk = self._kit.retrieval, self._kit.recipe.retrieval.chunk
+        retrieval, chunk = self.kit.retrieval, self.kit.recipe.retrieval.chunk
         assert retrieval is not None
         scores = torch.cat([retrieval.score(q, segment.summary) for segment in segments], dim=-1)
         hidden = self._hidden_chunks(positions, segments)
-        chosen, valid = retrieval.select(scores, self._kit.shape.num_kv_heads, hidden, self._kit.num_prompt_tokens)
+        chosen, valid = retrieval.select(scores, self.kit.shape.num_kv_heads, hidden, self.kit.num_prompt_tokens)
         readers = (segments[0].key_reader, segments[0].value_reader)
         num_read = chosen.numel() if valid is None else int(valid.sum())
         counter.bytes_read += num_read * sum(reader.chunk_nbytes for reader in readers)
@@ -222,20 +249,20 @@ class LayerCache:
             counter.bytes_read += sum(t.nbytes for t in segment.summary.values())
             counter.bytes_read += 0 if segment.index is None else segment.index.nbytes
         chunked = [segment.chunked() for segment in segments]
-        return sparse_attention(q, positions, chosen, valid, chunked, chunk, self._window)
+        return sparse_attention(q, positions, chosen, valid, chunked, chunk, self.window)
 
     def _hidden_chunks(self, positions: Tensor, segments: list[Segment]) -> Tensor | None:
         """bool [Q, Hkv, n]: chunks without a row that the query may see, and outliers, which it sees anyway.
         None when there are none of either."""
-        if self._window is None and not self._outliers and int(positions.min()) >= self._tail.begin:
+        if self.window is None and not self.outliers and int(positions.min()) >= self.tail.begin:
             return None
-        chunk = self._kit.recipe.retrieval.chunk
+        chunk = self.kit.recipe.retrieval.chunk
         first = torch.cat([s.chunk_positions(torch.arange(s.num_chunks, device=positions.device)) for s in segments])
         hidden = first > positions[:, None]
-        if self._window is not None:
-            hidden |= first + (chunk - 1) <= positions[:, None] - self._window
-        hidden = hidden[:, None].repeat(1, self._kit.shape.num_kv_heads, 1)
-        if self._outliers:
-            outliers = self._outliers["chunks"].long().T
+        if self.window is not None:
+            hidden |= first + (chunk - 1) <= positions[:, None] - self.window
+        hidden = hidden[:, None].repeat(1, self.kit.shape.num_kv_heads, 1)
+        if self.outliers:
+            outliers = self.outliers["chunks"].long().T
             hidden.scatter_(-1, outliers.expand(len(positions), -1, -1), True)
         return hidden

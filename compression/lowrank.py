@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.quantize import dequantize, quantize
 from ..kernels.sparse_reconstruct import low_rank_chunks
+from ..kernels.step_attention import Layout, Packed
 from .codecs import BLOCK_ROWS, Reader, Tensors, chunk_rows, owned
 from .slots import LowRank
 
@@ -78,6 +79,11 @@ class LowRankReader:
         """See `Reader`."""
         keys: Tensor = self._factors(self._tensors) @ self._basis.float().flatten(1)
         return keys.view(len(keys), *self._basis.shape[1:])
+
+    def packed(self) -> Packed:
+        """See `Reader`."""
+        layout = Layout("lowrank", bits=self._bits, rank=self._basis.shape[0])
+        return Packed(layout, tuple(self._tensors.values()), self._basis)
 
     def _factors(self, tensors: Tensors) -> Tensor:
         rank = self._basis.shape[0]

@@ -90,6 +90,11 @@ class Segment:
         return self.num_rows // self._chunk
 
     @property
+    def rotates(self) -> bool:
+        """Whether decoded keys still need their rotation."""
+        return self._packing.rope is not None
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.keys.values())).device
 
@@ -180,6 +185,11 @@ class Tail:
         """Position of the next row."""
         return self.begin + self.num_rows
 
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one position, keys and values."""
+        return 0 if self._k is None else 2 * self._k[0].nbytes
+
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add rows [q, Hkv, d], cast to what the tail holds."""
         end = self.num_rows + len(k)
@@ -192,6 +202,21 @@ class Tail:
         """Views of keys and values [num_rows, Hkv, d]."""
         assert self._k is not None and self._v is not None
         return self._k[: self.num_rows], self._v[: self.num_rows]
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [cap, Hkv, d], rows that are not in use yet included."""
+        assert self._k is not None and self._v is not None
+        return self._k, self._v
+
+    def reserve(self, num_more: int, like: Tensor) -> bool:
+        """Make room for `num_more` rows [_, Hkv, d] of the kind of `like`. Returns whether rows have moved."""
+        held, end = self._k, self.num_rows + num_more
+        self._k, self._v = self._room(self._k, like, end), self._room(self._v, like, end)
+        return self._k is not held
+
+    def advance(self, num_rows: int) -> None:
+        """Count rows that were written behind the last one."""
+        self.num_rows += num_rows
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest rows; the capacity stays."""

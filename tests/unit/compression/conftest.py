@@ -21,11 +21,15 @@ from kvsluice.compression.recipe import ModelShape, Recipe, get_recipe, recipe_n
 PROFILE = {"tsp_layer": 1, "fastkv_layer": 1, "tsp_rate": 0.3}
 
 
+def frequencies(dim: int) -> Tensor:
+    """Angles of RoPE with theta 10,000 at position 1, float32 [dim / 2]."""
+    half = dim // 2
+    return (10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)).float()
+
+
 def rope(x: Tensor, positions: Tensor) -> Tensor:
     """Half-split RoPE, theta 10,000, on x [n, heads, d] at positions [n] or [n, heads]."""
-    half = x.shape[-1] // 2
-    inverse = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angles = positions.double()[..., None] * inverse
+    angles = positions.double()[..., None] * frequencies(x.shape[-1]).double().to(x.device)
     if positions.dim() == 1:
         angles = angles[:, None]
     cos, sin = angles.cos(), angles.sin()

@@ -26,7 +26,7 @@ def test_exact_ends_keep_their_dtype_whatever_the_prompt_leaves(
     prompt = lab.make_prompt(shape, num_tokens, 150)
     cache = lab.load(effective, prompt, lab.prefill(effective, prompt)[0])
     outs = lab.decode(cache, prompt, num_tokens, num_tokens + 150, run=7)
-    tail = {t.dtype for layer in cache._layers.values() for t in layer._tail.tensors()}
+    tail = {t.dtype for layer in cache._layers.values() for t in layer.tail.tensors()}
     assert tail == {torch.bfloat16 if effective.window.dtype == "bfloat16" else torch.float32}
     assert cache.nbytes() <= bound_nbytes(effective, shape, num_tokens, 150, 1, 4)
     expected = lab.dense(prompt, 1, torch.arange(num_tokens), num_tokens + 149)

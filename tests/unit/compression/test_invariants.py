@@ -46,8 +46,8 @@ def state(cache: Any) -> list[Tensor]:
     out: list[Tensor] = []
     for _, layer in sorted(cache._layers.items()):
         out += layer.shared_tensors()
-        out += [] if layer._grown is None else layer._grown.tensors()
-        out += layer._tail.rows() if layer._tail.num_rows else []
+        out += [] if layer.grown is None else layer.grown.tensors()
+        out += layer.tail.rows() if layer.tail.num_rows else []
     return [bits(t) for t in out]
 
 
@@ -163,7 +163,7 @@ def test_kept_positions_are_sorted_and_of_the_prompt(recipe: Recipe, prompt: Any
             assert tensor.diff(dim=0).gt(0).all() and tensor.min() >= 0 and tensor.max() < N
         cache = lab.load(recipe, prompt, encoded)
         held_rows = cache._layers[one.layer]
-        segments = [x for x in (held_rows._base, held_rows._demoted) if x is not None]
+        segments = [x for x in (held_rows.base, held_rows.demoted) if x is not None]
         assert all(torch.isin(x.row_positions(), rows).all() for x in segments)
         if recipe.evicted.keeps:  # every row is there once, for every head
             every = torch.cat([x.row_positions() for x in segments], dim=1).sort(dim=1).values
@@ -192,7 +192,7 @@ def test_sealing_follows_positions_alone(recipe: Recipe, prompt: Any, lab: Any) 
         lab.step(cache, prompt, position, position + 1)
         cache.seal(position + 1)
         expected = sealed_end(recipe, N, position + 1) if recipe.window.seal_block else sealed_end(recipe, N, N)
-        assert all(layer._tail.begin == expected for layer in cache._layers.values())
+        assert all(layer.tail.begin == expected for layer in cache._layers.values())
     before = state(cache)
     cache.seal(N + NEW)
     assert all(x is y or torch.equal(x, y) for x, y in zip(before, state(cache), strict=True))
@@ -201,10 +201,10 @@ def test_sealing_follows_positions_alone(recipe: Recipe, prompt: Any, lab: Any) 
 def chosen_chunks(cache: Any, layer: int, q: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's choice for a query, made with its own selection: chunks and valid [1, Hkv, K]."""
     one = cache._layers[layer]
-    segments = [x for x in (one._base, one._grown) if x is not None]
-    scores = torch.cat([one._kit.retrieval.score(q, x.summary) for x in segments], dim=-1)
-    heads = one._kit.shape.num_kv_heads
-    chunks, valid = one._kit.retrieval.select(scores, heads, one._hidden_chunks(at, segments), N)
+    segments = [x for x in (one.base, one.grown) if x is not None]
+    scores = torch.cat([one.kit.retrieval.score(q, x.summary) for x in segments], dim=-1)
+    heads = one.kit.shape.num_kv_heads
+    chunks, valid = one.kit.retrieval.select(scores, heads, one._hidden_chunks(at, segments), N)
     return chunks, torch.ones_like(chunks, dtype=torch.bool) if valid is None else valid
 
 
@@ -220,7 +220,7 @@ def test_poisoned_unselected_chunks_leave_the_output_unchanged(recipe: Recipe, p
         clean = cache.attend(layer, q, at)
         chunks, valid = chosen_chunks(cache, layer, q, at)
         one, begin, poisoned = cache._layers[layer], 0, 0
-        for segment in (one._base, one._grown):
+        for segment in (one.base, one.grown):
             if segment is None:
                 continue
             wanted = torch.zeros(segment.num_rows, prompt.shape.num_kv_heads, dtype=torch.bool)
@@ -306,9 +306,9 @@ def test_a_sliding_window_hides_rows_also_from_selection(recipe: Recipe, window:
         clean = cache.attend(layer, prompt.q[layer][at], at)
         # values of rows outside the window must not matter, whatever was chosen
         one = cache._layers[layer]
-        if one._sinks is not None and recipe.window.positions == "original":
-            one._sinks[1].fill_(1e4)
-        for segment in [x for x in (one._base, one._demoted) if x is not None]:
+        if one.sinks is not None and recipe.window.positions == "original":
+            one.sinks[1].fill_(1e4)
+        for segment in [x for x in (one.base, one.demoted) if x is not None]:
             for tensor in segment.values.values():
                 if tensor.is_floating_point() and len(tensor) == segment.num_rows:
                     outside = segment.row_positions() <= N + 59 - window

@@ -232,7 +232,7 @@ def test_a_group_is_the_truncated_svd_of_its_layers_side_by_side(name: str, lab:
             rank = codec.rank * len(group)
             u, sv, vt = torch.linalg.svd(whole.double(), full_matrices=False)
             best = (u[:, :rank] * sv[:rank]) @ vt[:rank]
-            bases = [cache._layers[layer]._base for layer in group]
+            bases = [cache._layers[layer].base for layer in group]
             readers = [base.value_reader if of_values else base.key_reader for base in bases]
             read = torch.cat([reader.read_all().flatten(1) for reader in readers], dim=1)
             assert (read - whole).norm() <= 1.02 * (best - whole).norm() + 0.01 * whole.norm()

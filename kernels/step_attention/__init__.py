@@ -1,0 +1,20 @@
+"""Attention of one decode step over many sequences, of any recipe, at once."""
+
+from __future__ import annotations
+
+from .op import StepAttention, serves
+from .packed import Chunks, Layout, Packed, Region, Tail, View
+from .tables import Block, sequence_block
+
+__all__ = [
+    "Block",
+    "Chunks",
+    "Layout",
+    "Packed",
+    "Region",
+    "StepAttention",
+    "Tail",
+    "View",
+    "sequence_block",
+    "serves",
+]

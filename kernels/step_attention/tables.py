@@ -1,0 +1,239 @@
+"""Tables that tell a step's kernels where every sequence's rows lie; built on the host when something has moved.
+
+A sequence's block is made once and reused until its tensors move: a row is appended in place, so only sealing, a tail
+that grows and a sequence that joins or leaves make work. Addresses stand in for tensors: whoever builds a table keeps
+the views that it was built from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .packed import Chunks, Layout, Packed, Region, View
+
+MIN_SPLIT_KEYS = 256
+MAX_SPLITS = 64
+SPLIT_UNIT = 128
+
+ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 24, 12, 4
+_ROW, _OUT = 0, 7
+_IDLE_ITEM = [-1] + [0] * (ITEM_FIELDS - 1)
+
+
+@dataclass(frozen=True)
+class AttendKey:
+    """Items that one launch serves."""
+
+    keys: Layout
+    values: Layout
+    chunk: int
+    rotates: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class ChoiceKey:
+    """Sequences whose chunks one launch scores."""
+
+    dtype: torch.dtype
+    has_scale: bool
+    chunk: int
+    hides: bool
+
+
+@dataclass
+class Block:
+    """One sequence's part of the tables, all layers.
+
+    Attributes:
+        items: int64 [L, n, ITEM_FIELDS], for row 0; places of partial results count from 0 in every layer.
+        choices: int64 [L, 1, CHOICE_FIELDS].
+        tails: int64 [L, 1, TAIL_FIELDS].
+        num_items: of all keys together, idle ones included.
+        most_chunks, most_chosen: in any layer.
+    """
+
+    items: dict[AttendKey, Tensor] = field(default_factory=dict)
+    choices: dict[ChoiceKey, Tensor] = field(default_factory=dict)
+    tails: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    num_items: int = 0
+    most_chunks: int = 0
+    most_chosen: int = 0
+    most_hidden: int = 0
+
+
+def split_rows(num_rows: int) -> int:
+    """Keys an item: a function of the region alone, so that sums associate alike in any company."""
+    return max(MIN_SPLIT_KEYS, -(-num_rows // (MAX_SPLITS * SPLIT_UNIT)) * SPLIT_UNIT)
+
+
+def sequence_block(views: Sequence[View]) -> Block:
+    """The block of a sequence from its view of every layer."""
+    block = Block()
+    items: list[dict[AttendKey, list[list[int]]]] = []
+    choices: list[dict[ChoiceKey, list[int]]] = []
+    for view in views:
+        items.append(_layer_items(view))
+        choices.append({} if view.chunks is None else {_choice_key(view): _choice(view.chunks)})
+        if view.chunks is not None:
+            num_chunks = view.chunks.num_rows // view.chunk
+            block.most_chunks = max(block.most_chunks, num_chunks)
+            block.most_chosen = max(block.most_chosen, min(view.chunks.num_chosen, num_chunks))
+            block.most_hidden = max(block.most_hidden, 0 if view.chunks.hidden is None else len(view.chunks.hidden))
+    for key in dict.fromkeys(key for layer in items for key in layer):
+        lists = [layer.get(key, []) for layer in items]
+        most = max(map(len, lists))
+        padded = [own + [_IDLE_ITEM] * (most - len(own)) for own in lists]
+        table = torch.tensor(padded, dtype=torch.int64)
+        table[:, :, _OUT] = torch.arange(block.num_items, block.num_items + most)
+        block.num_items += most
+        block.items[key] = table
+    for choice in dict.fromkeys(key for layer in choices for key in layer):
+        idle = [0] * CHOICE_FIELDS
+        block.choices[choice] = torch.tensor([[layer.get(choice, idle)] for layer in choices], dtype=torch.int64)
+    tails = [
+        [view.tail.k.data_ptr(), view.tail.v.data_ptr(), view.tail.first, int(view.tail.unrotated)] for view in views
+    ]
+    block.tails[views[0].tail.k.dtype] = torch.tensor(tails, dtype=torch.int64)[:, None]
+    return block
+
+
+def _layer_items(view: View) -> dict[AttendKey, list[list[int]]]:
+    out: dict[AttendKey, list[list[int]]] = {}
+    for region in view.regions:
+        key = AttendKey(region.keys.layout, region.values.layout, view.chunk, region.rotates, False)
+        split = MIN_SPLIT_KEYS if region.grows else split_rows(region.num_rows)
+        for begin in range(0, region.num_rows, split):
+            out.setdefault(key, []).append(_item(region, begin, min(begin + split, region.num_rows)))
+    if view.chunks is not None:
+        first = view.chunks.segments[0]
+        key = AttendKey(first.keys.layout, first.values.layout, view.chunk, first.rotates, True)
+        num_rows = min(view.chunks.num_chosen * view.chunk, view.chunks.num_rows)
+        split = split_rows(num_rows)
+        for begin in range(0, num_rows, split):
+            item = _item(first, begin, min(begin + split, num_rows))
+            out.setdefault(key, []).append(item[:16] + _second(view.chunks))
+    return out
+
+
+def _item(region: Region, begin: int, end: int) -> list[int]:
+    index = region.index
+    per_head = index is not None and index.dim() == 2
+    keys, values = _addresses(region.keys), _addresses(region.values)
+    limit = region.first if region.grows else -1
+    place = [0 if index is None else index.data_ptr(), int(per_head), 0]
+    basis = [0 if one is None else one.data_ptr() for one in (region.keys.basis, region.values.basis)]
+    own = [0, begin, end, limit, region.first, *place, *keys, basis[0], *values, basis[1]]
+    return own + [0] * (ITEM_FIELDS - len(own))
+
+
+def _second(chunks: Chunks) -> list[int]:
+    """The fields of the second segment; the first one's again where there is none, which is never reached."""
+    first, second = chunks.segments[0], chunks.segments[-1]
+    return [first.num_rows, second.first, *_addresses(second.keys), *_addresses(second.values)]
+
+
+def _addresses(packed: Packed) -> list[int]:
+    found = [tensor.data_ptr() for tensor in packed.tensors]
+    return found + [0] * (3 - len(found))
+
+
+def _choice_key(view: View) -> ChoiceKey:
+    assert view.chunks is not None
+    return ChoiceKey(
+        view.chunks.landmarks[0].dtype, bool(view.chunks.scales), view.chunk, view.chunks.hidden is not None
+    )
+
+
+def _choice(chunks: Chunks) -> list[int]:
+    first, second = chunks.segments[0], chunks.segments[-1]
+    has_second = len(chunks.segments) > 1
+    scales = [scale.data_ptr() for scale in chunks.scales] or [0]
+    chunk = first.num_rows // len(chunks.landmarks[0])
+    hidden = chunks.hidden
+    return [
+        chunks.landmarks[0].data_ptr(),
+        scales[0],
+        len(chunks.landmarks[0]),
+        0 if first.index is None else first.index.data_ptr(),
+        first.first // chunk,
+        chunks.landmarks[-1].data_ptr(),
+        scales[-1],
+        len(chunks.landmarks[1]) if has_second else 0,
+        second.first // chunk,
+        chunks.num_chosen,
+        0 if hidden is None else hidden.data_ptr(),
+        0 if hidden is None else len(hidden),
+    ]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one step.
+
+    Attributes:
+        items: int64 [L, W, ITEM_FIELDS] by key.
+        choices: int64 [L, rows, CHOICE_FIELDS] by key.
+        tails: int64 [L, rows, TAIL_FIELDS] by the dtype of the tails.
+        ranges: int64 [rows, 2], every row's first partial result and how many it has.
+        num_items: partial results of a layer.
+        most_chunks, most_chosen, most_hidden: of any row.
+    """
+
+    items: Mapping[AttendKey, Tensor]
+    choices: Mapping[ChoiceKey, Tensor]
+    tails: Mapping[torch.dtype, Tensor]
+    ranges: Tensor
+    num_items: int
+    most_chunks: int
+    most_chosen: int
+    most_hidden: int
+
+    def to(self, device: torch.device) -> Tables:
+        """The same on a device."""
+
+        def moved(table: Tensor) -> Tensor:
+            return table.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            items={key: moved(table) for key, table in self.items.items()},
+            choices={key: moved(table) for key, table in self.choices.items()},
+            tails={key: moved(table) for key, table in self.tails.items()},
+            ranges=moved(self.ranges),
+        )
+
+
+def step_tables(blocks: Sequence[Block]) -> Tables:
+    """The tables of a step whose row i belongs to the sequence of blocks[i]."""
+    first, ranges = 0, []
+    items: dict[AttendKey, list[Tensor]] = {}
+    for row, block in enumerate(blocks):
+        for key, table in block.items.items():
+            own = table.clone()
+            own[:, :, _ROW] = torch.where(own[:, :, _ROW] < 0, -1, row)
+            own[:, :, _OUT] += first
+            items.setdefault(key, []).append(own)
+        ranges.append((first, block.num_items))
+        first += block.num_items
+    num_layers = next(iter(blocks[0].tails.values())).shape[0]
+
+    def by_row(pick: Callable[[Block], Mapping], idle: list[int]) -> dict:  # type: ignore[type-arg]
+        nothing = torch.tensor(idle, dtype=torch.int64).expand(num_layers, 1, len(idle))
+        keys = dict.fromkeys(key for block in blocks for key in pick(block))
+        return {key: torch.cat([pick(block).get(key, nothing) for block in blocks], dim=1) for key in keys}
+
+    return Tables(
+        items={key: torch.cat(parts, dim=1) for key, parts in items.items()},
+        choices=by_row(lambda block: block.choices, [0] * CHOICE_FIELDS),
+        tails=by_row(lambda block: block.tails, [0, 0, -1, 0]),
+        ranges=torch.tensor(ranges, dtype=torch.int64),
+        num_items=first,
+        most_chunks=max(block.most_chunks for block in blocks),
+        most_chosen=max(block.most_chosen for block in blocks),
+        most_hidden=max(block.most_hidden for block in blocks),
+    )

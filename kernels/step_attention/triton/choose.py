@@ -1,0 +1,164 @@
+"""Choosing chunks: landmarks are scored, scores ranked, and the best of every KV head listed in ascending order.
+
+    table int64 [rows, CHOICE_FIELDS]   each row's landmarks, by address
+    scores float32 [rows, H, C]         q . landmark / sqrt(d)
+    peaks float32 [rows, H, blocks, 2]  of every block of chunks its largest score and sum of exponentials
+    ranks float32 [rows, Hkv, C]        softmax over the chunks, maximum over the group; -1 where a chunk is hidden
+
+Nothing waits for the device, and a row's chunks depend on its own numbers alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import product
+
+# fields of a row; the second of two segments has names with _B
+LANDMARKS, SCALES, COUNT, INDEX, FIRST = (tl.constexpr(i) for i in range(5))
+LANDMARKS_B, SCALES_B, COUNT_B, FIRST_B = (tl.constexpr(i) for i in range(5, 9))
+WANTED, HIDDEN, NUM_HIDDEN = (tl.constexpr(i) for i in range(9, 12))
+CHOICE_FIELDS: tl.constexpr = tl.constexpr(12)
+CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10)
+
+
+@triton.jit(do_not_specialize=["most_chunks", "window"])
+def score_chunks(
+    table_ptr, q_ptr, positions_ptr, scores_ptr, peaks_ptr, most_chunks, window, scale,
+    DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HINT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows, KV heads, blocks of chunks. BLOCK_O = 0: no row has hidden chunks."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = table_ptr + row * CHOICE_FIELDS
+    count_a = tl.load(at + COUNT)
+    count = count_a + tl.load(at + COUNT_B)
+    chunk = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    inside = chunk < count
+    later = chunk >= count_a
+    local = tl.where(later, chunk - count_a, chunk)
+    pairs, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    is_pair = pairs < GROUP
+    heads = (row * NUM_KV_HEADS + head) * GROUP + pairs
+
+    bases = tl.where(later, tl.load(at + LANDMARKS_B), tl.load(at + LANDMARKS))
+    row_bytes: tl.constexpr = HEAD_DIM * (DTYPE.primitive_bitwidth // 8)
+    rows = tl.multiple_of((bases + (local * NUM_KV_HEADS + head) * row_bytes).to(tl.pointer_type(DTYPE)), HINT)
+    means = tl.load(rows[:, None] + dims[None, :], mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+    q_mask = is_pair[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
+    # int8 and bfloat16 numbers are exact in the queries' dtype
+    found = product(q, tl.trans(means.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_C], tl.float32), WIDE) * scale
+    if HAS_SCALE:
+        bases = tl.where(later, tl.load(at + SCALES_B), tl.load(at + SCALES))
+        steps = (bases + (local * NUM_KV_HEADS + head) * 2).to(tl.pointer_type(tl.float16))
+        found = found * tl.load(steps, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+    visible = inside
+    if HAS_WINDOW:
+        ids = tl.where(later, tl.load(at + FIRST_B), tl.load(at + FIRST)) + local
+        index = tl.load(at + INDEX)
+        if index != 0:
+            named = tl.load(index.to(tl.pointer_type(tl.int32)) + local, mask=inside & (chunk < count_a), other=0)
+            ids = tl.where(later, ids, named.to(tl.int64))
+        visible = visible & (ids * CHUNK + (CHUNK - 1) > tl.load(positions_ptr + row) - window)
+    if BLOCK_O > 0:
+        places, num_hidden = tl.arange(0, BLOCK_O), tl.load(at + NUM_HIDDEN)
+        hidden = tl.load(at + HIDDEN).to(tl.pointer_type(tl.int32))
+        hidden = tl.load(hidden + places * NUM_KV_HEADS + head, mask=places < num_hidden, other=-1)
+        visible = visible & (tl.max((chunk[:, None] == hidden[None, :]).to(tl.int32), 1) == 0)
+    found = tl.where(visible[None, :], found, float("-inf"))
+    tl.store(scores_ptr + heads[:, None] * most_chunks + chunk[None, :], found, mask=is_pair[:, None] & inside[None, :])
+    peak = tl.max(found, 1)
+    total = tl.sum(tl.exp(found - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)
+    peak_at = (heads * tl.num_programs(2) + tl.program_id(2)) * 2
+    tl.store(peaks_ptr + peak_at, peak, mask=is_pair)
+    tl.store(peaks_ptr + peak_at + 1, total, mask=is_pair)
+
+
+@triton.jit(do_not_specialize=["most_chunks", "num_peaks"])
+def rank_chunks(
+    table_ptr, scores_ptr, peaks_ptr, ranks_ptr, most_chunks, num_peaks,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows, KV heads, blocks of chunks."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = table_ptr + row * CHOICE_FIELDS
+    count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
+    first = tl.program_id(2) * BLOCK_C
+    if first >= count:
+        return
+    chunk = first + tl.arange(0, BLOCK_C)
+    best = tl.full([BLOCK_C], -1.0, tl.float32)
+    for pair in tl.static_range(GROUP):
+        query = (row * NUM_KV_HEADS + head) * GROUP + pair
+        peak = float("-inf")
+        total = 0.0
+        for start in range(0, num_peaks, BLOCK_P):
+            block = start + tl.arange(0, BLOCK_P)
+            of_block = peaks_ptr + (query * num_peaks + block) * 2
+            peaks = tl.load(of_block, mask=block < num_peaks, other=float("-inf"))
+            totals = tl.load(of_block + 1, mask=block < num_peaks, other=0.0)
+            next_peak = tl.maximum(peak, tl.max(peaks, 0))
+            shift = tl.where(next_peak == float("-inf"), 0.0, next_peak)
+            total = total * tl.exp(peak - shift) + tl.sum(totals * tl.exp(peaks - shift), 0)
+            peak = next_peak
+        found = tl.load(scores_ptr + query * most_chunks + chunk, mask=chunk < count, other=float("-inf"))
+        share = tl.exp(found - tl.where(peak == float("-inf"), 0.0, peak)) / tl.where(total > 0, total, 1.0)
+        best = tl.maximum(best, tl.where(found == float("-inf"), -1.0, share))
+    tl.store(ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks + chunk, best, mask=chunk < count)
+
+
+@triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
+def choose_chunks(
+    table_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads.
+
+    chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible.
+
+    The least rank that is chosen is found digit by digit: ranks are at least 0, so their bits order as they do.
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = table_ptr + row * CHOICE_FIELDS
+    count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
+    ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks).to(tl.pointer_type(tl.int32))
+    digits = tl.arange(0, 512)
+    least, left, wanted = 0, 0, 0
+    for digit in tl.static_range(4):
+        shift = 24 - 8 * digit
+        histogram = tl.zeros([512], tl.int32)
+        for start in range(0, count, BLOCK_C):
+            chunk = start + tl.arange(0, BLOCK_C)
+            bits = tl.load(ranks + chunk, mask=chunk < count, other=-1)
+            fits = bits >= 0
+            if digit > 0:
+                fits = fits & ((bits >> (shift + 8)) == (least >> (shift + 8)))
+            # what does not fit goes into a digit that does not exist
+            histogram += tl.histogram(tl.where(fits, (bits >> shift) & 255, 256), 512)
+        histogram = tl.where(digits < 256, histogram, 0)
+        total = tl.sum(histogram, 0)
+        if digit == 0:
+            wanted = tl.minimum(tl.load(at + WANTED).to(tl.int32), total)
+            left = wanted
+        at_least = total - tl.cumsum(histogram, 0) + histogram  # how many have this digit or a larger one
+        found = tl.sum(((at_least >= left) & (digits < 256)).to(tl.int32), 0) - 1
+        left -= tl.sum(tl.where(digits > found, histogram, 0), 0)
+        least = least | (found << shift)
+    taken, ties = 0, 0
+    chosen = chosen_ptr + (row * NUM_KV_HEADS + head) * most_chosen
+    for start in range(0, count, BLOCK_C):
+        chunk = start + tl.arange(0, BLOCK_C)
+        bits = tl.load(ranks + chunk, mask=chunk < count, other=-1)
+        tied = bits == least
+        of_tied = ties + tl.cumsum(tied.to(tl.int32), 0)
+        take = (bits > least) | (tied & (of_tied <= left))
+        take = take & (wanted > 0) & (bits >= 0)
+        place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(chosen + place, chunk, mask=take)
+        taken += tl.sum(take.to(tl.int32), 0)
+        ties += tl.sum(tied.to(tl.int32), 0)
+    tl.store(counts_ptr + row * NUM_KV_HEADS + head, wanted)

@@ -1,0 +1,154 @@
+"""Launches of a step's kernels. Nothing here waits for the device, so a step can be captured."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...attention_partial.triton import TILE
+from ..packed import Layout
+from ..tables import AttendKey, ChoiceKey, Tables
+from .append import append_rows as _append_rows
+from .attend import attend_items, merge_items
+from .choose import choose_chunks, rank_chunks, score_chunks
+
+KINDS = {"dense": 0, "channel": 1, "token": 2, "float8": 3, "lowrank": 4}
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    None: tl.uint8,
+}
+SCORE_CHUNKS = 64  # chunks a program scores
+RANK_CHUNKS = 1024
+CHOOSE_CHUNKS = 1024
+MERGE_ITEMS = 16
+
+
+def append_rows(tables: Tables, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """See `op.StepAttention.append`."""
+    num_rows, num_kv_heads, d = k.shape
+    for dtype, table in tables.tails.items():
+        if triton.knobs.runtime.interpret:  # which cuts bits off where a GPU rounds
+            k_pre, k, v = k_pre.to(dtype), k.to(dtype), v.to(dtype)
+        with torch.cuda.device_of(k):
+            _append_rows[(num_rows,)](
+                table[layer], k_pre, k, v, positions, k_pre.stride(), k.stride(), v.stride(),
+                DTYPE=DTYPES[dtype], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=d,
+                BLOCK_H=triton.next_power_of_2(num_kv_heads), BLOCK_D=triton.next_power_of_2(d),
+            )  # fmt: skip
+
+
+def attend(
+    tables: Tables,
+    layer: int,
+    q: Tensor,
+    num_kv_heads: int,
+    positions: Tensor,
+    frequencies: Tensor,
+    rope_factor: float,
+    window: int | None,
+) -> Tensor:
+    """See `op.StepAttention.attend`."""
+    q = q.contiguous()
+    num_rows, num_heads, d = q.shape
+    chosen = {key.chunk: _choose(tables, key, layer, q, num_kv_heads, positions, window) for key in tables.choices}
+    outs = torch.empty(tables.num_items, num_heads, d, dtype=torch.float32, device=q.device)
+    lses = torch.empty(tables.num_items, num_heads, dtype=torch.float32, device=q.device)
+    for key, items in tables.items.items():
+        nothing = (positions, positions, 0)
+        _launch_items(
+            key, items[layer], q, num_kv_heads, positions, chosen[key.chunk] if key.chosen else nothing,
+            frequencies, rope_factor, window, outs, lses,
+        )  # fmt: skip
+    out = torch.empty_like(q)
+    with torch.cuda.device_of(q):
+        merge_items[(num_rows, num_heads)](
+            outs, lses, tables.ranges, out,
+            NUM_HEADS=num_heads, HEAD_DIM=d, BLOCK_S=MERGE_ITEMS, BLOCK_D=triton.next_power_of_2(d), num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+def _launch_items(
+    key: AttendKey,
+    items: Tensor,
+    q: Tensor,
+    num_kv_heads: int,
+    positions: Tensor,
+    chosen: tuple[Tensor, Tensor, int],
+    frequencies: Tensor,
+    rope_factor: float,
+    window: int | None,
+    outs: Tensor,
+    lses: Tensor,
+) -> None:
+    """Fill the places of the items in `outs` [W, H, d] and `lses` [W, H]."""
+    _, num_heads, d = q.shape
+    group = num_heads // num_kv_heads
+    keys, values = key.keys, key.values
+    wide = triton.knobs.runtime.interpret
+    block_n = 32 if q.dtype == torch.float32 or "lowrank" in (keys.kind, values.kind) else 64
+    with torch.cuda.device_of(q):
+        attend_items[(len(items), num_kv_heads)](
+            items, q, positions, chosen[0], chosen[1], frequencies, outs, lses,
+            1 / math.sqrt(d), rope_factor, chosen[2], window or 0,
+            K_KIND=KINDS[keys.kind], K_DTYPE=DTYPES[keys.dtype], K_BITS=keys.bits, K_GROUP=keys.group,
+            K_RANK=keys.rank, K_BALANCED=keys.balanced, K_HINT=_alignment(keys, d),
+            V_KIND=KINDS[values.kind], V_DTYPE=DTYPES[values.dtype], V_BITS=values.bits, V_GROUP=values.group,
+            V_RANK=values.rank, V_HINT=_alignment(values, d),
+            HEAD_DIM=d, NUM_KV_HEADS=num_kv_heads, GROUP=group, CHUNK=key.chunk,
+            CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
+            BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_N=block_n,
+            BLOCK_D=max(TILE, triton.next_power_of_2(d)), BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def _choose(
+    tables: Tables, key: ChoiceKey, layer: int, q: Tensor, num_kv_heads: int, positions: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv], most_chosen."""
+    num_rows, num_heads, d = q.shape
+    group, table = num_heads // num_kv_heads, tables.choices[key][layer]
+    most, blocks = tables.most_chunks, triton.cdiv(tables.most_chunks, SCORE_CHUNKS)
+    scores = torch.empty(num_rows, num_heads, most, dtype=torch.float32, device=q.device)
+    peaks = torch.empty(num_rows, num_heads, blocks, 2, dtype=torch.float32, device=q.device)
+    ranks = torch.empty(num_rows, num_kv_heads, most, dtype=torch.float32, device=q.device)
+    chosen = torch.empty(num_rows, num_kv_heads, tables.most_chosen, dtype=torch.int32, device=q.device)
+    counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
+    heads = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group}
+    with torch.cuda.device_of(q):
+        score_chunks[(num_rows, num_kv_heads, blocks)](
+            table, q, positions, scores, peaks, most, window or 0, 1 / math.sqrt(d),
+            DTYPE=DTYPES[key.dtype], HAS_SCALE=key.has_scale, HAS_WINDOW=window is not None, CHUNK=key.chunk,
+            HEAD_DIM=d, **heads, HINT=math.gcd(16, d * key.dtype.itemsize), WIDE=triton.knobs.runtime.interpret,
+            BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_C=SCORE_CHUNKS,
+            BLOCK_D=max(TILE, triton.next_power_of_2(d)),
+            BLOCK_O=triton.next_power_of_2(tables.most_hidden) if key.hides else 0, num_warps=4,
+        )  # fmt: skip
+        rank_chunks[(num_rows, num_kv_heads, triton.cdiv(most, RANK_CHUNKS))](
+            table, scores, peaks, ranks, most, blocks,
+            **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
+        )  # fmt: skip
+        choose_chunks[(num_rows, num_kv_heads)](
+            table, ranks, chosen, counts, most, tables.most_chosen,
+            NUM_KV_HEADS=num_kv_heads, BLOCK_C=CHOOSE_CHUNKS, num_warps=8,
+        )  # fmt: skip
+    return chosen, counts, tables.most_chosen
+
+
+def _alignment(layout: Layout, head_dim: int) -> int:
+    """Bytes by which every packed row of a head is aligned, up to 16."""
+    if layout.kind == "lowrank":
+        row_bytes = layout.rank * layout.bits // 8
+    elif layout.dtype is not None:
+        row_bytes = head_dim * layout.dtype.itemsize
+    else:
+        row_bytes = head_dim * (8 if layout.kind == "float8" else layout.bits) // 8
+    return math.gcd(16, row_bytes)

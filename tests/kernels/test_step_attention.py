@@ -1,0 +1,98 @@
+"""A step's kernels over the caches of many sequences, against what each cache computes by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvsluice.compression.recipe import get_recipe, resolve
+from kvsluice.kernels.step_attention import StepAttention, sequence_block, serves
+
+_PATH = Path(__file__).parent.parent / "unit" / "compression" / "conftest.py"
+_SPEC = importlib.util.spec_from_file_location("compression_lab", _PATH)
+assert _SPEC is not None and _SPEC.loader is not None
+lab = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = lab
+_SPEC.loader.exec_module(lab)
+
+CHUNKS = '{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 3, "budget_tokens": 48, "budget_rate": 0.05, '
+RECIPES = {
+    "exact": "exact",
+    "fastkv": "fastkv",
+    "kivi": "kivi",
+    "kivi-2bit": "kivi-2bit",
+    "mikv": 'mikv:{"budget": {"kind": "uniform", "rate": 0.4, "recent": 0.5}}',
+    "fp8": "fp8",
+    "streaming": "streaming",
+    "lowrank": "lowrank",
+    "xkv-kv": "xkv-kv",
+    "pyramidkv": "pyramidkv",
+    "shadowkv": "shadowkv:" + CHUNKS + '"landmark_bits": 16}}',
+    "sluice": "sluice:" + CHUNKS + '"landmark_bits": 8}}',
+    "sluice-lowrank": "sluice-full:" + CHUNKS + '"landmark_bits": 8}, "key_codec": {"kind": "lowrank", "share": 0.5, '
+    '"bits": 8}}',
+}
+
+
+def recipe_of(name: str, shape, num_tokens: int):
+    base, _, slots = RECIPES[name].partition(":")
+    resolved = resolve(get_recipe(base, slots), shape, num_tokens, {"tsp_layer": 0, "fastkv_layer": 0, "tsp_rate": 0.3})
+    assert resolved.fallback_reason is None, resolved.fallback_reason
+    return resolved.recipe
+
+
+def both(recipe, prompt):
+    encoded, _ = lab.prefill(recipe, prompt)
+    return lab.load(recipe, prompt, encoded), lab.load(recipe, prompt, encoded)
+
+
+def frequencies(dim: int, device) -> torch.Tensor:
+    """Those of the lab's RoPE."""
+    return lab.frequencies(dim).to(device)
+
+
+def run_step(caches, prompts, positions, shape, device) -> list[torch.Tensor]:
+    """Append and attend one row of every sequence through the kernels; per layer [rows, H, d]."""
+    blocks = []
+    for cache, prompt in zip(caches, prompts, strict=True):
+        cache.reserve(1, prompt.k[0][:1])
+        blocks.append(sequence_block(cache.views()))
+        assert serves(cache.views(), shape.head_dim)
+    step = StepAttention(blocks, shape.num_kv_heads, frequencies(shape.head_dim, device), 1.0, device)
+    at = torch.tensor(positions, device=device)
+    outs = []
+    for layer in range(shape.num_layers):
+        rows = [
+            torch.stack([getattr(p, name)[layer][i] for p, i in zip(prompts, positions, strict=True)]).to(device)
+            for name in ("k_pre", "k", "v", "q")
+        ]
+        step.append(layer, *rows[:3], at)
+        outs.append(step.attend(layer, rows[3], at, shape.layer_windows[layer]))
+    for cache in caches:
+        cache.advance(1)
+    return outs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_batch_gives_what_each_cache_gives(name, device):
+    if device.type == "cuda":
+        pytest.skip("the lab's caches lie on the CPU; tests/gpu runs engines")
+    shape = lab.make_shape(heads=6, kv_heads=2, dim=32, layers=2)
+    prompts = [lab.make_prompt(shape, n, 41, seed) for seed, n in enumerate((300, 345))]
+    pairs = [both(recipe_of(name, shape, prompt.num_tokens), prompt) for prompt in prompts]
+    positions = [prompt.num_tokens + 40 for prompt in prompts]
+    expected = []
+    for pair, prompt, at in zip(pairs, prompts, positions, strict=True):
+        for cache in pair:
+            lab.decode(cache, prompt, prompt.num_tokens, at, run=64)
+        expected.append(lab.step(pair[0], prompt, at, at + 1))
+    found = run_step([other for _, other in pairs], prompts, positions, shape, device)
+    for layer in range(shape.num_layers):
+        want = torch.cat([one[layer] for one in expected])
+        torch.testing.assert_close(found[layer], want, atol=1e-4, rtol=1e-3)
+    for own, other in pairs:
+        assert own.counter.bytes_read >= other.counter.bytes_read > 0
