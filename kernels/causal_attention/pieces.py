@@ -11,13 +11,14 @@ and not for one a chunk: a library that plans or compiles for each shape does so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 UNIT = 128  # keys; also the fewest rows of a call
 MAX_ROWS = 8192  # of a call, unless their number is a power of two already
+MAX_PARTIALS = 8  # that are held, and merged, at once
 
 Partial = tuple[Tensor, Tensor]
 """Attention over some keys: out [c, H, d] and the log of the sum of exponentials, float32 [H, c]."""
@@ -25,8 +26,8 @@ Partial = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Partial]
 """attend(q [s, H, d], k [n, Hkv, d], v [n, Hkv, d], causal): over all keys, or where causal (s = n) up to its own."""
 
-Merge = Callable[[Partial, Partial, torch.dtype], Partial]
-"""merge(one, other, dtype): over the keys of both, `out` in `dtype`."""
+Merge = Callable[[Sequence[Partial], torch.dtype], Partial]
+"""merge(partials, dtype): over the keys of all, computed in float32, `out` in `dtype`."""
 
 
 def padded_rows(num_rows: int) -> int:
@@ -47,10 +48,7 @@ def spans(num_keys: int) -> list[tuple[int, int]]:
 
 
 def lower_right(q: Tensor, k: Tensor, v: Tensor, attend: Attend, merge: Merge) -> Tensor:
-    """Attention of q [c, H, d], the last c of m rows, over k, v [m, Hkv, d]; [c, H, d] in q's dtype.
-
-    What is merged is merged in float32.
-    """
+    """Attention of q [c, H, d], the last c of m rows, over k, v [m, Hkv, d]; [c, H, d] in q's dtype."""
     c, m = len(q), len(k)
     if c <= MAX_ROWS or padded_rows(c) == c:
         return _block(q, k, v, attend, merge)
@@ -70,13 +68,14 @@ def _block(q: Tensor, k: Tensor, v: Tensor, attend: Attend, merge: Merge) -> Ten
     own = slice(shift, shift + c)
     rows = _padded(q, shift, size)
     out, lse = attend(rows, _padded(k[begin:], 0, size), _padded(v[begin:], 0, size), True)
-    partial = out[own], lse[:, own]
-    earlier = spans(begin)
-    for start, stop in earlier:
+    partials = [(out[own], lse[:, own])]
+    for start, stop in spans(begin):
+        if len(partials) == MAX_PARTIALS:
+            out, lse = merge(partials, torch.float32)
+            partials = [(out, lse)]
         out, lse = attend(rows, k[start:stop], v[start:stop], False)
-        dtype = q.dtype if stop == begin else torch.float32
-        partial = merge(partial, (out[own], lse[:, own]), dtype)
-    return partial[0]
+        partials.append((out[own], lse[:, own]))
+    return partials[0][0] if len(partials) == 1 else merge(partials, q.dtype)[0]
 
 
 def _padded(x: Tensor, before: int, size: int) -> Tensor:

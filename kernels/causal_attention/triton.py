@@ -7,6 +7,7 @@ cuDNN plans for every shape, which takes up to tenths of a second; `pieces.py` k
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,42 +28,43 @@ _refused: set[tuple[object, ...]] = set()
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _merge(
-    a_ptr, a_lse_ptr, b_ptr, b_lse_ptr, out_ptr, lse_ptr,
-    num_rows, a_strides, b_strides, a_lse_stride, b_lse_stride,
+    outs, lses, out_ptr, lse_ptr, num_rows, row_strides, head_strides, lse_strides,
     HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [c, H, d] and lse [H, c], both dense, from two partials. Grid: blocks of rows, heads.
+    """out [c, H, d] and lse [H, c], both dense, from tuples of the same. Grid: blocks of rows, heads.
 
-    Strides: a and b (row, head), their channels dense; a_lse and b_lse (head), their rows dense.
+    Strides: of each out by row and by head, its channels dense; of each lse by head, its rows dense.
     """
     head, num_heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_D)
     inside = rows < num_rows
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    a_lse = tl.load(a_lse_ptr + head * a_lse_stride + rows, mask=inside, other=0)
-    b_lse = tl.load(b_lse_ptr + head * b_lse_stride + rows, mask=inside, other=0)
-    peak = tl.maximum(a_lse, b_lse)
-    a_weight, b_weight = tl.exp(a_lse - peak), tl.exp(b_lse - peak)
-    total = a_weight + b_weight
-    a = tl.load(a_ptr + rows[:, None] * a_strides[0] + head * a_strides[1] + dims[None, :], mask=mask, other=0)
-    b = tl.load(b_ptr + rows[:, None] * b_strides[0] + head * b_strides[1] + dims[None, :], mask=mask, other=0)
-    merged = (a.to(tl.float32) * a_weight[:, None] + b.to(tl.float32) * b_weight[:, None]) / total[:, None]
-    at = (rows[:, None] * num_heads + head) * HEAD_DIM + dims[None, :]
-    tl.store(out_ptr + at, merged.to(out_ptr.dtype.element_ty), mask=mask)
+    peak = tl.load(lses[0] + head * lse_strides[0] + rows, mask=inside, other=0)
+    for i in tl.static_range(1, len(lses)):
+        peak = tl.maximum(peak, tl.load(lses[i] + head * lse_strides[i] + rows, mask=inside, other=0))
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    merged = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for i in tl.static_range(len(lses)):
+        weight = tl.exp(tl.load(lses[i] + head * lse_strides[i] + rows, mask=inside, other=0) - peak)
+        at = rows[:, None] * row_strides[i] + head * head_strides[i] + dims[None, :]
+        merged += weight[:, None] * tl.load(outs[i] + at, mask=mask, other=0).to(tl.float32)
+        total += weight
+    to = (rows[:, None] * num_heads + head) * HEAD_DIM + dims[None, :]
+    tl.store(out_ptr + to, (merged / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(lse_ptr + head * num_rows + rows, peak + tl.log(total), mask=inside)
 
 
-def merge(one: pieces.Partial, other: pieces.Partial, dtype: torch.dtype) -> pieces.Partial:
-    """See `pieces.Merge`. Every row has seen a key in each of the two."""
-    (a, a_lse), (b, b_lse) = one, other
-    num_rows, num_heads, d = a.shape
-    out = torch.empty(a.shape, dtype=dtype, device=a.device)
-    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=a.device)
+def merge(partials: Sequence[pieces.Partial], dtype: torch.dtype) -> pieces.Partial:
+    """See `pieces.Merge`. Every row has seen a key in each of the partials."""
+    outs, lses = tuple(out for out, _ in partials), tuple(lse for _, lse in partials)
+    num_rows, num_heads, d = outs[0].shape
+    out = torch.empty(num_rows, num_heads, d, dtype=dtype, device=outs[0].device)
+    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=out.device)
+    strides = tuple(tuple(x.stride(axis) for x in outs) for axis in (0, 1))
     with torch.cuda.device_of(out):
         _merge[(triton.cdiv(num_rows, MERGE_ROWS), num_heads)](
-            a, a_lse, b, b_lse, out, lse,
-            num_rows, a.stride()[:2], b.stride()[:2], a_lse.stride(0), b_lse.stride(0),
+            outs, lses, out, lse, num_rows, *strides, tuple(x.stride(0) for x in lses),
             HEAD_DIM=d, BLOCK_ROWS=MERGE_ROWS, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
     return out, lse
