@@ -27,8 +27,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -39,16 +41,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import KvsluiceError
-from ..evals.processes import process_pool
+from ..errors import InvalidRequest, KvsluiceError
+from ..evals.options import MOST_PROCESSES, MOST_SAMPLES, check_results_file
+from ..evals.processes import check_device, environment_of, process_pool
 from ..evals.progress import progress
-from ..evals.report import environment
-from ..evals.results import AVERAGE, EvaluatedModel, EvaluatedRecipe
+from ..evals.results import AVERAGE, EvaluatedModel, EvaluatedRecipe, save_json
 from ..evals.statistics import Interval, interval, resampled_means
-from ..evals.suites import Unit
+from ..evals.suites import LEAST_CONTEXT, Unit
 from ..evals.tasks import SUITE
 from ..evals.texts import DEFAULT_FOLDER, TextMissing, heldout_texts
-from ..evals.workfile import Record, WorkFile, work_path
+from ..evals.workfile import Record, WorkFile, check_writable, work_path
 from ..models.checkpoint import DEFAULT_MODEL, locate
 from ..models.loader import load_model
 from .kvpress_match import MOST_SHARE, NAMES, Match, Setup
@@ -210,27 +212,17 @@ def described(setup: Setup) -> dict[str, Any]:
     }
 
 
-def where_it_runs(options: argparse.Namespace) -> dict[str, Any]:
-    """The environment, a GPU and its CUDA included."""
-    found = environment()
-    if options.commit:
-        found["commit"] = options.commit
-    if options.device != "cpu":
-        found["hardware"]["gpu"] = torch.cuda.get_device_name(options.device)
-        found["cuda"] = torch.version.cuda
-    return found
-
-
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run what the options ask for, beyond what an earlier run has done; returns the results.
 
     Raises:
         KvsluiceError: a prompt is too short for a recipe, or an earlier run's file is another run's.
     """
+    check(options)
     load_press("base_press", "BasePress")  # says at once that it is missing
     names = ("share", "seed", "texts", "device", "dtype")
     setup = Setup(tuple(options.comparison), **{name: getattr(options, name) for name in names})
-    about, where = described(setup), where_it_runs(options)
+    about, where = described(setup), environment_of(options.device, options.processes, options.commit)
     tasks = options.task
     units = [Unit(options.context, index, task) for index in range(options.samples) for task in tasks]
     identity = about | {"environment": where, "share": setup.share, "seed": setup.seed}
@@ -251,11 +243,41 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     return {"environment": where, **about, "settings": settings, "cells": list(map(asdict, cells)), "summary": rows}
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be, before a model is read.
+
+    Raises:
+        InvalidRequest: names the option.
+    """
+    for name in ("comparison", "task"):
+        given = getattr(options, name)
+        if len(set(given)) < len(given):
+            raise InvalidRequest(f"--{name}", " ".join(given), "values that differ")
+    check_device(options.device)
+    if options.json is not None:
+        check_results_file(options.json)
+        check_writable(options.json)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """What reads a whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:64]!r}; allowed: a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
 def share_of_rows(text: str) -> float:
     """A share that all comparisons can keep."""
-    share = float(text)
-    if not 0.0 < share <= MOST_SHARE:
-        raise ValueError(f"not above 0 and at most {MOST_SHARE}")
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share <= MOST_SHARE:  # NaN is in no range
+        raise argparse.ArgumentTypeError(f"{text[:64]!r}; allowed: above 0 and at most {MOST_SHARE}")
     return share
 
 
@@ -265,14 +287,20 @@ def argument_parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser.add_argument("--comparison", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--task", nargs="+", default=tuple(SUITE), choices=tuple(SUITE))
-    parser.add_argument("--context", type=int, default=8192, help="tokens of a prompt and its answer, about")
+    parser.add_argument(
+        "--context", type=whole(LEAST_CONTEXT, 1 << 15), default=8192, help="tokens of a prompt and its answer, about"
+    )
     parser.add_argument("--share", type=share_of_rows, default=0.1, help="of the rows that is kept")
-    parser.add_argument("--samples", type=int, default=50, help="samples a task")
-    parser.add_argument("--seed", type=int, default=0, help="samples are those of `kvsluice eval` with this seed")
+    parser.add_argument("--samples", type=whole(1, MOST_SAMPLES), default=50, help="samples a task")
+    parser.add_argument(
+        "--seed", type=whole(0, 1 << 32), default=0, help="samples are those of `kvsluice eval` with this seed"
+    )
     parser.add_argument("--texts", type=Path, default=DEFAULT_FOLDER, help="what scripts/fetch_texts.sh filled")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--processes", type=int, default=1, help="processes that share the work and the device")
+    parser.add_argument(
+        "--processes", type=whole(1, MOST_PROCESSES), default=1, help="processes that share the work and the device"
+    )
     parser.add_argument("--json", type=Path, help="results; FILE.work.jsonl beside it lets a cut-off run go on")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever is done already")
     parser.add_argument("--commit", help="the commit to record where the checkout cannot say")
@@ -284,11 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argument_parser().parse_args(argv)
     try:
         results = compare(options)
+        if options.json:
+            save_json(options.json, results)
     except (KvsluiceError, PeerMissing, TextMissing, RuntimeError) as exc:
         print(exc, file=sys.stderr)
         return 1
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print_table(results["summary"])
     return 0
 

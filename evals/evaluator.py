@@ -21,6 +21,7 @@ from ..models.tokenizer import load_tokenizer
 from ..services.model_shape import model_shape
 from .against import Reference
 from .options import PYTHON_TEXTS, EvalOptions
+from .processes import check_device
 from .results import EXACT
 from .scoring import Outcome, Scorer
 from .suites import Case, NeedleGrid, Perplexity, Ruler, Suite, Unit
@@ -58,7 +59,7 @@ def make_plan(options: EvalOptions) -> Plan:
     shape = model_shape(load_config(options.model))
     profile = load_profile(locate(options.model).name, shape)
     recipes = {label: _filled(label, recipe, shape, profile) for label, recipe in options.recipes.items()}
-    _check_device(options.device)
+    check_device(options.device)
     texts = _texts(options.texts)
     suite = _suite(options, texts)
     tasks = options.tasks or suite.tasks()
@@ -197,13 +198,3 @@ def _check_samples(options: EvalOptions, suite: Suite, tasks: Sequence[str]) -> 
             num_tokens = None
         if num_tokens is None or num_tokens > unit.context:
             raise InvalidRequest("--context", f"{unit.context} has no room for {unit.task}", "more, or other tasks")
-
-
-def _check_device(device: str) -> None:
-    if device == "cpu":
-        return
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise InvalidRequest("--device", device, "cpu, as there is no CUDA device")
-    if (torch.device(device).index or 0) >= count:
-        raise InvalidRequest("--device", device, ", ".join(["cpu", "cuda", *(f"cuda:{at}" for at in range(count))]))

@@ -141,8 +141,8 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     text |= {key: value for key, value in given.items() if value is not None}
     suite = _one_of("suite", text["suite"], SUITE_NAMES)
     json_file = Path(text["json"]) if text["json"] else None
-    if json_file is not None and (json_file.is_dir() or json_file.suffix != ".json"):
-        raise InvalidRequest("--json", repr(text["json"]), "a file whose name ends in .json")
+    if json_file is not None:
+        check_results_file(json_file)
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text["device"]):
         raise InvalidRequest("--device", repr(text["device"]), "cpu, cuda, cuda:N")
     contexts = _listed("context", text["context"])
@@ -167,6 +167,16 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
         against=bool(text["against"]) and bool(_one_of("against", text["against"], (TRANSFORMERS,))),
         commit=text["commit"] or None,
     )
+
+
+def check_results_file(path: Path) -> None:
+    """Refuse a name that is no results file's.
+
+    Raises:
+        InvalidRequest: says what it must be.
+    """
+    if path.is_dir() or path.suffix != ".json":
+        raise InvalidRequest("--json", repr(str(path)), "a file whose name ends in .json")
 
 
 def argument_parser() -> argparse.ArgumentParser:

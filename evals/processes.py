@@ -18,6 +18,37 @@ from typing import Any
 
 import torch
 
+from ..errors import InvalidRequest
+from .report import environment
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InvalidRequest: names those that are.
+    """
+    count = torch.cuda.device_count()
+    allowed = ["cpu", "cuda", *(f"cuda:{at}" for at in range(count))] if count else ["cpu"]
+    if device not in allowed:
+        raise InvalidRequest("--device", repr(device[:64]), ", ".join(allowed))
+
+
+def environment_of(device: str, count: int, commit: str | None) -> dict[str, Any]:
+    """The environment of `count` processes on a device, GPUs and their CUDA included.
+
+    Args:
+        commit: takes the place of the checkout's, unless None.
+    """
+    found = environment()
+    if commit is not None:
+        found["commit"] = commit
+    if device != "cpu":
+        found["hardware"]["gpu"] = torch.cuda.get_device_name(device)
+        found["hardware"]["gpus"] = min(count, torch.cuda.device_count()) if device == "cuda" else 1
+        found["cuda"] = torch.version.cuda
+    return found
+
 
 def process_pool(count: int, device: str, start: Callable[..., None], *arguments: Any) -> ProcessPoolExecutor:
     """A pool whose every process calls `start(*arguments)` before its first task, with its GPU chosen.

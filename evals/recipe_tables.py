@@ -27,10 +27,11 @@ def origin(run: Run) -> str:
     """Where numbers come from: command, hardware, dtype, commit, samples, fingerprints."""
     results = run.results
     hardware, settings, model = results.environment["hardware"], results.settings, results.model
+    place = "context and depth" if "depths" in settings else "task and context"
     adapter = f", adapter `{model.adapter[:FINGERPRINT_DIGITS]}`" if model.adapter else ""
     return (
         f"Measured by `{_command(run)}` on {_machine(hardware)}, in {model.dtype}, at commit "
-        f"{results.environment['commit']}: {settings['samples']} samples a task and context, the same for all recipes. "
+        f"{results.environment['commit']}: {settings['samples']} samples a {place}, the same for all recipes. "
         f"Model {model.name}, fingerprint `{model.fingerprint[:FINGERPRINT_DIGITS]}`{adapter}. "
         f"`benchmarks/results/{run.name}.json` holds every sample's score."
     )
@@ -38,7 +39,8 @@ def origin(run: Run) -> str:
 
 def _machine(hardware: Mapping[str, Any]) -> str:
     if "gpu" in hardware:
-        return f"one {hardware['gpu']}"
+        count = hardware.get("gpus", 1)
+        return f"one {hardware['gpu']}" if count == 1 else f"{count} {hardware['gpu']}"
     return f"{hardware['cores']} cores of {hardware['cpu']}, without a GPU"
 
 
@@ -105,15 +107,19 @@ def task_scores(run: Run) -> str:
 
 
 def overview(run: Run) -> str:
-    """One short table: bytes and the average at every context, in the order of the longest context's averages."""
+    """One short table: bytes and the average at every context, in the order of the first context's averages."""
     contexts = run.contexts
-    header = ("recipe", "shipped ÷ bf16", *(f"average at {context:,} tokens [95 %]" for context in contexts))
+    header = (
+        "recipe",
+        f"shipped ÷ bf16 at {contexts[0]:,} tokens",
+        *(f"average at {context:,} tokens [95 %]" for context in contexts),
+    )
     rows = []
-    for last in run.by_average(contexts[0]):
-        found = [run.summary(last.recipe, context) for context in contexts]
+    for first in run.by_average(contexts[0]):
+        found = [run.summary(first.recipe, context) for context in contexts]
         means = ["" if one is None else mean(one) for one in found]
-        rows.append((f"`{last.recipe}`", f"{run.costs(last.recipe, contexts[0])[0]:.3f}", *means))
-    return _paragraphs(table(header, rows), origin(run))
+        rows.append((f"`{first.recipe}`", f"{run.costs(first.recipe, contexts[0])[0]:.3f}", *means))
+    return _paragraphs(table(header, rows), *map(run.fallbacks, contexts), origin(run))
 
 
 def perplexity(run: Run) -> str:
@@ -136,6 +142,7 @@ def measured(recipe: str, runs: Sequence[Run]) -> str:
     """All that was measured of one recipe, a row a run and context."""
     rows = []
     fingerprints = []
+    short = []
     for run in runs:
         for context in run.contexts if recipe in run.results.recipes else ():
             row = run.summary(recipe, context)
@@ -146,11 +153,15 @@ def measured(recipe: str, runs: Sequence[Run]) -> str:
             place = (f"{suite} (`{run.name}.json`)", f"{context:,}")
             rows.append((*place, mean(row), difference(row), f"{shipped:.3f}", f"{held:.3f}"))
             fingerprints.append(run.results.recipes[recipe].fingerprint[:FINGERPRINT_DIGITS])
+            count, samples = run.num_fallbacks(recipe, context)
+            if count:
+                short.append(f"{count} of {samples} samples at {context:,} tokens in `{run.name}.json`")
     if not rows:
         return NOT_MEASURED
     header = ("suite", "tokens", "score [95 %]", "difference to `exact` [95 %]", "shipped ÷ bf16", "held ÷ bf16")
     prints = ", ".join(f"`{one}`" for one in dict.fromkeys(fingerprints))
-    return _paragraphs(table(header, rows), f"Fingerprint of the recipe as it ran: {prints}.")
+    fallbacks = f"Too short for the recipe, so `exact` ran: {', '.join(short)}." if short else ""
+    return _paragraphs(table(header, rows), fallbacks, f"Fingerprint of the recipe as it ran: {prints}.")
 
 
 def bytes_plot(run: Run) -> str:
@@ -207,8 +218,7 @@ def peers(name: str, raw: Mapping[str, Any]) -> str:
     )
     settings, where, peer = raw["settings"], raw["environment"], raw["peer"]
     made = (
-        f"Measured by `python -P -m kvsluice.benchmarks.peer_kvpress --context {settings['context']} --samples "
-        f"{settings['samples']} --share {settings['share']}` with {peer['name']} {peer['version']} on "
+        f"Measured by `{_peer_command(raw)}` with {peer['name']} {peer['version']} on "
         f"{_machine(where['hardware'])}, in {raw['model']['dtype']}, at commit {where['commit']}. Fingerprints of our "
         "recipes: "
         + ", ".join(f"{label} `{one['fingerprint'][:FINGERPRINT_DIGITS]}`" for label, one in raw["recipes"].items())
@@ -216,6 +226,16 @@ def peers(name: str, raw: Mapping[str, Any]) -> str:
     )
     heading = f"**{settings['context']:,} tokens, {settings['share']:.0%} of the rows**"
     return _paragraphs(heading, table(header, rows), "\n".join(_disagreements(raw)), made)
+
+
+def _peer_command(raw: Mapping[str, Any]) -> str:
+    settings = raw["settings"]
+    parts = [f"python -P -m kvsluice.benchmarks.peer_kvpress --comparison {' '.join(raw['recipes'])}"]
+    if set(settings["tasks"]) != set(SUITE):
+        parts.append(f"--task {' '.join(settings['tasks'])}")
+    parts += [f"--{name} {settings[name]}" for name in ("context", "samples", "share", "seed")]
+    device = "cuda" if "gpu" in raw["environment"]["hardware"] else "cpu"
+    return " ".join([*parts, f"--device {device} --dtype {raw['model']['dtype']}"])
 
 
 def _averages_of(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:

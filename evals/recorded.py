@@ -43,11 +43,17 @@ class Run:
         """Which recipes ran `exact` on some samples, as a sentence; "" where none did."""
         parts = []
         for label in self.results.recipes:
-            cells = self._cells(label, context)
-            count, samples = sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)
+            count, samples = self.num_fallbacks(label, context)
             if count:
                 parts.append(f"`{label}` on {count} of {samples}")
-        return f"Samples too short for the recipe, which ran `exact`: {', '.join(parts)}." if parts else ""
+        if not parts:
+            return ""
+        return f"Samples of {context:,} tokens too short for the recipe, which ran `exact`: {', '.join(parts)}."
+
+    def num_fallbacks(self, recipe: str, context: int) -> tuple[int, int]:
+        """How many samples ran `exact` instead, and of how many."""
+        cells = self._cells(recipe, context)
+        return sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)
 
     def _cells(self, recipe: str, context: int) -> list[Cell]:
         return [cell for cell in self.results.cells if (cell.recipe, cell.context) == (recipe, context)]

@@ -18,16 +18,14 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from ..errors import KvsluiceError
 from ..models.checkpoint import locate
 from .against import agreement, check_reference
 from .evaluator import Evaluator, Plan, make_plan, read_model
 from .options import EvalOptions, argument_parser, parse_options
 from .overview import print_overview
+from .processes import environment_of
 from .progress import progress
-from .report import environment
 from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
 from .statistics import summarize
 from .suites import Unit
@@ -50,7 +48,7 @@ def run(options: EvalOptions) -> EvalResults:
         check_writable(options.json)
     evaluator = Evaluator(options, plan) if options.processes == 1 else None
     model = _evaluated_model(options, evaluator)
-    where = _environment(options)
+    where = environment_of(options.device, options.processes, options.commit)
     with _kept(options, _identity(options, plan, model, where)) as (done, keep):
         left = [unit for unit in plan.units if unit not in done]
         with progress(plan.units, left) as shown:
@@ -107,16 +105,6 @@ def _evaluated_model(options: EvalOptions, evaluator: Evaluator | None) -> Evalu
         digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     dtype = str(model.dtype).removeprefix("torch.")
     return EvaluatedModel(options.model, model.fingerprint, digest, dtype)
-
-
-def _environment(options: EvalOptions) -> dict[str, Any]:
-    found = environment()
-    if options.commit is not None:
-        found["commit"] = options.commit
-    if options.device != "cpu":
-        found["hardware"]["gpu"] = torch.cuda.get_device_name(options.device)
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def _identity(options: EvalOptions, plan: Plan, model: EvaluatedModel, where: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,12 +27,13 @@ LIBRARY = Path("docs") / "recipes.md"
 PAGES = Path("docs") / "recipes"
 IMAGES = Path("docs") / "images"
 DRAWN = ("ruler", "niah")  # suites that have an image a file
+MAIN = "ruler"  # the file that README.md shows
 EXPLANATIONS = "explanations"
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the files of results hold, by suite; the first file of a suite in order of names is the main one."""
+    """What the files of results hold, by suite."""
 
     ruler: Sequence[Run]
     niah: Sequence[Run]
@@ -66,9 +67,9 @@ def images(found: Measurements) -> dict[Path, str]:
 
 def readme_blocks(found: Measurements) -> dict[str, str]:
     """Blocks of README.md."""
-    if not found.ruler:
+    run = next((run for run in found.ruler if run.name == MAIN), None)
+    if run is None:
         return {"recipes": NOT_MEASURED}
-    run = found.ruler[0]
     return {"recipes": f"{_image(run, 'docs/images')}\n\n{recipe_tables.overview(run)}"}
 
 

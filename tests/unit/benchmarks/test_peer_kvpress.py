@@ -114,3 +114,29 @@ def test_a_run_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch, tmp
     results = json.loads(file.read_text())
     assert [cell["task"] for cell in results["cells"]] == ["quote", "state"]
     assert results["settings"]["samples"] == 2 and results["summary"][0]["samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--samples 0", "--samples: '0'; allowed: a whole number from 1 to"),
+        ("--context 12", "--context: '12'; allowed: a whole number from 256 to 32768"),
+        ("--processes 0", "--processes: '0'; allowed: a whole number from 1 to"),
+        ("--seed -1", "--seed: "),
+        ("--share nan", "--share: 'nan'; allowed: above 0 and at most 0.45"),
+        ("--task vt vt", "--task: vt vt; allowed: values that differ"),
+        ("--comparison dense dense", "--comparison: dense dense; allowed: values that differ"),
+        ("--device tpu", "--device: 'tpu'; allowed: cpu"),
+        ("--device cpu --json peer.txt", "--json: 'peer.txt'; allowed: a file whose name ends in .json"),
+        ("--device cpu --json /dev/null/a.json", "--json: cannot write /dev/null/a.work.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_before_a_model_is_read(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer_kvpress, "load_press", lambda *_: pytest.fail("work began"))
+    try:
+        assert main(words.split()) == 1
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert said in capsys.readouterr().err.replace("argument --", "--")

@@ -112,7 +112,7 @@ def test_a_text_without_a_word_is_refused(options, tmp_path):
 
 def test_a_device_that_is_not_there_is_refused_by_name(options, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InvalidRequest, match="--device: cuda:2; allowed: cpu, cuda, cuda:0, cuda:1"):
+    with pytest.raises(InvalidRequest, match="--device: 'cuda:2'; allowed: cpu, cuda, cuda:0, cuda:1"):
         make_plan(options(device="cuda:2"))
     assert make_plan(options(device="cuda:1")).recipes
 

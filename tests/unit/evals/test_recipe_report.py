@@ -125,6 +125,26 @@ def test_what_ran_exact_instead_and_what_transformers_says_is_told():
     assert "ran `exact`: `snapkv` on 6 of 8, `kivi` on 6 of 8." in text
     assert "on 7 of 8 samples, and the same tokens on 6." in text
     assert "ran `exact`" not in recipe_tables.averages(Run("ruler", results()))
+    assert "16,384 tokens too short for the recipe, which ran `exact`: `snapkv` on 6 of 8" in recipe_tables.overview(
+        Run("ruler", short)
+    )
+    page = recipe_tables.measured("kivi", [Run("ruler", short)])
+    assert "`exact` ran: 6 of 8 samples at 8,192 tokens in `ruler.json`, 6 of 8 samples at 16,384" in page
+    assert "`exact` ran" not in recipe_tables.measured("exact", [Run("ruler", short)])
+
+
+def test_the_number_of_gpus_is_told():
+    shared = results(gpu="A GPU 9000")
+    shared.environment["hardware"]["gpus"] = 2
+    assert "on 2 A GPU 9000, in bfloat16" in recipe_tables.origin(Run("ruler", shared))
+    assert "4 samples a context and depth, the same" in recipe_tables.origin(Run("niah", results("niah")))
+
+
+def test_the_readme_shows_the_main_file_or_none(tree, monkeypatch):
+    save(tree / report.RESULTS / "ruler_float32.json", results(labels=("exact",)))
+    assert make(tree, monkeypatch) == 0
+    assert "Not measured yet." in (tree / report.README).read_text()
+    assert "ruler_float32.svg" in (tree / report.LIBRARY).read_text()
 
 
 def test_tasks_stand_beside_the_average(run):
@@ -170,7 +190,7 @@ def peer_file(agrees: bool) -> dict:
         "peer": {"name": "kvpress", "version": "0.5.5"},
         "model": {"dtype": "float32"},
         "recipes": {"snapkv": {"fingerprint": "e" * 32}},
-        "settings": {"context": 8192, "samples": 4, "share": 0.1},
+        "settings": {"context": 8192, "samples": 4, "share": 0.1, "seed": 3, "tasks": ["vt"]},
         "summary": tasks,
     }
 
@@ -181,6 +201,10 @@ def test_a_peer_that_differs_is_told_with_its_reason():
     assert row == ["`snapkv`", "0.500", "0.520", "−0.020 [−0.040, −0.010]", "no", "7 of 8", "8 of 8"]
     assert "- `snapkv` differs in the average, `vt`. Near ties." in text
     assert "kvpress 0.5.5" in text and "snapkv `eeeeeeee`" in text
+    command = (
+        "--comparison snapkv --task vt --context 8192 --samples 4 --share 0.1 --seed 3 --device cpu --dtype float32"
+    )
+    assert f"peer_kvpress {command}`" in text
     assert "differs" not in recipe_tables.peers("peer_kvpress", peer_file(agrees=True))
 
 
