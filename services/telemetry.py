@@ -8,9 +8,10 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+if TYPE_CHECKING:  # the engines log through this module, and run where no metrics library is installed
+    from prometheus_client import Counter, Gauge, Histogram
 
 FieldValue = str | int | float | bool
 
@@ -93,6 +94,8 @@ class GatewayMetrics:
     """Prometheus metrics of a gateway, with vLLM's meanings under our prefix. Each instance has its own registry."""
 
     def __init__(self, model_name: str) -> None:
+        from prometheus_client import CollectorRegistry
+
         self.registry = CollectorRegistry()
         self._label = {"model_name": model_name}
         self._ttft = self._histogram("time_to_first_token_seconds", "Accepted to first token", _LATENCY_S)
@@ -110,13 +113,19 @@ class GatewayMetrics:
         self._handoff_bf16 = self._counter("handoff_bf16_bytes", "Bytes the same caches take in bf16", ["recipe"])
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        from prometheus_client import Histogram
+
         metric = Histogram(f"kvsluice_{name}", text, ["model_name"], registry=self.registry, buckets=buckets)
         return metric.labels(**self._label)
 
     def _gauge(self, name: str, text: str) -> Gauge:
+        from prometheus_client import Gauge
+
         return Gauge(f"kvsluice_{name}", text, ["model_name"], registry=self.registry).labels(**self._label)
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
+        from prometheus_client import Counter
+
         return Counter(f"kvsluice_{name}", text, ["model_name", *(labels or [])], registry=self.registry)
 
     def load(self, running: int, waiting: int) -> None:
