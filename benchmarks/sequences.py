@@ -1,0 +1,162 @@
+"""Sequences in a decode engine: opened, filled with synthetic or prefilled layers, committed, stepped to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..compression.interfaces import EncodedLayer
+from ..compression.recipe import Recipe
+from ..errors import InternalError, Overloaded
+from ..models.sampling import SamplingParams
+from ..services.decode.engine import (
+    DecodeEngine,
+    DecodeRequest,
+    EmittedChoice,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    OpenedEvent,
+    TokensEvent,
+)
+from ..services.prefill.engine import PrefillEngine, PrefillJob
+from .bench_prefill import PACK_TOKENS
+from .options import PREFILL
+from .prefill_memory import DiscardingSink
+from .subject import Bench
+from .synthetic import SyntheticLayers
+
+GPU_SHARE = 0.9  # of the memory that is free beside the weights, for caches
+CPU_CACHE_BYTES = 2 << 30
+
+
+class _Collector(DiscardingSink):
+    def __init__(self, take: Callable[[EncodedLayer], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def on_layer(self, encoded: EncodedLayer) -> None:
+        self._take(encoded)
+
+
+def fill_layers(bench: Bench, recipe: Recipe, context: int, index: int, take: Callable[[EncodedLayer], None]) -> None:
+    """Hand over every encoded layer of prompt number `index`, drawn at random or made by prefill.
+
+    Raises:
+        KvsluiceError: prefill failed.
+    """
+    if bench.options.kv == PREFILL:
+        engine = PrefillEngine(bench.model, bench.chunk_tokens, max(bench.chunk_tokens, PACK_TOKENS))
+        sink = _Collector(take)
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        engine.submit(PrefillJob("filled", 1, bench.prompt(context, index), recipe, sampling), sink)
+        while engine.step():
+            pass
+        if sink.error is not None:
+            raise sink.error
+        return
+    generator = torch.Generator(bench.device).manual_seed(bench.options.seed * 1_000_003 + index)
+    layers = SyntheticLayers(recipe, bench.subject.shape, context, bench.dtype, generator)
+    for layer in range(bench.subject.shape.num_layers):
+        take(layers.layer(layer))
+
+
+def cache_bytes(bench: Bench) -> int:
+    """Memory that the engine's caches may take."""
+    if bench.options.cache_gib is not None:
+        return int(bench.options.cache_gib * (1 << 30))
+    if bench.device.type != "cuda":
+        return CPU_CACHE_BYTES
+    return int(torch.cuda.mem_get_info(bench.device)[0] * GPU_SHARE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe's sequences are asked for.
+
+    Attributes:
+        requests: what to open; one with as many choices as sequences where they share their prompt.
+        num_sequences: over all requests.
+        reserved_bytes: of all requests together.
+    """
+
+    requests: tuple[DecodeRequest, ...]
+    num_sequences: int
+    reserved_bytes: int
+
+
+def plan_sequences(
+    bench: Bench, engine: DecodeEngine, recipe: Recipe, context: int, batch: int | None, new_tokens: int
+) -> Plan:
+    """Requests for `batch` sequences, or for the most that the engine's own bounds leave room for.
+
+    Raises:
+        Overloaded: not even one fits, or `batch` do not.
+    """
+    sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    request = DecodeRequest("sequence-0", 1, context, recipe, sampling)
+    demand = engine.demand(request)
+    shared = demand.prompt_bytes if bench.options.share_prompt else 0
+    each = demand.total_bytes - shared
+    fitting = max(0, engine.capacity_bytes - shared) // each
+    wanted = fitting if batch is None else batch
+    if not 1 <= wanted <= fitting:
+        raise Overloaded(
+            f"{max(wanted, 1)} sequences may take {shared + max(wanted, 1) * each} bytes; {fitting} fit into the "
+            f"{engine.capacity_bytes} of --cache-gib"
+        )
+    if bench.options.share_prompt:
+        requests: tuple[DecodeRequest, ...] = (replace(request, sampling=replace(sampling, n=wanted)),)
+    else:
+        requests = tuple(replace(request, request_id=f"sequence-{index}") for index in range(wanted))
+    return Plan(requests, wanted, shared + wanted * each)
+
+
+def start_sequences(bench: Bench, engine: DecodeEngine, plan: Plan, context: int) -> None:
+    """Open, fill and commit every request. All are let in before the first is filled, so that none runs meanwhile."""
+    for request in plan.requests:
+        engine.open(request)
+    opened = [event for event in told(engine.step()) if isinstance(event, OpenedEvent)]
+    if len(opened) < len(plan.requests):
+        raise InternalError(f"{len(opened)} of {len(plan.requests)} sequences were let in")
+    for index, request in enumerate(plan.requests):
+
+        def take(encoded: EncodedLayer, request_id: str = request.request_id) -> None:
+            engine.add_layer(request_id, encoded)
+
+        fill_layers(bench, request.recipe, context, index, take)
+    for index, request in enumerate(plan.requests):
+        emitted = [EmittedChoice((choice % bench.subject.config.vocab_size,)) for choice in range(request.sampling.n)]
+        engine.commit(request.request_id, bench.prompt(context, index), emitted)
+
+
+def step(engine: DecodeEngine, num_sequences: int) -> list[Event]:
+    """One step of all sequences.
+
+    Raises:
+        KvsluiceError: a sequence failed, or not every one of them got a token.
+    """
+    events = told(engine.step())
+    tokens = sum(isinstance(event, TokensEvent) for event in events)
+    if tokens != num_sequences:
+        raise InternalError(f"a step gave {tokens} of {num_sequences} tokens")
+    return events
+
+
+def told(events: list[Event]) -> list[Event]:
+    """The events, unless one of them tells of a failure.
+
+    Raises:
+        KvsluiceError: the failure.
+    """
+    for event in events:
+        if isinstance(event, FailedEvent):
+            raise event.error
+    return events
+
+
+def finished(events: list[Event]) -> Iterator[FinishedEvent]:
+    """Requests that have ended."""
+    return (event for event in events if isinstance(event, FinishedEvent))
