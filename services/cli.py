@@ -13,6 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
+from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def demo(
 
 
 register_eval(app)
+register_bench(app)
 
 
 if __name__ == "__main__":
