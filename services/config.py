@@ -49,7 +49,9 @@ class ServeConfig(BaseModel):
     max_new_tokens: Positive = Field(4096, description="answer length when a request names none, at most")
     max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
     kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, le=64 * TIB, description="KV cache of each decode worker")
-    chunk_tokens: int = Field(512, ge=16, le=65536, description="rows of one prefill work item")
+    chunk_tokens: int | None = Field(
+        None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"
+    )
     default_recipe: str = Field(
         "balanced", min_length=1, max_length=64, description="recipe of requests that name none"
     )

@@ -258,7 +258,10 @@ class PrefillEngine:
         obs = prompt.obs
         positions = prompt.positions[:end]
         window = self.model.config.layer_windows[prompt.layer]
-        return causal_attention(q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True)
+        no_gaps = prompt.num_rows == prompt.num_prompt_tokens
+        return causal_attention(
+            q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True, no_gaps=no_gaps
+        )
 
     def _observe(self, prompt: Prompt, q: Tensor, begin: int, end: int) -> list[_Write]:
         """What the recipe's scorer wants to know of the attention of rows [begin, end)."""
@@ -276,7 +279,7 @@ class PrefillEngine:
         prompt = self._prompt(request_id)
         is_last = prompt.layer + 1 == self.model.config.num_layers
         if is_last:
-            sampled = sample_first(self.model, prompt.hidden[-1:], running.samplers)
+            sampled = sample_first(self.model, prompt.last_row(), running.samplers)
             running.sink.on_first_tokens(sampled)
             if request_id not in self._running:  # the sink has cancelled it
                 return

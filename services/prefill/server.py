@@ -27,6 +27,7 @@ from .engine import PrefillEngine, PrefillJob
 from .publisher import Publisher
 
 PACK_TOKENS = 2048
+CPU_CHUNK_TOKENS = 512
 
 
 @dataclass
@@ -143,8 +144,10 @@ def make_prefill_service(
     on_crash: Callable[[BaseException], None] | None = None,
 ) -> PrefillService:
     """The service as a process of this configuration runs it."""
+    # a GPU runs a pack in milliseconds, and fewer, larger calls of attention in less time
+    chunk_tokens = config.chunk_tokens or (CPU_CHUNK_TOKENS if model.device.type == "cpu" else PACK_TOKENS)
     return PrefillService(
-        PrefillEngine(model, config.chunk_tokens, max(config.chunk_tokens, PACK_TOKENS)),
+        PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS)),
         identity,
         window=config.handoff_window,
         max_message_bytes=config.max_frame_bytes,

@@ -76,9 +76,10 @@ class Prompt:
         self.num_prompt_tokens = len(ids)
         self.compressor = make_compressor(recipe, shape)
         self.layer = 0
-        self.hidden = model.embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+        self.hidden = model.embed(_on_device(ids, model.device))
         self.positions = torch.arange(len(ids), dtype=torch.int64, device=model.device)
         self._obs: LayerObs | None = None
+        self._ends_with_last: Tensor | None = None  # bool, whether every selection so far has
 
     @property
     def num_rows(self) -> int:
@@ -145,11 +146,31 @@ class Prompt:
         encoded, selected = self.compressor.finish_layer(self.obs)
         self._obs = None
         if selected is not None:
-            if selected.numel() == 0 or int(selected[-1]) != self.num_rows - 1:
-                raise InternalError(f"layer {self.layer} let go of the last row, which the answer starts from")
+            if selected.numel() == 0:
+                raise InternalError(f"layer {self.layer} let go of every row")
+            # looked at when the first token is: the device is not waited for before
+            ends = selected[-1] == self.num_rows - 1
+            self._ends_with_last = ends if self._ends_with_last is None else self._ends_with_last & ends
             self.hidden = self.hidden.index_select(0, selected)
             self.positions = self.positions.index_select(0, selected)
         return encoded
+
+
+    def last_row(self) -> Tensor:
+        """The row [1, D] behind the last layer that the answer starts from. Waits for the device.
+
+        Raises:
+            InternalError: a selection of rows has let go of it.
+        """
+        if self._ends_with_last is not None and not bool(self._ends_with_last):
+            raise InternalError("a recipe let go of the last row, which the answer starts from")
+        return self.hidden[-1:]
+
+
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [n], without waiting for what the device still has to do."""
+    host = torch.tensor(ids, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def sample_first(model: Model, last_row: Tensor, samplers: Sequence[SamplerState]) -> list[Sampled]:
