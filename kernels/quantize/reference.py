@@ -9,9 +9,9 @@ from torch import Tensor
 from ..dispatch import block_rows
 
 # half an ulp of float16 relative to a normal value, and half the smallest subnormal step
-_HALF_ULP = 2.0**-11
-_HALF_TINY = 2.0**-25
-_FP16_MAX = 65504.0
+HALF_ULP = 2.0**-11
+HALF_TINY = 2.0**-25
+FP16_MAX = 65504.0
 BLOCK_ROWS = 2048  # rows packed at once, so that float32 copies do not grow with n
 
 
@@ -36,11 +36,14 @@ def _quantize_block(x: Tensor, bits: int, group: int, axis: str) -> tuple[Tensor
     size = x.shape[dim]
     grouped = _split_groups(x, dim, group)
     low, high = torch.aminmax(grouped, dim=dim + 1, keepdim=True)
-    minimum = (low - low.abs() * _HALF_ULP - _HALF_TINY).clamp(-_FP16_MAX, _FP16_MAX).half()
+    minimum = (low - low.abs() * HALF_ULP - HALF_TINY).clamp(-FP16_MAX, FP16_MAX).half()
     levels = (1 << bits) - 1
-    step = (high - minimum.float()) / levels
-    scale = (step * (1 + _HALF_ULP) + _HALF_TINY).clamp(max=_FP16_MAX).half()
-    codes = ((grouped - minimum.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
+    # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise
+    step = (high - minimum.float()) / high.new_full((), levels)
+    scale = (step * (1 + HALF_ULP) + HALF_TINY).clamp(max=FP16_MAX).half()
+    # a scale of 0 is that of a constant group
+    divisor = torch.where(scale == 0, 1.0, scale.float())
+    codes = ((grouped - minimum.float()) / divisor).round_().clamp_(0, levels).to(torch.uint8)
     codes = codes.flatten(dim, dim + 1).narrow(dim, 0, size)
     return _pack(codes, bits), scale.squeeze(dim + 1), minimum.squeeze(dim + 1)
 

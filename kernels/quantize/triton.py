@@ -1,4 +1,8 @@
-"""Decoding in one launch, of all rows or of chosen chunks. Packing runs as the reference does: it is done once."""
+"""Packing in two launches, the groups' ranges and the codes, and decoding in one, of all rows or of chosen chunks.
+
+All bits are those that the reference gives on a CPU: divisions and float16 conversions round to the nearest, and
+products and sums round separately.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,96 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import quantize
-
-__all__ = ["dequantize", "dequantize_chunks", "quantize"]
+from .reference import FP16_MAX, HALF_TINY, HALF_ULP
 
 TILE_ELEMENTS = 1024
+RANGE_ELEMENTS = 2048
+MOST_GROUP_ELEMENTS = 64  # of a group that a program reads at once
+# float32 numbers of this size are integers: adding it rounds to the nearest, ties to the even
+ROUNDER = tl.constexpr(1.5 * 2**23)
+LARGEST, ULP, TINY = tl.constexpr(FP16_MAX), tl.constexpr(HALF_ULP), tl.constexpr(HALF_TINY)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_groups"])
+def _ranges(
+    x_ptr, scale_ptr, minimum_ptr, num_rows, num_groups, x_row, x_head, x_channel,
+    NUM_HEADS: tl.constexpr, NUM_CHANNELS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """x [n, heads, channels], strided, to the scale and minimum of every group. Grid: blocks of groups."""
+    groups = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
+    is_group = groups < num_groups
+    if BY_CHANNEL:
+        channel, above = groups % NUM_CHANNELS, groups // NUM_CHANNELS
+        row, head = (above // NUM_HEADS) * GROUP, above % NUM_HEADS
+        size, step, most = num_rows - row, x_row, tl.minimum(num_rows, GROUP)
+    else:
+        PER_ROW: tl.constexpr = (NUM_CHANNELS + GROUP - 1) // GROUP
+        channel, above = (groups % PER_ROW) * GROUP, groups // PER_ROW
+        row, head = above // NUM_HEADS, above % NUM_HEADS
+        size, step, most = NUM_CHANNELS - channel, x_channel, tl.minimum(NUM_CHANNELS, GROUP)
+    first = x_ptr + row * x_row + head * x_head + channel * x_channel
+    low = tl.full([BLOCK_G], float("inf"), tl.float32)
+    high = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for begin in range(0, most, BLOCK_E):
+        place = begin + tl.arange(0, BLOCK_E)
+        mask = ((place < GROUP)[:, None] & (place[:, None] < size[None, :])) & is_group[None, :]
+        x = tl.load(first[None, :] + place.to(tl.int64)[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(mask, x, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(mask, x, float("-inf")), 0))
+    low, high = tl.where(is_group, low, 0.0), tl.where(is_group, high, 0.0)
+    minimum = low - tl.abs(low) * ULP - TINY
+    minimum = tl.minimum(tl.maximum(minimum, -LARGEST), LARGEST).to(tl.float16)
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    difference = high - minimum.to(tl.float32)
+    scale = tl.div_rn(difference, tl.full([BLOCK_G], LEVELS, tl.float32)) * (1 + ULP) + TINY
+    tl.store(minimum_ptr + groups, minimum, mask=is_group)
+    tl.store(scale_ptr + groups, tl.minimum(scale, LARGEST).to(tl.float16), mask=is_group)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _encode(
+    x_ptr, scale_ptr, minimum_ptr, codes_ptr, num_rows, x_row, x_head, x_channel,
+    NUM_HEADS: tl.constexpr, NUM_CHANNELS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x [rows / heads, heads, channels], strided, to codes [rows, bytes]. Grid: blocks of rows."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    NUM_BYTES: tl.constexpr = (NUM_CHANNELS + PER_BYTE - 1) // PER_BYTE
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = tl.arange(0, BLOCK_C)
+    is_row = rows < num_rows
+    mask = is_row[:, None] & (channels < NUM_CHANNELS)[None, :]
+    token, head = rows // NUM_HEADS, rows % NUM_HEADS
+    x_at = (token * x_row + head * x_head)[:, None] + channels.to(tl.int64)[None, :] * x_channel
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    group = _group_of(token, head, channels, NUM_HEADS, NUM_CHANNELS, GROUP, BY_CHANNEL)
+    scale = tl.load(scale_ptr + group, mask=mask, other=1.0).to(tl.float32)
+    minimum = tl.load(minimum_ptr + group, mask=mask, other=0.0).to(tl.float32)
+    # a scale of 0 is that of a constant group
+    codes = tl.div_rn(x - minimum, tl.where(scale == 0, 1.0, scale))
+    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+    codes = ((codes + ROUNDER) - ROUNDER).to(tl.int32)
+    lanes = tl.where(mask, codes << ((channels % PER_BYTE) * BITS)[None, :], 0)
+    packed = tl.sum(tl.reshape(lanes, [BLOCK_R, BLOCK_C // PER_BYTE, PER_BYTE]), 2)
+    places = tl.arange(0, BLOCK_C // PER_BYTE)
+    is_byte = is_row[:, None] & (places < NUM_BYTES)[None, :]
+    tl.store(codes_ptr + rows[:, None] * NUM_BYTES + places[None, :], packed.to(tl.uint8), mask=is_byte)
+
+
+@triton.jit
+def _group_of(
+    token, head, channels, NUM_HEADS: tl.constexpr, NUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """Where the scale and minimum of the channels of rows (token, head) lie, [rows, channels]."""
+    if BY_CHANNEL:
+        group = ((token // GROUP) * NUM_HEADS + head)[:, None] * NUM_CHANNELS + channels[None, :]
+    else:
+        NUM_GROUPS: tl.constexpr = (NUM_CHANNELS + GROUP - 1) // GROUP
+        group = (token * NUM_HEADS + head)[:, None] * NUM_GROUPS + (channels // GROUP)[None, :]
+    return group
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -36,14 +125,39 @@ def _decode(
     packed = (token * NUM_HEADS + head)[:, None] * NUM_BYTES + (channels // PER_BYTE)[None, :]
     codes = tl.load(codes_ptr + packed, mask=mask, other=0).to(tl.int32)
     codes = (codes >> ((channels % PER_BYTE) * BITS)[None, :]) & ((1 << BITS) - 1)
-    if BY_CHANNEL:
-        group = ((token // GROUP) * NUM_HEADS + head)[:, None] * NUM_CHANNELS + channels[None, :]
-    else:
-        NUM_GROUPS: tl.constexpr = (NUM_CHANNELS + GROUP - 1) // GROUP
-        group = (token * NUM_HEADS + head)[:, None] * NUM_GROUPS + (channels // GROUP)[None, :]
+    group = _group_of(token, head, channels, NUM_HEADS, NUM_CHANNELS, GROUP, BY_CHANNEL)
     scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
     minimum = tl.load(minimum_ptr + group, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows[:, None] * NUM_CHANNELS + channels[None, :], codes.to(tl.float32) * scale + minimum, mask)
+
+
+def quantize(x: Tensor, bits: int, group: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See `op.quantize`."""
+    n, num_channels = x.shape[0], x.shape[-1]
+    by_channel = axis == "channel"
+    groups = (-(-n // group), *x.shape[1:]) if by_channel else (*x.shape[:-1], -(-num_channels // group))
+    codes = torch.empty(*x.shape[:-1], -(-num_channels * bits // 8), dtype=torch.uint8, device=x.device)
+    scale, minimum = (torch.empty(groups, dtype=torch.float16, device=x.device) for _ in range(2))
+    if not x.numel():
+        return codes, scale, minimum
+    rows = x if x.dim() == 3 else x.reshape(n, x.shape[1:-1].numel(), num_channels)
+    num_heads = rows.shape[1]
+    elements = min(MOST_GROUP_ELEMENTS, triton.next_power_of_2(group))
+    ranges = RANGE_ELEMENTS // elements
+    columns = max(8 // bits, triton.next_power_of_2(num_channels))
+    block = max(1, TILE_ELEMENTS // columns)
+    shape = {
+        "NUM_HEADS": num_heads, "NUM_CHANNELS": num_channels, "BITS": bits, "GROUP": group, "BY_CHANNEL": by_channel,
+        "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
+    with torch.cuda.device_of(x):
+        _ranges[(-(-scale.numel() // ranges),)](
+            rows, scale, minimum, n, scale.numel(), *rows.stride(), BLOCK_E=elements, BLOCK_G=ranges, **shape
+        )
+        _encode[(-(-n * num_heads // block),)](
+            rows, scale, minimum, codes, n * num_heads, *rows.stride(), BLOCK_R=block, BLOCK_C=columns, **shape
+        )
+    return codes, scale, minimum
 
 
 def dequantize(

@@ -1,4 +1,4 @@
-"""Compiled decoding against the reference, bit for bit."""
+"""Compiled packing and decoding against the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,43 @@ import pytest
 import torch
 
 from kvsluice.kernels.quantize import dequantize, dequantize_chunks, quantize, reference
+
+
+def check_packed(compiled, x, bits, group, axis):
+    got = compiled(quantize, x, bits, group, axis)
+    want = reference.quantize(x.cpu(), bits, group, axis)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == other.dtype and one.is_contiguous() and torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3, 64), (33, 96), (5, 2, 3, 30), (37, 2, 128), (2, 300), (0, 2, 64)])
+@pytest.mark.parametrize("group", [32, 3, 2000])
+def test_packing(compiled, device, bits, axis, shape, group):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device) * 3 + 40
+    check_packed(compiled, x, bits, group, axis)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_packing_of_views_in_other_dtypes(compiled, device, axis, dtype):
+    fused = torch.randn(26, 5, 48, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    for x in (fused[:, 2:5], fused[5:25:3, :, 10:], fused.transpose(0, 1), fused.permute(2, 0, 1)[:, :, None]):
+        check_packed(compiled, x, 4, 16, axis)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packing_of_groups_at_the_ends_of_the_range(compiled, device, axis, bits):
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([0.0, 1e-40, 1e-7, 6e-5, 1.0, 3e3, 6.4e4])
+    x = (torch.rand(7, 1, 64, generator=generator) * 2 - 1) * sizes[:, None, None]
+    constant = sizes[:, None, None].expand(7, 1, 64)
+    # codes between two integers
+    halves = torch.arange(64).view(1, 1, 64).expand(7, 1, 64) / 2
+    for rows in (x, constant, -constant, halves):
+        check_packed(compiled, rows.to(device), bits, 16, axis)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
