@@ -28,7 +28,7 @@ def _denominators(
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pairs, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     rows = (tile * TILE_ROWS + pairs // GROUP).to(tl.int64)
-    heads = kv_head * GROUP + pairs % GROUP
+    heads = (kv_head * GROUP + pairs % GROUP).to(tl.int64)
     used = (pairs < TILE_ROWS * GROUP) & (rows < num_rows)
     q_at = rows[:, None] * q_strides[0] + heads[:, None] * q_strides[1] + dims[None, :] * q_strides[2]
     q = tl.load(q_ptr + q_at, mask=used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
@@ -72,7 +72,7 @@ def _column_sums(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, end, BLOCK_M):
         pairs = start + tl.arange(0, BLOCK_M)
-        used, rows, heads = pairs < end, (pairs // SPAN).to(tl.int64), span * SPAN + pairs % SPAN
+        used, rows, heads = pairs < end, (pairs // SPAN).to(tl.int64), (span * SPAN + pairs % SPAN).to(tl.int64)
         q_tile = q_ptr + rows[:, None] * q_strides[0] + heads[:, None] * q_strides[1] + dims[None, :] * q_strides[2]
         q = tl.load(q_tile, mask=used[:, None] & is_dim, other=0.0)
         rows_at = tl.load(q_at_ptr + rows, mask=used, other=0)

@@ -53,7 +53,7 @@ def score_landmarks(q: Tensor, landmarks: Tensor, scale: Tensor | None) -> Tenso
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "count"])
 def _score(
     q,
     landmarks,
@@ -78,14 +78,14 @@ def _score(
     BLOCK: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     in_tile = tl.arange(0, TILE)
-    row = tl.program_id(0) * ROWS + in_tile // GROUP
+    row = tl.program_id(0).to(tl.int64) * ROWS + in_tile // GROUP
     query_head = head * GROUP + in_tile % GROUP
     is_row = (in_tile < ROWS * GROUP) & (row < num_rows)
     dims = tl.arange(0, D_PAD)
     is_dim = dims < D
-    chunk = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_chunk = chunk < count
     queries = tl.load(
         q + row[:, None] * q_row + query_head[:, None] * q_head + dims[None, :] * q_dim,
@@ -93,7 +93,7 @@ def _score(
         other=0,
     ).to(tl.float32)
     means = tl.load(
-        landmarks + chunk[None, :].to(tl.int64) * l_row + head * l_head + dims[:, None] * l_dim,
+        landmarks + chunk[None, :] * l_row + head * l_head + dims[:, None] * l_dim,
         mask=is_chunk[None, :] & is_dim[:, None],
         other=0,
     ).to(tl.float32)
@@ -101,5 +101,5 @@ def _score(
     if HAS_SCALE:
         steps = tl.load(scale + chunk * s_row + head * s_head, mask=is_chunk, other=0).to(tl.float32)
         found = found * steps[None, :]
-    place = (row[:, None].to(tl.int64) * (GROUP * tl.num_programs(1)) + query_head[:, None]) * count + chunk[None, :]
+    place = (row[:, None] * (GROUP * tl.num_programs(1)) + query_head[:, None]) * count + chunk[None, :]
     tl.store(scores + place, found, mask=is_row[:, None] & is_chunk[None, :])

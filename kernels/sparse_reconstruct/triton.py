@@ -46,8 +46,9 @@ def _read_rows(chunks: Tensor, segments: Sequence[ChunkSegment], chunk: int, d: 
     """Chunks [Q, Hkv, K] as k, v float32 [Q, Hkv, K * chunk, d] and positions int64 [Q, Hkv, K * chunk].
 
     An entry of another segment is read at a segment's first or last chunk and not used: to leave it out would take a
-    wait for the device.
+    wait for the device. So a segment without chunks is passed over.
     """
+    segments = [segment for segment in segments if segment.num_chunks] or segments
     num_rows, num_kv_heads, count = chunks.shape
     heads = torch.arange(num_kv_heads, device=chunks.device)[None, :, None].expand_as(chunks).flatten()
     flat, begin = chunks.flatten(), 0
@@ -86,7 +87,7 @@ def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tenso
             _multiply[(count,)](
                 coefficients.contiguous(),
                 basis,
-                heads,
+                heads.contiguous(),
                 out,
                 *basis.stride(),
                 CHUNK=chunk,
@@ -95,6 +96,7 @@ def low_rank_chunks(coefficients: Tensor, basis: Tensor, heads: Tensor) -> Tenso
                 ROWS=max(16, triton.next_power_of_2(chunk)),
                 D_PAD=max(16, triton.next_power_of_2(d)),
                 BLOCK=BLOCK_RANK,
+                num_warps=4 if d <= 128 else 8,  # fewer would spill registers
             )
     return out
 

@@ -80,7 +80,15 @@ def test_score_landmarks(group: int, dim: int) -> None:
     assert near(got, wanted, 1e-3)
 
 
-@pytest.mark.parametrize(("chunk", "rank", "dim"), [(8, 30, 64), (4, 96, 64), (1, 12, 96), (16, 160, 128)])
+def test_low_rank_chunks_of_every_other_head() -> None:
+    heads = torch.tensor([0, 9, 2, 9, 1, 9], device=DEVICE)[::2]
+    got, wanted = both(low_rank_chunks, random(3, 4, 16), random(16, 3, 64, seed=1), heads)
+    assert near(got, wanted, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "rank", "dim"), [(8, 30, 64), (4, 96, 64), (1, 12, 96), (16, 160, 128), (4, 20, 256)]
+)
 def test_low_rank_chunks(chunk: int, rank: int, dim: int) -> None:
     heads = torch.randint(0, 3, (11,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     got, wanted = both(low_rank_chunks, random(11, chunk, rank), random(rank, 3, dim, seed=1).bfloat16(), heads)

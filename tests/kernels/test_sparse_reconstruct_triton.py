@@ -66,3 +66,12 @@ def test_rows_together_equal_rows_alone_bit_for_bit_also_where_memory_holds_few(
     monkeypatch.setattr("kvsluice.kernels.sparse_reconstruct.triton.DECODED_BYTES", 2 * 4 * 2 * 7 * CHUNK * DIM)
     again = compiled(sparse_attention, q, positions, chunks, valid, segments, CHUNK)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+def test_a_segment_without_chunks_is_passed_over(compiled, segments, rows):
+    q, positions, chunks, valid = rows
+    nothing = torch.empty(0, 2, DIM, device=q.device)
+    empty = ChunkSegment(Rows(nothing), Rows(nothing), 0, lambda c: c * CHUNK, turn)
+    want = compiled(sparse_attention, q, positions, chunks, valid, segments, CHUNK)
+    got = compiled(sparse_attention, q, positions, chunks, valid, [empty, segments[0], empty, *segments[1:]], CHUNK)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
