@@ -31,11 +31,17 @@ class Modules(Mapping[str, ModuleType]):
     def __init__(self, package: str, *names: str) -> None:
         self._package = package
         self._names = [name for name in names if name != TRITON or has_triton()]
+        self._imported: dict[str, ModuleType] = {}
 
     def __getitem__(self, name: str) -> ModuleType:
-        if name not in self._names:
-            raise KeyError(name)
-        return importlib.import_module(f".{name}", self._package)
+        if name not in self._imported:
+            if name not in self._names:
+                raise KeyError(name)
+            self._imported[name] = importlib.import_module(f".{name}", self._package)
+        return self._imported[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -73,6 +79,12 @@ def backend(device: torch.device, implementations: Mapping[str, Implementation])
     """
     wanted = _forced or (TRITON if device.type == "cuda" else REFERENCE)
     return implementations[wanted if wanted in implementations else REFERENCE]
+
+
+def runs(name: str, device: torch.device) -> bool:
+    """Whether ops that have the implementation `name` run it on `device`."""
+    wanted = _forced or (TRITON if device.type == "cuda" else REFERENCE)
+    return wanted == name and (name != TRITON or has_triton())
 
 
 def block_rows(device: torch.device, rows: int) -> int:
