@@ -54,9 +54,13 @@ part_retrieval() {
     --variant 'shadowkv-half-rank=shadowkv:{"key_codec": {"kind": "lowrank", "share": 0.5}}'
 }
 
-part_niah() { evaluate niah --suite niah --recipe $recipes --context 4096,8192,16384,32768 --samples 3; }
+# the depths of a sample share its text, so what narrows the intervals is samples: six at six depths, not three at eleven
+part_niah() {
+  evaluate niah --suite niah --recipe $recipes --context 4096,8192,16384,32768 --samples "$(((samples + 8) / 9))" \
+    --depth 0,0.2,0.4,0.6,0.8,1
+}
 
-part_ppl() { evaluate ppl --suite ppl --recipe $recipes --context 4096,16384 --samples 8; }
+part_ppl() { evaluate ppl --suite ppl --recipe $recipes --context 4096,16384 --samples "$(((samples + 6) / 7))"; }
 
 # needs kvpress: see benchmarks/README.md
 part_peers() {
