@@ -43,6 +43,7 @@ class RecipeCache:
         self.recipe = kit.recipe
         self.counter = ReadCounter()
         self.version = 0
+        self._read_nbytes = (0, 0)
         self._kit = kit
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
@@ -86,13 +87,16 @@ class RecipeCache:
 
     def views(self) -> list[View]:
         """See `SequenceCache`."""
-        return [layer_view(self._layers[layer]) for layer in range(self._kit.shape.num_layers)]
+        layers = [self._layers[layer] for layer in range(self._kit.shape.num_layers)]
+        self._read_nbytes = (sum(one.read_nbytes() for one in layers), sum(one.tail.row_nbytes for one in layers))
+        return [layer_view(layer) for layer in layers]
 
     def advance(self, num_rows: int) -> None:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.advance(num_rows)
-            self.counter.bytes_read += layer.read_nbytes(layer.tail.num_rows)
+        whole, of_row = self._read_nbytes
+        self.counter.bytes_read += whole + of_row * self._layers[0].tail.num_rows
 
     def rows_until_seal(self, position: int) -> int:
         """See `SequenceCache`."""

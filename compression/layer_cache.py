@@ -135,21 +135,20 @@ class LayerCache:
             parts.append(self._tail_rows(q, positions, counter))
         return merge_partials(parts).to(q.dtype)
 
-    def read_nbytes(self, num_rows: int) -> int:
-        """Bytes that one query reads when the tail has `num_rows` rows."""
+    def read_nbytes(self) -> int:
+        """Bytes that one query reads, but for those of the tail."""
         count: int = sum(t.nbytes for t in (*(self.sinks or ()), *self.outliers.values()))
         segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
-        retrieval, heads = self.kit.recipe.retrieval, self.kit.shape.num_kv_heads
         if self.kit.retrieval is None:
-            count += sum(sum(t.nbytes for t in one.tensors()) + one.basis_nbytes for one in segments)
-        elif segments:
-            first, num_chunks = segments[0], sum(one.num_chunks for one in segments)
-            chosen = min(retrieval.selected_chunks(self.kit.num_prompt_tokens), num_chunks)
-            count += chosen * heads * (first.key_reader.chunk_nbytes + first.value_reader.chunk_nbytes)
-            count += first.basis_nbytes
-            count += sum(t.nbytes for one in segments for t in one.summary.values())
-            count += sum(0 if one.index is None else one.index.nbytes for one in segments)
-        return count + num_rows * self.tail.row_nbytes
+            return count + sum(sum(t.nbytes for t in one.tensors()) + one.basis_nbytes for one in segments)
+        if not segments:
+            return count
+        first, num_chunks = segments[0], sum(one.num_chunks for one in segments)
+        chosen = min(self.kit.recipe.retrieval.selected_chunks(self.kit.num_prompt_tokens), num_chunks)
+        of_chunk = first.key_reader.chunk_nbytes + first.value_reader.chunk_nbytes
+        count += chosen * self.kit.shape.num_kv_heads * of_chunk + first.basis_nbytes
+        count += sum(t.nbytes for one in segments for t in one.summary.values())
+        return count + sum(0 if one.index is None else one.index.nbytes for one in segments)
 
     def seal(self, end: int) -> None:
         """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""

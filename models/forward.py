@@ -43,6 +43,18 @@ class Rows:
     num_prompt_tokens: int
 
 
+class StepCache(Protocol):
+    """What a step asks of the caches of its rows, all at once."""
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Add a row [rows, Hkv, d] to each sequence."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor, window: int | None) -> Tensor:
+        """q [rows, H, d] -> [rows, H, d]."""
+        ...
+
+
 def forward_hidden(model: Model, ids: Tensor) -> Tensor:
     """Dense causal pass over one sequence: ids int64 [n] -> hidden rows [n, D] after the last layer."""
     x = model.embed(ids)
@@ -94,6 +106,30 @@ def forward_rows(model: Model, batch: Sequence[Rows]) -> Tensor:
             rows.cache.append(layer, k_pre_rows, k_rows, v_rows, rows.positions)
             attn.append(rows.cache.attend(layer, q_rows, rows.positions))
         x = model.finish_layer(layer, x, torch.cat(attn))
+    return x
+
+
+def forward_step(
+    model: Model, ids: Tensor, positions: Tensor, num_prompt_tokens: int | Tensor, caches: StepCache
+) -> Tensor:
+    """Pass one row of every sequence, all attending together. Nothing in it waits for the device.
+
+    Args:
+        model: the model.
+        ids, positions: int64 [rows].
+        num_prompt_tokens: for dynamic RoPE, of every row or int64 [rows].
+        caches: those of the rows' sequences.
+
+    Returns:
+        [rows, D] hidden rows after the last layer.
+    """
+    x = model.embed(ids)
+    cos, sin = model.rope_tables(positions, num_prompt_tokens)
+    for layer, window in enumerate(model.config.layer_windows):
+        q, k_pre, v = model.qkv(layer, x)
+        q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
+        caches.append(layer, k_pre, k, v, positions)
+        x = model.finish_layer(layer, x, caches.attend(layer, q, positions, window))
     return x
 
 

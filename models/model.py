@@ -74,6 +74,13 @@ class Model:
         """
         return self._rotary.tables(positions, num_prompt_tokens)
 
+    @property
+    def fixed_frequencies(self) -> tuple[Tensor, float] | None:
+        """Angles of RoPE at position 1, float32 [d / 2], and the factor of its cos and sin; None where they depend on
+        a prompt's length."""
+        rope = self.config.rope
+        return None if rope.kind == "dynamic" else (self._rotary.inverse_frequencies, rope.attention_factor)
+
     def rotate(self, x: Tensor, positions: Tensor, num_prompt_tokens: int) -> Tensor:
         """Apply RoPE to x [n, heads, d] at positions int64 [n] or [n, heads]; see `rope_tables`."""
         cos, sin = self.rope_tables(positions, num_prompt_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .op import StepAttention, serves
 from .packed import Chunks, Layout, Packed, Region, Tail, View
-from .tables import Block, sequence_block
+from .tables import Block, Tables, sequence_block, step_tables
 
 __all__ = [
     "Block",
@@ -13,8 +13,10 @@ __all__ = [
     "Packed",
     "Region",
     "StepAttention",
+    "Tables",
     "Tail",
     "View",
     "sequence_block",
     "serves",
+    "step_tables",
 ]

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..dispatch import require
 from .packed import Layout, View
-from .tables import Block, Tables, step_tables
+from .tables import Tables
 
 
-def serves(views: Sequence[View], head_dim: int) -> bool:
-    """Whether the kernels can read all layers of a sequence."""
-    layouts = [
-        packed.layout
-        for view in views
-        for region in (*view.regions, *(view.chunks.segments if view.chunks else ()))
-        for packed in (region.keys, region.values)
-    ]
-    return head_dim % 16 == 0 and all(map(_is_aligned, layouts))
+def serves(views: Sequence[View], head_dim: int, fixed_rope: bool = True) -> bool:
+    """Whether the kernels can read all layers of a sequence.
+
+    Args:
+        fixed_rope: whether RoPE's angles are the same for all lengths of prompts.
+    """
+    regions = [region for view in views for region in (*view.regions, *(view.chunks.segments if view.chunks else ()))]
+    layouts = [packed.layout for region in regions for packed in (region.keys, region.values)]
+    rotates = any(region.rotates for region in regions)
+    return head_dim % 16 == 0 and (fixed_rope or not rotates) and all(map(_is_aligned, layouts))
 
 
 def _is_aligned(layout: Layout) -> bool:
@@ -36,24 +36,14 @@ class StepAttention:
     """One step's attention in every layer.
 
     Args:
-        blocks: of the sequence that each row of the step belongs to; rows of one sequence share a block.
+        tables: of the step, on its device.
         num_kv_heads: KV heads of the model.
         frequencies: float32 [d / 2], angles of RoPE by which keys are rotated that are packed before it.
         rope_factor: by which cos and sin are multiplied.
-        device: where the step runs.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        num_kv_heads: int,
-        frequencies: Tensor,
-        rope_factor: float,
-        device: torch.device,
-    ) -> None:
-        require(len(blocks) > 0, "a step has rows")
-        self.num_rows = len(blocks)
-        self.tables: Tables = step_tables(blocks).to(device)
+    def __init__(self, tables: Tables, num_kv_heads: int, frequencies: Tensor, rope_factor: float) -> None:
+        self.tables = tables
         self._num_kv_heads = num_kv_heads
         self._frequencies = frequencies
         self._rope_factor = rope_factor
@@ -77,7 +67,8 @@ class StepAttention:
         """
         from .triton import attend
 
-        require(len(q) == self.num_rows, f"{len(q)} rows, the tables are for {self.num_rows}")
+        num_rows = self.tables.num_rows
+        require(len(q) == num_rows, f"{len(q)} rows, the tables are for {num_rows}")
         return attend(
             self.tables, layer, q, self._num_kv_heads, positions, self._frequencies, self._rope_factor, window
         )

@@ -193,6 +193,46 @@ class Tables:
     most_chosen: int
     most_hidden: int
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.ranges)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What a captured step depends on besides the numbers in the tables."""
+        sizes = [(key, table.shape[1]) for key, table in self.items.items()]
+        mosts = (self.num_items, self.most_chunks, self.most_chosen, self.most_hidden)
+        return (self.num_rows, *sizes, *self.choices, *self.tails, *mosts)
+
+    def padded(self, num_rows: int) -> Tables:
+        """The same with idle rows and items up to round sizes, so that few different steps have to be captured."""
+
+        def filled(table: Tensor, size: int, idle: int, column: int) -> Tensor:
+            more = table.new_zeros(table.shape[0], size - table.shape[1], table.shape[2])
+            more[:, :, column] = idle
+            return torch.cat((table, more), dim=1)
+
+        ranges = torch.cat((self.ranges, self.ranges.new_zeros(num_rows - self.num_rows, 2)))
+        return replace(
+            self,
+            items={key: filled(table, _round(table.shape[1], 16), -1, _ROW) for key, table in self.items.items()},
+            choices={key: filled(table, num_rows, 0, 0) for key, table in self.choices.items()},
+            tails={key: filled(table, num_rows, -1, 2) for key, table in self.tails.items()},
+            ranges=ranges,
+            num_items=_round(self.num_items, 64),
+            most_chunks=_round(self.most_chunks, 1024) if self.choices else 0,
+            most_chosen=_round(self.most_chosen, 64) if self.choices else 0,
+            most_hidden=_round(self.most_hidden, 16) if self.most_hidden else 0,
+        )
+
+    def copy_(self, other: Tables) -> None:
+        """Take over the numbers of tables of the same signature."""
+        self.ranges.copy_(other.ranges, non_blocking=True)
+        own, new = (self.items, self.choices, self.tails), (other.items, other.choices, other.tails)
+        for mine, theirs in zip(own, new, strict=True):
+            for key, table in mine.items():  # type: ignore[attr-defined]
+                table.copy_(theirs[key], non_blocking=True)  # type: ignore[index]
+
     def to(self, device: torch.device) -> Tables:
         """The same on a device."""
 
@@ -237,3 +277,8 @@ def step_tables(blocks: Sequence[Block]) -> Tables:
         most_chosen=max(block.most_chosen for block in blocks),
         most_hidden=max(block.most_hidden for block in blocks),
     )
+
+
+def _round(size: int, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (size - 1).bit_length()) if size else least

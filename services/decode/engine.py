@@ -19,13 +19,13 @@ from torch import Tensor
 from ...compression import bound_nbytes, make_cache
 from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
-from ...models.forward import Rows, forward_rows
 from ...models.model import Model
 from ...models.sampling import PromptIds, Sampled, SamplerState
 from ..model_shape import model_shape
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
+from .step import StepRow, StepRunner
 
 __all__ = [
     "DecodeEngine",
@@ -100,6 +100,7 @@ class DecodeEngine:
         self.model = model
         self.shape = model_shape(model.config)
         self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting)
+        self._runner = StepRunner(model, self.shape)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
 
@@ -309,24 +310,19 @@ class DecodeEngine:
         return [turn for turn in turns if turn.choice.request_id in self._runs]
 
     def _forward(self, turns: Sequence[_Turn]) -> Tensor:
-        """Run one row of each turn. Returns logits float32 [those that sample, V]."""
-        # one copy to the device a step, however many turns
-        inputs = torch.tensor([(t.token_id, t.position) for t in turns], dtype=torch.int64).T.contiguous()
-        ids, positions = inputs.to(self.model.device)
-        rows = [
-            Rows(ids[i : i + 1], positions[i : i + 1], turn.state.guarded, turn.state.num_prompt_tokens)
-            for i, turn in enumerate(turns)
-        ]
-        hidden = forward_rows(self.model, rows)
-        sampling = [i for i, turn in enumerate(turns) if turn.state.samples_next]
-        if len(sampling) < len(turns):
-            hidden = hidden[sampling]
-        return self.model.logits(hidden)
+        """Run one row of each turn. Returns logits float32 [turns, V]."""
+        return self._runner.logits(
+            [
+                StepRow(turn.token_id, turn.position, state.num_prompt_tokens, state.cache, state.guarded)
+                for turn in turns
+                for state in (turn.state,)
+            ]
+        )
 
     def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:
-        rows = iter(zip(logits, torch.isfinite(logits).all(dim=1).tolist(), strict=True))
-        for turn in turns:
-            row = next(rows) if turn.state.samples_next else None
+        finite = torch.isfinite(logits).all(dim=1).tolist()
+        for turn, *row in zip(turns, logits, finite, strict=True):
+            samples = turn.state.samples_next
             turn.state.stepped()
             run = self._runs.get(turn.choice.request_id)
             if run is None:  # another choice of it failed just now
@@ -334,7 +330,7 @@ class DecodeEngine:
             try:
                 if turn.state.guarded.error is not None:
                     raise turn.state.guarded.error
-                if row is not None:
+                if samples:
                     self._sample(run, turn, *row)
             except Exception as exc:
                 self._fail(turn.choice.request_id, exc)

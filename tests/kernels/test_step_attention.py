@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvsluice.compression.recipe import get_recipe, resolve
-from kvsluice.kernels.step_attention import StepAttention, sequence_block, serves
+from kvsluice.kernels.step_attention import StepAttention, sequence_block, serves, step_tables
 
 _PATH = Path(__file__).parent.parent / "unit" / "compression" / "conftest.py"
 _SPEC = importlib.util.spec_from_file_location("compression_lab", _PATH)
@@ -62,16 +62,19 @@ def run_step(caches, prompts, positions, shape, device) -> list[torch.Tensor]:
         cache.reserve(1, prompt.k[0][:1])
         blocks.append(sequence_block(cache.views()))
         assert serves(cache.views(), shape.head_dim)
-    step = StepAttention(blocks, shape.num_kv_heads, frequencies(shape.head_dim, device), 1.0, device)
-    at = torch.tensor(positions, device=device)
+    tables = step_tables(blocks).padded(len(blocks) + 1).to(device)
+    step = StepAttention(tables, shape.num_kv_heads, frequencies(shape.head_dim, device), 1.0)
+    at = torch.tensor([*positions, 0], device=device)
     outs = []
     for layer in range(shape.num_layers):
         rows = [
-            torch.stack([getattr(p, name)[layer][i] for p, i in zip(prompts, positions, strict=True)]).to(device)
+            torch.stack([getattr(p, name)[layer][i] for p, i in zip((*prompts, prompts[0]), at.tolist(), strict=True)])
             for name in ("k_pre", "k", "v", "q")
         ]
         step.append(layer, *rows[:3], at)
-        outs.append(step.attend(layer, rows[3], at, shape.layer_windows[layer]))
+        out = step.attend(layer, rows[3], at, shape.layer_windows[layer])
+        assert not out[-1].any(), "an idle row attends to nothing"
+        outs.append(out[:-1])
     for cache in caches:
         cache.advance(1)
     return outs

@@ -21,6 +21,7 @@ from kvsluice.errors import (
     RequestCancelled,
 )
 from kvsluice.services.decode import engine as engine_module
+from kvsluice.services.decode import step as step_module
 from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice, FailedEvent, FinishedEvent, OpenedEvent
 
 
@@ -337,7 +338,7 @@ def test_a_fault_of_the_whole_step_fails_each_request_of_it_once(monkeypatch, be
     b = bench(max_num_seqs=4)
     for name in "abc":
         b.start(name, encoded)
-    monkeypatch.setattr(engine_module, "forward_rows", fault)
+    monkeypatch.setattr(step_module, "forward_rows", fault)
     b.step()
     monkeypatch.undo()
     assert [isinstance(b.of(name, FailedEvent), list) and len(b.of(name, FailedEvent)) for name in "abc"] == [1, 1, 0]
@@ -455,7 +456,7 @@ def test_a_fault_that_meets_a_request_which_has_ended_fails_the_others(
         b.engine.cancel("a")
         raise RuntimeError("fault")
 
-    monkeypatch.setattr(engine_module, "forward_rows", end_one_and_fail)
+    monkeypatch.setattr(step_module, "forward_rows", end_one_and_fail)
     b.step()
     monkeypatch.undo()
     assert isinstance(b.ended("a").error, RequestCancelled)

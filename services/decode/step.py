@@ -1,0 +1,114 @@
+"""One decode step of many sequences: which of them run through the batched kernels, and what those are told.
+
+    rows ──> blocks (a sequence's tables, kept until its rows move) ──> tables of the step ──> forward_step ──> logits
+
+On a CUDA device sequences whose packing the kernels read run together, and a step of a shape that has come before is
+captured in a CUDA graph and from then on replayed (`captured.py`). Other sequences, and all on a CPU, attend one by
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...compression.interfaces import SequenceCache
+from ...compression.recipe import ModelShape
+from ...kernels.dispatch import TRITON, runs
+from ...kernels.step_attention import Block, StepAttention, Tables, sequence_block, serves
+from ...models.forward import AttendCache, Rows, forward_rows, forward_step
+from ...models.model import Model
+from .captured import Captured
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One sequence's part in a step.
+
+    Attributes:
+        cache: sealed as far as is due.
+        guarded: the same for attention one by one; keeps faults to itself.
+    """
+
+    token_id: int
+    position: int
+    num_prompt_tokens: int
+    cache: SequenceCache
+    guarded: AttendCache
+
+
+class StepRunner:
+    """Runs steps.
+
+    Args:
+        model: the model; rows of keys have its dtype.
+        shape: its shape.
+    """
+
+    def __init__(self, model: Model, shape: ModelShape) -> None:
+        self.model = model
+        self._shape = shape
+        self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
+        self._captured = Captured(self._compute, model.device)
+        like = (1, shape.num_kv_heads, shape.head_dim)
+        self._like = torch.empty(like, dtype=model.dtype, device=model.device)
+
+    def logits(self, rows: Sequence[StepRow]) -> Tensor:
+        """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
+        if not runs(TRITON, self.model.device):
+            return self._one_by_one(rows)
+        blocks = [self._block(row.cache) for row in rows]
+        together = [i for i, block in enumerate(blocks) if block is not None]
+        apart = [i for i, block in enumerate(blocks) if block is None]
+        served = [block for block in blocks if block is not None]
+        if not apart:
+            return self._together(rows, served)
+        if not together:
+            return self._one_by_one(rows)
+        joined = self._together([rows[i] for i in together], served)
+        single = self._one_by_one([rows[i] for i in apart])
+        order = torch.tensor(together + apart, device=joined.device).argsort()
+        return torch.cat((joined, single))[order]
+
+    def _block(self, cache: SequenceCache) -> Block | None:
+        """The tables of a sequence with room for its next row; None where the kernels do not read its packing."""
+        known = self._blocks.get(cache)
+        if known is not None and known[1] is None:
+            return None
+        cache.reserve(1, self._like)
+        if known is not None and known[0] == cache.version:
+            return known[1]
+        views = cache.views()
+        fixed_rope = self.model.fixed_frequencies is not None
+        block = sequence_block(views) if serves(views, self._shape.head_dim, fixed_rope) else None
+        self._blocks[cache] = (cache.version, block)
+        return block
+
+    def _one_by_one(self, rows: Sequence[StepRow]) -> Tensor:
+        ids, positions, _ = self._inputs(rows).to(self.model.device)
+        batch = [
+            Rows(ids[i : i + 1], positions[i : i + 1], row.guarded, row.num_prompt_tokens) for i, row in enumerate(rows)
+        ]
+        return self.model.logits(forward_rows(self.model, batch))
+
+    def _together(self, rows: Sequence[StepRow], blocks: Sequence[Block]) -> Tensor:
+        logits = self._captured.run(self._inputs(rows), blocks)
+        for row in rows:
+            row.cache.advance(1)
+        return logits
+
+    def _compute(self, inputs: Tensor, tables: Tables) -> Tensor:
+        """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]. Waits for nothing."""
+        ids, positions, lengths = inputs
+        frequencies, factor = self.model.fixed_frequencies or (self._like, 1.0)
+        attention = StepAttention(tables, self._shape.num_kv_heads, frequencies, factor)
+        return self.model.logits(forward_step(self.model, ids, positions, lengths, attention))
+
+    def _inputs(self, rows: Sequence[StepRow]) -> Tensor:
+        """Ids, positions and lengths of prompts, int64 [3, rows], on the host."""
+        numbers = [(row.token_id, row.position, row.num_prompt_tokens) for row in rows]
+        return torch.tensor(numbers, dtype=torch.int64).T.contiguous()
