@@ -95,10 +95,10 @@ def _engine_row(bench: Bench, capacity: int, label: str, context: int, batch: in
 def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None, empty: Row) -> Row:
     assert empty.context is not None
     options = bench.options
-    engine = DecodeEngine(bench.model, capacity, max_num_seqs=1 << 16, max_waiting=1 << 16)
     # one token came with the prompt, and one step is left over, in which sequences end
     new_tokens = options.warmup + options.steps + 2
-    plan = plan_sequences(bench, engine, recipe, empty.context, empty.batch, new_tokens)
+    plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens)
+    engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences)
     start_sequences(bench, engine, plan, empty.context)
     held = None if rate is None else HeldSelection(rate, options.seed)
     samples_s, events = [], []

@@ -35,6 +35,7 @@ def measured(bench: Bench, empty: Row, measure: Callable[[Row], Row]) -> Row:
         row = replace(empty, not_run=OUT_OF_MEMORY)
     gc.collect()
     release(bench.device)
+    bench.keep(row)
     bench.progress.say(f"  not run: {row.not_run}" if row.time is None else f"  {seconds(row.time.median_s)}")
     return row
 

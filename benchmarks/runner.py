@@ -42,7 +42,7 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
 
 
 def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults:
-    """Measure what the options ask for and write the results.
+    """Measure what the options ask for and write the results, each as soon as it is there; ratios come last.
 
     Raises:
         KvsluiceError: an option that cannot work, before any weights are made; or a fault of the engines.
@@ -52,10 +52,25 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
     subjects = tuple(read_subject(name, options) for name in options.models)
     progress = progress or Progress()
     progress.say("measuring what the device can do")
-    bench = Bench(options, subjects, device, dtype, measure_limits(device, dtype), progress)
-    rows = MEASURES[options.part](bench)
-    results = BenchResults(
-        environment=measured_environment(options, device),
+    kept: list[Row] = []
+
+    def keep(row: Row) -> None:
+        """A run that is ended before its time leaves what it has measured."""
+        kept.append(row)
+        if options.json is not None:
+            save(options.json, _results(bench, kept))
+
+    bench = Bench(options, subjects, device, dtype, measure_limits(device, dtype), progress, keep)
+    results = _results(bench, MEASURES[options.part](bench))
+    if options.json is not None:
+        save(options.json, results)
+    return results
+
+
+def _results(bench: Bench, rows: Sequence[Row]) -> BenchResults:
+    options = bench.options
+    return BenchResults(
+        environment=measured_environment(options, bench.device),
         part=options.part,
         models=bench.bench_models(),
         settings=_settings(options, bench),
@@ -63,9 +78,6 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
         recipes={} if options.part == "kernels" else measured_recipes(bench.subject),
         rows=tuple(rows),
     )
-    if options.json is not None:
-        save(options.json, results)
-    return results
 
 
 def _settings(options: BenchOptions, bench: Bench) -> dict[str, Any]:

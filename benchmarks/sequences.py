@@ -88,7 +88,7 @@ class Plan:
 
 
 def plan_sequences(
-    bench: Bench, engine: DecodeEngine, recipe: Recipe, context: int, batch: int | None, new_tokens: int
+    bench: Bench, capacity_bytes: int, recipe: Recipe, context: int, batch: int | None, new_tokens: int
 ) -> Plan:
     """Requests for `batch` sequences, or for the most that the engine's own bounds leave room for.
 
@@ -97,15 +97,15 @@ def plan_sequences(
     """
     sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     request = DecodeRequest("sequence-0", 1, context, recipe, sampling)
-    demand = engine.demand(request)
+    demand = DecodeEngine(bench.model, capacity_bytes, max_num_seqs=1).demand(request)
     shared = demand.prompt_bytes if bench.options.share_prompt else 0
     each = demand.total_bytes - shared
-    fitting = max(0, engine.capacity_bytes - shared) // each
+    fitting = max(0, capacity_bytes - shared) // each
     wanted = fitting if batch is None else batch
     if not 1 <= wanted <= fitting:
         raise Overloaded(
             f"{max(wanted, 1)} sequences may take {shared + max(wanted, 1) * each} bytes; {fitting} fit into the "
-            f"{engine.capacity_bytes} of --cache-gib"
+            f"{capacity_bytes} of --cache-gib"
         )
     if bench.options.share_prompt:
         requests: tuple[DecodeRequest, ...] = (replace(request, sampling=replace(sampling, n=wanted)),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from ..models.loader import load_config, load_model
 from ..models.model import Model
 from ..models.profiles import load_profile
 from ..services.model_shape import model_shape
-from .bench_results import BenchModel, Limits
+from .bench_results import BenchModel, Limits, Row
 from .options import BenchOptions
 from .progress import Progress
 
@@ -49,6 +49,7 @@ class Bench:
 
     Attributes:
         limits: of the device, measured in the run.
+        keep: takes every row as soon as it is measured.
     """
 
     options: BenchOptions
@@ -57,6 +58,7 @@ class Bench:
     dtype: torch.dtype
     limits: Limits
     progress: Progress
+    keep: Callable[[Row], None]
 
     @property
     def subject(self) -> Subject:

@@ -79,6 +79,19 @@ def test_what_does_not_fit_is_a_row_that_says_so(bench, monkeypatch):
     assert named(results, "exact").ratios == {}
 
 
+def test_a_run_that_is_stopped_leaves_what_it_has_measured(bench, monkeypatch, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baseline, "prefill", stop)
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench("prefill", recipe="exact,kivi", baseline="transformers", json=str(path))
+    left = load(path)
+    assert [row.side for row in left.rows] == ["exact", "kivi"]
+    assert all(row.time is not None for row in left.rows)
+
+
 def test_decode_measures_batches_and_hit_rates(bench):
     results = bench(
         "decode",
