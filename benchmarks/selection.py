@@ -2,7 +2,8 @@
 
 Keys of random weights attend evenly, so what their queries choose says nothing about how often a real model comes back
 to the same chunks. `HeldSelection` sets that share; `force` puts it in the place of what a sequence's retrieval
-chooses. An engine that selects on the device can take a `Selection` itself instead.
+chooses. An engine that selects by other means can take a `Selection` itself: nothing in `HeldSelection.choose` waits
+for the device once a place is known, and which step it is stands in a tensor, so it may be part of a captured step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Selection(Protocol):
         ...
 
     def choose(self, chosen: Tensor, num_chunks: int) -> Tensor:
-        """chosen int64 [Q, Hkv, K] out of `num_chunks` -> as many others, ascending, on the same device."""
+        """chosen [Q, Hkv, K] integers below `num_chunks`, which every row has -> as many others, ascending, alike."""
         ...
 
 
@@ -45,7 +46,7 @@ class HeldSelection:
         self._share = share
         self._seed = seed
         self._place = 0
-        self._step = 0
+        self._step: Tensor | None = None
         self._orders: dict[int, Tensor] = {}
         self._kept: list[float] = []
         self.calls = 0
@@ -58,7 +59,8 @@ class HeldSelection:
     def begin_step(self) -> None:
         """See `Selection`."""
         self._place = 0
-        self._step += 1
+        if self._step is not None:
+            self._step += 1
 
     def choose(self, chosen: Tensor, num_chunks: int) -> Tensor:
         """See `Selection`."""
@@ -67,12 +69,15 @@ class HeldSelection:
         order = self._orders.get(place)
         count = chosen.shape[-1]
         moved = round((1 - self._share) * count)
+        if self._step is None:
+            with torch.inference_mode(False):  # it grows outside of a step
+                self._step = torch.zeros((), dtype=torch.int64, device=chosen.device)
         if order is None:
             order = self._orders[place] = self._order(place, chosen, num_chunks)
             length = order.shape[-1]
             self._kept.append((count - moved + max(0, count + moved - length)) / count if count else 1.0)
         at = (torch.arange(count, device=chosen.device) + self._step * moved) % order.shape[-1]
-        return order[:, at].sort(dim=-1).values.expand(chosen.shape)
+        return order[:, at].sort(dim=-1).values.to(chosen.dtype).expand(chosen.shape)
 
     def _order(self, place: int, chosen: Tensor, num_chunks: int) -> Tensor:
         """int64 [Hkv, num_chunks], a random order for each KV head."""
