@@ -6,7 +6,8 @@ is fixed by its own prompt, so packing changes results by no more than the matri
 
 Memory: c x max_pack_tokens for the pack, and for every started prompt of N rows N x (hidden row + position + one
 layer's keys after RoPE and values + keys before RoPE where the recipe packs those): no more than hidden, Q, K and V
-rows and a position. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
+rows and a position. On a GPU, where a layer is encoded beside the next one, that is two layers' keys and values, see
+`encoding.py`. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
 before values are packed, and encoding works in blocks of rows, which count as part of c. Scoring adds a few floats a
 row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. Recipes that factor
 layers together hold the rows of one group of layers. See `state.py`; `benchmarks/prefill_memory.py` measures it.
@@ -36,6 +37,8 @@ from ...models.sampling import PromptIds, SamplerState, SamplingParams
 from ..model_shape import model_shape
 from ..telemetry import where
 from .batcher import Batcher, WorkItem
+from .encoding import Encoder, make_encoder
+from .pace import make_pace
 from .state import PrefillSink, Prompt, sample_first
 
 __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
@@ -95,6 +98,7 @@ class PrefillEngine:
         max_pack_tokens: rows of a step.
         max_active_tokens: prompt rows that may hold memory at once (a longer prompt runs alone).
         patience: how much a prompt may be overtaken, see `batcher.py`.
+        encoder: where layers are encoded; None = by the device, see `encoding.py`.
     """
 
     def __init__(
@@ -104,8 +108,11 @@ class PrefillEngine:
         max_pack_tokens: int = 2048,
         max_active_tokens: int = 262_144,
         patience: float = 1.0,
+        encoder: Encoder | None = None,
     ) -> None:
         self.model = model
+        self._encoder = encoder or make_encoder(model.device)
+        self._pace = make_pace(model.device)
         self.shape = model_shape(model.config)
         self._batcher = Batcher(model.config.num_layers, chunk_tokens, max_pack_tokens, max_active_tokens, patience)
         self._running: dict[str, _Running] = {}
@@ -155,12 +162,16 @@ class PrefillEngine:
     @torch.no_grad()
     def step(self) -> bool:
         """Run one pack. False when nothing can run: no prompts, or all are held back by their sinks."""
+        if self._encoder.overlaps:
+            self._hand_over_encoded()
         planned = self._batcher.plan(self._is_ready)
         if not planned:
-            return False
+            return self._hand_over_first()
         begun = [item for item in planned if self._begin(item)]
         # a sink may have cancelled another prompt meanwhile
         done = self._run_isolated([item for item in begun if item.request_id in self._running])
+        if self._pace is not None:
+            self._pace.launched()
         for request_id in self._batcher.advance(done):
             try:
                 self._finish_layer(request_id)
@@ -286,14 +297,47 @@ class PrefillEngine:
             if all(token.finish_reason for token in sampled):
                 self._end(request_id, lambda sink: sink.on_done())
                 return
-        for encoded in prompt.finish_layer():
-            if request_id in self._running:
-                running.sink.on_layer(encoded)
+        self._hand_over(request_id)  # the layer before, where it was encoded beside this one
+        if request_id not in self._running:
+            return
+        prompt.encode_layer(self._encoder)
+        if is_last or not self._encoder.overlaps or prompt.selects_rows:
+            self._hand_over(request_id)
         if is_last:
             self._end(request_id, lambda sink: sink.on_done())
         elif request_id in self._running:  # the sink may have cancelled it
             prompt.layer += 1
             self._batcher.next_layer(request_id, prompt.num_rows)
+
+    def _hand_over(self, request_id: str) -> None:
+        """Give a prompt's sink what is being encoded for it, if anything is. Waits for that."""
+        running = self._running[request_id]
+        prompt = running.prompt
+        if prompt is None or not prompt.is_encoding:
+            return
+        for encoded in prompt.take_encoded():
+            if request_id in self._running:
+                running.sink.on_layer(encoded)
+
+    def _hand_over_encoded(self) -> None:
+        """Do so for every prompt where it needs no waiting."""
+        for request_id, running in list(self._running.items()):
+            if request_id in self._running and running.prompt is not None and running.prompt.is_encoded:
+                self._hand_over_or_fail(request_id)
+
+    def _hand_over_first(self) -> bool:
+        """Do so for one prompt, where the engine has nothing else to do. False when there is none."""
+        for request_id, running in self._running.items():
+            if running.prompt is not None and running.prompt.is_encoding:
+                self._hand_over_or_fail(request_id)
+                return True
+        return False
+
+    def _hand_over_or_fail(self, request_id: str) -> None:
+        try:
+            self._hand_over(request_id)
+        except Exception as exc:
+            self._fail(request_id, exc)
 
     def _prompt(self, request_id: str) -> Prompt:
         prompt = self._running[request_id].prompt

@@ -23,20 +23,23 @@ from torch import Tensor
 
 from ...compression import make_compressor
 from ...compression.interfaces import EncodedLayer, LayerObs
+from ...compression.layout import layer_layout
 from ...compression.recipe import ModelShape, Recipe
 from ...errors import InternalError, KvsluiceError
 from ...kernels.rope import apply_rope
 from ...models.model import Model
 from ...models.sampling import Sampled, SamplerState
+from .encoding import Encoder, Encoding
 
 
 class PrefillSink(Protocol):
     """Where the results of one prompt go. Called from the engine's thread, so no method may block for long.
 
-    Order: `on_layer_start(0)`, `on_layer(0)`, `on_layer_start(1)`, … Layers that share leave together when the last of
-    them is final: `on_layer` for each of them, in order. For the last layer the first tokens come before
-    `on_layer`, so that nobody waits for its encoding. When every choice ends with its first token the last layer is not
-    encoded at all: nobody will decode.
+    Order: `on_layer_start(0)`, `on_layer(0)`, `on_layer_start(1)`, … On a GPU a layer is encoded while the next one
+    computes, so `on_layer(0)` may come behind `on_layer_start(1)`, but before `on_layer_start(2)`. Layers that share
+    leave together when the last of them is final: `on_layer` for each of them, in order. For the last layer the first
+    tokens come before `on_layer`, so that nobody waits for its encoding. When every choice ends with its first token
+    the last layer is not encoded at all: nobody will decode.
     """
 
     def ready(self) -> bool:
@@ -79,6 +82,8 @@ class Prompt:
         self.hidden = model.embed(_on_device(ids, model.device))
         self.positions = torch.arange(len(ids), dtype=torch.int64, device=model.device)
         self._obs: LayerObs | None = None
+        self._encoding: Encoding | None = None
+        self._encoding_layer = 0
         self._ends_with_last: Tensor | None = None  # bool, whether every selection so far has
 
     @property
@@ -137,24 +142,49 @@ class Prompt:
             obs.q_window[low - first : end - first] = q[low - begin :]
         return q
 
-    def finish_layer(self) -> list[EncodedLayer]:
-        """Encode the layer whose rows have all run, let go of its KV and drop the rows that go no further.
+    @property
+    def selects_rows(self) -> bool:
+        """Whether fewer rows than this layer's enter the next one."""
+        recipe, num_tokens = self.compressor.recipe, self.num_prompt_tokens
+        here, there = (layer_layout(recipe, num_tokens, layer).num_rows for layer in (self.layer, self.layer + 1))
+        return here != there
+
+    def encode_layer(self, encoder: Encoder) -> None:
+        """Begin to encode the layer whose rows have all run, and let go of its KV."""
+        assert self._encoding is None, "one layer at a time"
+        obs, self._obs = self.obs, None
+        self._encoding_layer = self.layer
+        self._encoding = encoder.start(self.compressor, obs)
+
+    @property
+    def is_encoding(self) -> bool:
+        return self._encoding is not None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether there is something to take, at once."""
+        return self._encoding is not None and self._encoding.done()
+
+    def take_encoded(self) -> list[EncodedLayer]:
+        """What has become of the layer that was begun. Drops the rows that go no further. Waits for the encoder.
 
         Returns:
             the layers that are ready to leave, in order.
         """
-        encoded, selected = self.compressor.finish_layer(self.obs)
-        self._obs = None
+        assert self._encoding is not None, "begun before"
+        encoding, self._encoding = self._encoding, None
+        encoded, selected = encoding.take()
         if selected is not None:
-            if selected.numel() == 0:
-                raise InternalError(f"layer {self.layer} let go of every row")
+            if self._encoding_layer != self.layer or selected.numel() == 0:
+                raise InternalError(
+                    f"layer {self._encoding_layer} let go of every row, or of rows that went on already"
+                )
             # looked at when the first token is: the device is not waited for before
             ends = selected[-1] == self.num_rows - 1
             self._ends_with_last = ends if self._ends_with_last is None else self._ends_with_last & ends
             self.hidden = self.hidden.index_select(0, selected)
             self.positions = self.positions.index_select(0, selected)
         return encoded
-
 
     def last_row(self) -> Tensor:
         """The row [1, D] behind the last layer that the answer starts from. Waits for the device.
