@@ -25,6 +25,7 @@ from ..telemetry import NullRecorder, Recorder
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import PrefillEngine, PrefillJob
 from .publisher import Publisher
+from .warm_up import plan_attention
 
 PACK_TOKENS = 2048
 CPU_CHUNK_TOKENS = 512
@@ -146,13 +147,20 @@ def make_prefill_service(
     """The service as a process of this configuration runs it."""
     # a GPU runs a pack in milliseconds, and fewer, larger calls of attention in less time
     chunk_tokens = config.chunk_tokens or (CPU_CHUNK_TOKENS if model.device.type == "cpu" else PACK_TOKENS)
+    use_own_threads = use_threads(config.torch_threads, config.prefill_workers)
+
+    def setup() -> None:
+        use_own_threads()
+        if model.device.type == "cuda":
+            plan_attention(model, chunk_tokens)
+
     return PrefillService(
         PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS)),
         identity,
         window=config.handoff_window,
         max_message_bytes=config.max_frame_bytes,
         recorder=recorder,
-        setup=use_threads(config.torch_threads, config.prefill_workers),
+        setup=setup,
         on_crash=on_crash,
     )
 
