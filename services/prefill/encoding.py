@@ -106,13 +106,13 @@ class CudaSide:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def leave(self, tensors: Iterable[Tensor]) -> Event:
         """See `Side`."""
         for tensor in tensors:
             tensor.record_stream(self._stream)
-        ready = torch.cuda.Event()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record(torch.cuda.current_stream(self._device))
         return ready
 
@@ -126,7 +126,7 @@ class CudaSide:
 
     def finish(self) -> Event:
         """See `Side`."""
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(self._stream)
         return done
 

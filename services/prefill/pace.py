@@ -45,7 +45,7 @@ def make_pace(device: torch.device) -> Pace | None:
         return None
 
     def mark() -> Event:
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
@@ -20,8 +21,10 @@ def plan_attention(model: Model, chunk_tokens: int) -> None:
     config = model.config
     chunks = max(1, min(config.max_position_embeddings, PLANNED_TOKENS) // chunk_tokens)
     num_rows = chunk_tokens << (chunks.bit_length() - 1)
-    options = {"dtype": model.dtype, "device": model.device}
-    q = torch.zeros(chunk_tokens, config.num_heads, config.head_dim, **options)
-    k = torch.zeros(num_rows, config.num_kv_heads, config.head_dim, **options)
+
+    def zeros(rows: int, heads: int) -> Tensor:
+        return torch.zeros(rows, heads, config.head_dim, dtype=model.dtype, device=model.device)
+
+    q, k = zeros(chunk_tokens, config.num_heads), zeros(num_rows, config.num_kv_heads)
     positions = torch.arange(num_rows, device=model.device)
     causal_attention(q, k, k, positions[num_rows - chunk_tokens :], positions, last_rows=True)
