@@ -205,9 +205,28 @@ class SamplerState:
         Raises:
             InternalError: the logits hold NaN, or no token has a positive probability.
         """
-        scores = self._process(logits)
-        token_id = self._draw(scores) if self.params.temperature >= GREEDY_BELOW else _largest(scores)
-        logprob, top = self._logprobs(logits, token_id)
+        found = sample_rows([self], logits[None])[0]
+        if isinstance(found, InternalError):
+            raise found
+        return found
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the next token is chosen from other logits than the model's."""
+        masked = self._num_sampled < self.params.min_tokens and bool(self._masked)
+        return masked or bool(self.params.logit_bias) or self._is_counted
+
+    @property
+    def random_number(self) -> float:
+        """That of the next token, in [0, 1)."""
+        return uniform(self.params.seed, self.choice, self._start + self._num_sampled)
+
+    def take(self, token_id: int, logprob: float | None, top: list[tuple[int, float]]) -> Sampled:
+        """Move on with a token that was chosen."""
         self.force(token_id)
         if token_id in self._stops:
             return Sampled(token_id, logprob, top, "stop", token_id)
@@ -219,8 +238,8 @@ class SamplerState:
             self._uncounted.append(token_id)
         self._num_sampled += 1
 
-    def _process(self, logits: Tensor) -> Tensor:
-        """The logits that the choice is made from: masked, biased, penalised."""
+    def changed(self, logits: Tensor) -> Tensor:
+        """The logits [V] that the next token is chosen from: masked, biased, penalised."""
         params, device = self.params, logits.device
         scores = logits.float().clone()
         if self._num_sampled < params.min_tokens and self._masked:
@@ -255,46 +274,111 @@ class SamplerState:
         if self._counts is not None:
             self._counts.index_put_((ids,), torch.ones(len(ids), device=device), accumulate=True)
 
-    def _draw(self, scores: Tensor) -> int:
-        """Inverse of the cumulative distribution, in order of token ids, at the counter's random number."""
-        params = self.params
-        scores = scores / params.temperature
-        if params.min_p:
-            probabilities = scores.softmax(-1)
-            scores = scores.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
-        if 0 < params.top_k < len(scores):
-            scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], float("-inf"))
-        if params.top_p < 1:
-            scores = _keep_nucleus(scores, params.top_p)
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        # rounding may leave the sum beside 1, so the random number is scaled by it, and stays below it
-        total = float(cumulative[-1])
-        if not math.isfinite(total):
-            raise InternalError(_NOT_FINITE)
-        threshold = total * uniform(params.seed, self.choice, self._start + self._num_sampled)
-        return int(torch.searchsorted(cumulative, min(threshold, math.nextafter(total, 0)), right=True))
 
-    def _logprobs(self, logits: Tensor, token_id: int) -> tuple[float | None, list[tuple[int, float]]]:
-        if self.params.logprobs is None:
-            return None, []
-        logprobs = logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(min(self.params.logprobs, len(logprobs)))
-        return float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True))
+def sample_rows(states: Sequence[SamplerState], logits: Tensor) -> list[Sampled | InternalError]:
+    """Draw the next token of every choice and move on; what a choice draws does not depend on the others.
 
+    Args:
+        logits: float32 [rows, V]; not changed.
 
-def _largest(scores: Tensor) -> int:
-    value, index = scores.max(-1)
-    if not math.isfinite(float(value)):
-        raise InternalError(_NOT_FINITE)
-    return int(index)
+    Returns:
+        for every row its token, or what `SamplerState.sample` raises, which leaves the choice where it was.
+    """
+    scores = logits.float()
+    if any(state.changes_logits for state in states):
+        rows = zip(states, scores, strict=True)
+        scores = torch.stack([state.changed(row) if state.changes_logits else row for state, row in rows])
+    ids: list[int | None] = [None] * len(states)
+    for pick, chosen in ((_largest, True), (_drawn, False)):
+        at = [i for i, state in enumerate(states) if state.is_greedy is chosen]
+        if at:
+            rows = scores if len(at) == len(states) else scores[torch.tensor(at, device=scores.device)]
+            for i, token_id in zip(at, pick([states[i] for i in at], rows), strict=True):
+                ids[i] = token_id
+    reports = _logprobs(states, logits, ids)
+    return [
+        InternalError(_NOT_FINITE) if token_id is None else state.take(token_id, *report)
+        for state, token_id, report in zip(states, ids, reports, strict=True)
+    ]
 
 
-def _keep_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751)."""
-    ascending, order = scores.sort()
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    drop[-1] = False
-    return scores.masked_fill(torch.zeros_like(drop).scatter_(0, order, drop), float("-inf"))
+def _largest(states: Sequence[SamplerState], scores: Tensor) -> list[int | None]:
+    """Index of each row's largest score; None where that is not finite."""
+    values, indices = scores.max(-1)
+    return [
+        int(i) if math.isfinite(v) else None for v, i in torch.stack((values.double(), indices.double())).T.tolist()
+    ]
+
+
+def _drawn(states: Sequence[SamplerState], scores: Tensor) -> list[int | None]:
+    """Inverse of each row's cumulative distribution, in order of token ids, at the row's random number; None where the
+    distribution is not finite."""
+    if len(states) == 1 and scores.device.type != "cpu":
+        # a single row may be summed in another order than one of many
+        return _drawn([states[0], states[0]], scores.expand(2, -1))[:1]
+
+    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        numbers = [getattr(state.params, name) for state in states]
+        return torch.tensor(numbers, dtype=dtype, device=scores.device)[:, None]
+
+    def wanted(name: str, off: float) -> bool:
+        return any(getattr(state.params, name) != off for state in states)
+
+    scores = scores / column("temperature")
+    if wanted("min_p", 0):
+        probabilities = scores.softmax(-1)
+        least = column("min_p") * probabilities.amax(-1, keepdim=True)
+        scores = scores.masked_fill(probabilities < least, float("-inf"))
+    if wanted("top_k", 0):
+        scores = _keep_best(scores, [state.params.top_k for state in states])
+    if wanted("top_p", 1):
+        scores = _keep_nucleus(scores, column("top_p"))
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    # rounding may leave the sum beside 1, so the random number is scaled by it, and stays below it
+    totals = cumulative[:, -1:]
+    numbers = torch.tensor([state.random_number for state in states], dtype=torch.float64, device=scores.device)
+    thresholds = torch.minimum(totals * numbers[:, None], torch.nextafter(totals, torch.zeros_like(totals)))
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    pairs = torch.cat((totals, found.double()), dim=1).tolist()
+    return [int(index) if math.isfinite(total) else None for total, index in pairs]
+
+
+def _logprobs(
+    states: Sequence[SamplerState], logits: Tensor, ids: Sequence[int | None]
+) -> list[tuple[float | None, list[tuple[int, float]]]]:
+    """Of every row the chosen token's log-probability and the likeliest ones', where they are asked for."""
+    out: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in states]
+    at = [i for i, state in enumerate(states) if state.params.logprobs is not None and ids[i] is not None]
+    if not at:
+        return out
+    logprobs = logits[torch.tensor(at, device=logits.device)].float().log_softmax(-1)
+    most = max(states[i].params.logprobs or 0 for i in at)
+    values, indices = logprobs.topk(min(most, logprobs.shape[1]))
+    own = logprobs.gather(1, torch.tensor([[ids[i]] for i in at], device=logits.device))[:, 0].tolist()
+    for i, chosen, row_ids, row in zip(at, own, indices.tolist(), values.tolist(), strict=True):
+        out[i] = chosen, list(zip(row_ids, row, strict=True))[: states[i].params.logprobs]
+    return out
+
+
+def _keep_best(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Keep the `counts` largest of every row, and what equals the least of them; all where a count is 0."""
+    vocab_size = scores.shape[1]
+    limits = [count if 0 < count < vocab_size else 0 for count in counts]
+    if not any(limits):
+        return scores
+    best = scores.topk(max(limits)).values
+    at = torch.tensor([max(limit, 1) - 1 for limit in limits], device=scores.device)[:, None]
+    limited = torch.tensor([limit > 0 for limit in limits], device=scores.device)[:, None]
+    return scores.masked_fill((scores < best.gather(1, at)) & limited, float("-inf"))
+
+
+def _keep_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
+    """Keep of every row the smallest set of likeliest tokens whose probability reaches top_p [rows, 1] (Holtzman et
+    al., arXiv 1904.09751)."""
+    ascending, order = scores.sort(dim=-1, stable=True)
+    drop = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
+    drop[:, -1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), float("-inf"))
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

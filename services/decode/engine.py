@@ -20,7 +20,7 @@ from ...compression import bound_nbytes, make_cache
 from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.model import Model
-from ...models.sampling import PromptIds, Sampled, SamplerState
+from ...models.sampling import PromptIds, Sampled, SamplerState, sample_rows
 from ..model_shape import model_shape
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
@@ -320,27 +320,41 @@ class DecodeEngine:
         )
 
     def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:
-        finite = torch.isfinite(logits).all(dim=1).tolist()
-        for turn, *row in zip(turns, logits, finite, strict=True):
+        sampling = []
+        for i, (turn, is_finite) in enumerate(zip(turns, torch.isfinite(logits).all(dim=1).tolist(), strict=True)):
             samples = turn.state.samples_next
             turn.state.stepped()
-            run = self._runs.get(turn.choice.request_id)
-            if run is None:  # another choice of it failed just now
-                continue
-            try:
-                if turn.state.guarded.error is not None:
-                    raise turn.state.guarded.error
-                if samples:
-                    self._sample(run, turn, *row)
-            except Exception as exc:
-                self._fail(turn.choice.request_id, exc)
+            error = turn.state.guarded.error
+            if error is None and samples and not is_finite:
+                error = InternalError("decoding gave logits that are not finite")
+            if error is not None:
+                self._fail(turn.choice.request_id, error)
+            elif samples:
+                sampling.append(i)
+        # another choice of a request may have failed just now
+        sampling = [i for i in sampling if turns[i].choice.request_id in self._runs]
+        if sampling:
+            self._sample([turns[i] for i in sampling], logits if len(sampling) == len(turns) else logits[sampling])
 
-    def _sample(self, run: RequestRun, turn: _Turn, logits: Tensor, is_finite: bool) -> None:
-        if not is_finite:
-            raise InternalError("decoding gave logits that are not finite")
-        state, request = turn.state, run.request
-        sampled = state.sampler.sample(logits)
-        index = turn.choice.index
+    def _sample(self, turns: Sequence[_Turn], logits: Tensor) -> None:
+        """Draw the next token of each turn, from logits float32 [turns, V]."""
+        try:
+            drawn = sample_rows([turn.state.sampler for turn in turns], logits)
+        except Exception as exc:
+            for request_id in dict.fromkeys(turn.choice.request_id for turn in turns):
+                self._fail(request_id, exc)
+            return
+        for turn, sampled in zip(turns, drawn, strict=True):
+            run = self._runs.get(turn.choice.request_id)
+            if run is None:
+                continue
+            if isinstance(sampled, KvsluiceError):
+                self._fail(turn.choice.request_id, sampled)
+            else:
+                self._emit(run, turn, sampled)
+
+    def _emit(self, run: RequestRun, turn: _Turn, sampled: Sampled) -> None:
+        request, index, state = run.request, turn.choice.index, turn.state
         self._events.append(TokensEvent(request.request_id, request.epoch, index, state.num_emitted, (sampled,)))
         state.emit(sampled.token_id)
         if sampled.finish_reason:

@@ -14,7 +14,7 @@ from kvsluice.services.decode import step as step_module
 
 SMALL = '{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_tokens": 32, "landmark_bits": 8}}'
 RECIPES = ("exact", get_recipe("sluice", SMALL), "streaming", "kivi", "exact")
-GREEDY = SamplingParams(max_tokens=36, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_mixed_batch_says_what_its_sequences_say_one_by_one(make_model, prompt
         expected = answers(model, prompt, requests)
     assert kernels() == 0
     assert answers(model, prompt, requests) == expected
-    assert kernels() >= 35
+    assert kernels() >= 11
 
 
 def test_choices_that_share_a_prompt_have_tails_of_their_own(make_model, prompt, monkeypatch, kernels) -> None:
@@ -79,4 +79,4 @@ def test_a_packing_that_the_kernels_do_not_read_runs_beside_the_others(
         ),
     )
     assert answers(model, prompt, requests) == expected
-    assert kernels() >= 35
+    assert kernels() >= 11
