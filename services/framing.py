@@ -162,7 +162,7 @@ class FramePacker:
         """Take the next layer; returns the frames that leave now, perhaps none.
 
         Args:
-            after: when the layer is complete, where another thread has launched its computation; by `copies.mark`.
+            after: when the layer is complete, by `copies.mark`; None where this thread has launched its computation.
 
         Raises:
             ValueError: a tensor that cannot be sent.

@@ -45,7 +45,7 @@ class HostCopies(Protocol):
 
         Args:
             groups: of tensors that are complete at `after`.
-            after: what `mark` gave, or None where nothing has to be waited for.
+            after: what `mark` gave, or None = after all that the calling thread has launched.
         """
         ...
 
@@ -83,7 +83,7 @@ class Transfers(Protocol):
         """uint8 [size_bytes] of host memory that copies reach without the CPU."""
         ...
 
-    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Event | None) -> Event:
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Event) -> Event:
         """Copy (from, to) pairs once `after` is done; the event that says when. Does not wait."""
         ...
 
@@ -106,12 +106,11 @@ class CudaTransfers:
         with torch.cuda.device(self._device):
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Event | None) -> Event:
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Event) -> Event:
         """See `Transfers`."""
+        assert isinstance(after, torch.cuda.Event), "made by `mark`"
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                assert isinstance(after, torch.cuda.Event), "made by `mark`"
-                self._stream.wait_event(after)
+            self._stream.wait_event(after)
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
             # an event that blocks lets other threads have the core while it is waited for
@@ -178,6 +177,7 @@ class Staging:
     def to_host(self, groups: Iterable[Group], after: Event | None) -> Generator[list[memoryview], None, None]:
         """See `HostCopies`. One buffer fills while the one before is read."""
         running: deque[_Copying] = deque()
+        after = after or self.mark()
         try:
             for batch in _batches(groups, self._buffer_bytes):
                 while (memory := self._take(batch.size_bytes, wait=not running)) is None:
@@ -198,7 +198,7 @@ class Staging:
         yield from first.views()
         self._give_back(running.popleft().memory)
 
-    def _start(self, batch: _Batch, memory: Tensor, after: Event | None) -> _Copying:
+    def _start(self, batch: _Batch, memory: Tensor, after: Event) -> _Copying:
         pairs = [
             (tensor.detach(), memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
             for group, offsets in zip(batch.groups, batch.offsets, strict=True)

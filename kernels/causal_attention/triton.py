@@ -1,7 +1,10 @@
 """`causal_attention` on a GPU: cuDNN's fused attention, 1.7 times as fast as FlashAttention-2 on Hopper, where it is
-worth a plan and takes the tensors, and a compiled kernel that merges what it gives; otherwise what `reference` does.
+worth a plan, and a compiled kernel that merges what it gives; FlashAttention-2 for the rest; what neither takes runs as
+in `reference`.
 
-cuDNN plans for every shape, which takes up to tenths of a second; `pieces.py` keeps the shapes few.
+cuDNN plans for every shape, which takes up to tenths of a second; `pieces.py` keeps the shapes few, and multiples of
+128, which releases before 9.15.1 need to be right (pytorch issue 169849). Both libraries are called by name, because
+torch's own choice may plan for each length of a prompt.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ def lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q [c, H, d], the last c of m rows, over k, v [m, Hkv, d]."""
     kind = (q.shape[1:], k.shape[1:], q.dtype)
     if kind in _refused or not _suits_cudnn(q, k, v):
-        return reference.lower_right(q, k, v)
+        return _without_cudnn(q, k, v)
     try:
         return pieces.lower_right(q.contiguous(), k.contiguous(), v.contiguous(), attend, merge)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -92,7 +95,7 @@ def lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     except RuntimeError as exc:
         logger.warning("cuDNN has no attention for heads of %s in %s: %s", tuple(q.shape[1:]), q.dtype, exc)
         _refused.add(kind)
-    return reference.lower_right(q, k, v)
+    return _without_cudnn(q, k, v)
 
 
 def by_position(
@@ -107,16 +110,20 @@ def by_position(
 ) -> Tensor:
     """See `reference.by_position`; with `no_gaps` a window of positions is one of rows, which FlashAttention knows."""
     if window is not None and last_rows and no_gaps and _suits_flash(q, k, v):
-        return _windowed(q, k, v, window)
+        first = max(0, len(k) - len(q) - window + 1)  # no row sees an earlier key
+        return _flash(q, k[first:], v[first:], window)
     return reference.by_position(q, k, v, q_positions, k_positions, window, last_rows)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    c, m = len(q), len(k)
-    first = max(0, m - c - window + 1)  # no row sees an earlier key
+def _without_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _flash(q, k, v, None) if _suits_flash(q, k, v) else reference.lower_right(q, k, v)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """FlashAttention-2, whose causal mask begins at the lower right."""
     out = torch.ops.aten._flash_attention_forward(
-        q[None], k[None, first:], v[None, first:], None, None, c, m - first, 0.0, True, False,
-        window_size_left=window - 1, window_size_right=0,
+        q[None], k[None], v[None], None, None, len(q), len(k), 0.0, True, False,
+        window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
     )[0]  # fmt: skip
     return out.squeeze(0)
 

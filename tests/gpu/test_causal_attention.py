@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kvsluice.kernels.causal_attention import causal_attention, pieces, reference
-from kvsluice.kernels.dispatch import REFERENCE, forced
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,8 +39,17 @@ def relative_error(got, want):
 
 
 def in_float32(q, k, v, q_at, k_at, window=None):
-    with forced(REFERENCE):
-        return causal_attention(q.float(), k.float(), v.float(), q_at, k_at, window, last_rows=True)
+    """Softmax written out in full float32, some rows at a time."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    blocks = []
+    for rows, at in zip(q.float().split(256), q_at.split(256), strict=True):
+        scores = torch.einsum("chd,mhd->hcm", rows, k) / q.shape[-1] ** 0.5
+        hidden = k_at[None] > at[:, None]
+        if window is not None:
+            hidden |= k_at[None] <= at[:, None] - window
+        blocks.append(torch.einsum("hcm,mhd->chd", scores.masked_fill_(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(blocks)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -87,7 +95,6 @@ def test_rows_behind_the_last_and_memory_that_was_never_written_do_not_matter(co
     at = torch.arange(2000, device="cuda")
     clean = causal_attention(q, k[:2000], v[:2000], at[1300:], at, last_rows=True)
     k[2000:], v[2000:] = torch.nan, torch.nan
-    torch.use_deterministic_algorithms(False)
     assert torch.equal(causal_attention(q, k[:2000], v[:2000], at[1300:], at, last_rows=True), clean)
     assert clean.isfinite().all()
 
@@ -100,14 +107,28 @@ def test_strided_heads_of_a_fused_projection(compiled):
     assert relative_error(got, in_float32(q, k, v, at, at)) < 3 * torch.finfo(BF16).eps
 
 
-@pytest.mark.parametrize(("dtype", "c", "m"), [(F32, 512, 2048), (BF16, 1, 5000), (BF16, 30, 31), (BF16, 100, 500)])
+@pytest.mark.parametrize(
+    ("dtype", "c", "m"), [(F32, 512, 2048), (F32, 700, 700), (BF16, 1, 5000), (BF16, 30, 31), (F16, 100, 500)]
+)
 def test_what_cudnn_is_not_asked_for_runs_all_the_same(compiled, dtype, c, m):
     q, k, v = make(c, m, 8, 2, 128, dtype)
     at = torch.arange(m, device="cuda")
     assert not compiled._suits_cudnn(q, k, v)
     got = causal_attention(q, k, v, at[m - c :], at, last_rows=True)
-    limit = 1e-5 if dtype == F32 else 3 * torch.finfo(dtype).eps
-    assert relative_error(got.cpu(), in_float32(q.cpu(), k.cpu(), v.cpu(), at[m - c :].cpu(), at.cpu())) < limit
+    limit = 2e-3 if dtype == F32 else 3 * torch.finfo(dtype).eps  # float32's fused kernel may multiply in TF32
+    assert relative_error(got, in_float32(q, k, v, at[m - c :], at)) < limit
+
+
+def test_16_bit_rows_never_reach_the_choice_of_torch(compiled, monkeypatch):
+    def chosen(*args, **options):
+        raise AssertionError("it may plan for every length")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", chosen)
+    for c, m in ((1, 1), (1, 700), (3, 3), (77, 77), (100, 900), (700, 5000)):
+        q, k, v = make(c, m, 8, 2, 128, BF16)
+        at = torch.arange(m, device="cuda")
+        got = causal_attention(q, k, v, at[m - c :], at, last_rows=True)
+        assert relative_error(got, in_float32(q, k, v, at[m - c :], at)) < 3 * torch.finfo(BF16).eps
 
 
 @pytest.mark.parametrize("window", [1, 100, 4096])

@@ -41,7 +41,7 @@ def test_staged_frames_equal_plain_ones(rows):
     plain, staged = FramePacker(IDENT, rows), FramePacker(IDENT, rows, copies=copies)
     for index in range(3):
         encoded = layer(index, rows)
-        assert staged.add(encoded, copies.mark()) == plain.add(encoded)
+        assert staged.add(encoded, copies.mark() if index else None) == plain.add(encoded)
     assert staged.flush() == plain.flush()
 
 

@@ -131,6 +131,11 @@ def test_marking_and_starting_wait_for_nothing(device: FakeDevice) -> None:
     assert device.events[0].waited_by != threading.get_ident()
 
 
+def test_copies_follow_the_calling_threads_work_where_no_mark_is_given(device: FakeDevice) -> None:
+    assert fetched(Staging(device), groups_of((3,))) == wanted(groups_of((3,)))
+    assert len(device.after) == 1 and device.after[0] is not None
+
+
 def test_more_threads_than_buffers_take_turns(device: FakeDevice) -> None:
     staging = Staging(device, buffer_bytes=64, num_buffers=2)
     groups = groups_of(*[(7,)] * 30)
