@@ -286,8 +286,8 @@ def sample_rows(states: Sequence[SamplerState], logits: Tensor) -> list[Sampled 
     """
     scores = logits.float()
     if any(state.changes_logits for state in states):
-        rows = zip(states, scores, strict=True)
-        scores = torch.stack([state.changed(row) if state.changes_logits else row for state, row in rows])
+        pairs = zip(states, scores, strict=True)
+        scores = torch.stack([state.changed(row) if state.changes_logits else row for state, row in pairs])
     ids: list[int | None] = [None] * len(states)
     for pick, chosen in ((_largest, True), (_drawn, False)):
         at = [i for i, state in enumerate(states) if state.is_greedy is chosen]

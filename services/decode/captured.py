@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Captured:
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[tuple[object, ...], _Graph | None] = OrderedDict()
         self._last: tuple[tuple[Block, ...], Tables] | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # a handle, whose type is torch's own
 
     def run(self, inputs: Tensor, blocks: Sequence[Block]) -> Tensor:
         """Logits [rows, V], void at the next call.
@@ -83,13 +84,8 @@ class Captured:
 
     def _tables(self, blocks: tuple[Block, ...]) -> Tables:
         """Padded tables on the host, made anew only when a block has changed."""
-        last = self._last
-        if (
-            last is not None
-            and len(last[0]) == len(blocks)
-            and all(a is b for a, b in zip(last[0], blocks, strict=True))
-        ):
-            return last[1]
+        if self._last is not None and _same(self._last[0], blocks):
+            return self._last[1]
         tables = step_tables(blocks).padded(_bucket(len(blocks)))
         self._last = (blocks, tables)
         return tables
