@@ -16,6 +16,7 @@ from ..kernels.dispatch import REFERENCE, TRITON, forced, has_triton
 from .bench_results import Floor, Row
 from .kernel_cases import BUILDERS, FOLDERS, Case, Inputs
 from .rows import compared, measured
+from .step_cases import step_cases
 from .subject import Bench, Subject
 from .timing import time_kernel
 
@@ -37,7 +38,9 @@ def measure(bench: Bench) -> list[Row]:
 
 def uncovered() -> list[str]:
     """Folders of `kernels/` without a case."""
-    return sorted({one.name for one in pkgutil.iter_modules(kernels.__path__) if one.ispkg} - FOLDERS)
+    return sorted(
+        {one.name for one in pkgutil.iter_modules(kernels.__path__) if one.ispkg} - FOLDERS - {"step_attention"}
+    )
 
 
 def sides(device: torch.device, folder: str) -> tuple[str, ...]:
@@ -50,7 +53,7 @@ def sides(device: torch.device, folder: str) -> tuple[str, ...]:
 def _rows(bench: Bench, subject: Subject, context: int) -> list[Row]:
     given = Inputs(subject.config, context, bench.device, bench.dtype, bench.options.seed)
     rows = []
-    for build in BUILDERS:
+    for build in (*BUILDERS, step_cases):
         for case in build(given):
             for side in sides(bench.device, case.folder):
                 empty = Row(what=f"kernel: {case.name}", side=side, model=subject.name, context=context)
@@ -60,8 +63,9 @@ def _rows(bench: Bench, subject: Subject, context: int) -> list[Row]:
 
 def _timed(bench: Bench, case: Case, empty: Row) -> Row:
     options = bench.options
+    action = case.reference if empty.side == REFERENCE and case.reference is not None else case.action
     with forced(empty.side):
-        time = time_kernel(bench.device, case.action, options.warmup, options.repeats)
+        time = time_kernel(bench.device, action, options.warmup, options.repeats)
     rate = {"gb_per_s": case.bytes_moved / time.median_s / 1e9, "moved_bytes": case.bytes_moved}
     if case.flops:
         rate["tflop_per_s"] = case.flops / time.median_s / 1e12

@@ -49,6 +49,7 @@ class Case:
     Attributes:
         folder: of the operation in `kernels/`.
         flops: of its matrix products.
+        reference: what it is compared with, where that is another call and not another implementation.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     action: Callable[[], object]
     bytes_moved: float
     flops: float = 0.0
+    reference: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvsluice.benchmarks import baseline
+from kvsluice.benchmarks import baseline, step_cases
 from kvsluice.benchmarks.flops import prompt_flops
+from kvsluice.benchmarks.kernel_cases import Inputs
 from kvsluice.benchmarks.selection import HeldSelection, force
 from kvsluice.benchmarks.synthetic import SyntheticLayers
 from kvsluice.compression.recipe import fill, get_recipe, recipe_names, resolve
 from kvsluice.compression.retrieval import Landmarks
 from kvsluice.compression.slots import ChunkLandmarks
+from kvsluice.kernels.dispatch import REFERENCE, TRITON, forced
 from kvsluice.models.config import SHAPES
 from kvsluice.models.forward import forward_tokens
 from kvsluice.models.model import Model
@@ -153,3 +155,18 @@ def test_selections_are_forced_within_the_context_only():
     assert held.calls == 1
     assert torch.equal(retrieval.select(scores, 2, None, 80)[0], plain)
     assert plain.tolist() == [[[18, 19]] * 2]
+
+
+def test_a_step_over_many_caches_is_compared_with_each_by_itself(monkeypatch):
+    monkeypatch.setattr(step_cases, "RECIPES", ("exact", "kivi", "sluice"))
+    monkeypatch.setattr(step_cases, "SEQUENCES", (2,))
+    given = Inputs(small("llama-3.1-8b").config, 200, CPU, torch.float32, seed=0)
+    with forced(TRITON), torch.inference_mode():  # kernels are interpreted here, where there is no GPU
+        cases = list(step_cases.step_cases(given))
+        together = [case.action() for case in cases]
+    # the prompt is too short for sluice
+    assert [case.name for case in cases] == [f"step_attention, {name}, 2 sequences" for name in ("exact", "kivi")]
+    with torch.inference_mode(), forced(REFERENCE):
+        for case, got in zip(cases, together, strict=True):
+            torch.testing.assert_close(got, torch.cat(case.reference()), rtol=1e-3, atol=1e-4)
+            assert case.bytes_moved > 0
