@@ -10,10 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import chunk_means, min_cosine_outliers, select_chunks
-
-__all__ = ["chunk_means", "min_cosine_outliers", "score_landmarks", "select_chunks"]
-
 TILE_QUERIES = 16
 BLOCK_LANDMARKS = 64
 
