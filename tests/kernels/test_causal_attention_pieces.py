@@ -187,3 +187,17 @@ def test_tensors_of_a_cpu_never_reach_the_library() -> None:
     q, k, v = (x.bfloat16() for x in make(200, 2000))
     assert not compiled._suits_cudnn(q, k, v)
     assert not compiled._suits_flash(q, k, v)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(32, 8, 128), (9, 3, 64), (4, 4, 96)])
+def test_the_libraries_take_the_calls_and_keep_the_layout(heads: int, kv_heads: int, d: int) -> None:
+    # on the meta device: signatures and shapes, no numbers
+    q = torch.empty(256, heads, d, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1024, kv_heads, d, dtype=torch.bfloat16, device="meta")
+    for keys, causal in ((k, False), (k[:256], True)):
+        out, lse = compiled.attend(q, keys, keys, causal)
+        assert out.shape == q.shape and out.is_contiguous()
+        assert lse.shape == (heads, 256) and lse.dtype == torch.float32
+    for window in (None, 100):
+        out = compiled._flash(q, k, k, window)
+        assert out.shape == q.shape and out.is_contiguous()
