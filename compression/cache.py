@@ -110,6 +110,20 @@ class RecipeCache:
                 layer.seal(end)
             self.version += 1
 
+    def prepare_seal(self, next_position: int, most_layers: int) -> int:
+        """See `SequenceCache`."""
+        recipe, num_tokens = self.recipe, self._kit.num_prompt_tokens
+        if not recipe.window.seal_block or recipe.budget.fixed:
+            return 0
+        if sealed_end(recipe, num_tokens, next_position) < self._layers[0].tail.begin + recipe.block:
+            return 0
+        count = 0
+        for layer in self._layers.values():
+            if count == most_layers:
+                break
+            count += layer.prepare_seal()
+        return count
+
     def fork(self) -> SequenceCache:
         """See `SequenceCache`."""
         twin = RecipeCache(self._kit)

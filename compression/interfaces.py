@@ -142,6 +142,11 @@ class SequenceCache(Protocol):
         """Seal every block that is due when the next row will have `next_position`; a pure function of it."""
         ...
 
+    def prepare_seal(self, next_position: int, most_layers: int) -> int:
+        """Pack ahead what `seal` will, where the rows are all here and sealing is due before `next_position`; in so
+        many layers at most. Returns in how many. Changes nothing that attention sees; `seal` then has less to do."""
+        ...
+
     def fork(self) -> SequenceCache:
         """Another choice over the same prompt: shares what the prompt made, owns what it appends."""
         ...

@@ -83,6 +83,7 @@ class LayerCache:
         self.base: Segment | None = None
         self.demoted: Segment | None = None
         self.grown: Segment | None = None
+        self._prepared: Segment | None = None  # the next block of `grown`
         if at.num_sealed:
             positions = tensors.get(Part.POSITIONS, {})
             index = positions.get("rows", positions.get("chunks"))
@@ -152,27 +153,36 @@ class LayerCache:
 
     def seal(self, end: int) -> None:
         """Seal the tail's blocks up to position `end`, one by one, or forget them under a fixed budget."""
-        block, packing = self.kit.recipe.block, self._grown_packing
+        block = self.kit.recipe.block
         if self.kit.recipe.budget.fixed:
             if end > self.tail.begin:
                 self.tail.drop_first(end - self.tail.begin)
             return
         while self.tail.begin + block <= end:
-            # copies, as a codec may keep rows that the tail is going to write over
-            k, v = (rows[:block].clone() for rows in self.tail.rows())
-            sealed = Segment(
-                self.kit,
-                packing,
-                packing.key_codec.encode(k, packing.key_basis),
-                packing.value_codec.encode(v, packing.value_basis),
-                block,
-                self.tail.begin,
-            )
+            sealed, self._prepared = self._prepared or self._packed_block(), None
             if self.grown is None:
                 self.grown = sealed
             else:
                 self.grown.extend(sealed)
             self.tail.drop_first(block)
+
+    def prepare_seal(self) -> bool:
+        """Pack the block that is sealed next, if its rows are all here and nobody has. Returns whether it did.
+
+        The tail keeps the rows until they are sealed, so nothing that is attended to changes."""
+        if self._prepared is not None or self.tail.num_rows < self.kit.recipe.block:
+            return False
+        self._prepared = self._packed_block()
+        return True
+
+    def _packed_block(self) -> Segment:
+        """The tail's first block as it is sealed."""
+        block, packing = self.kit.recipe.block, self._grown_packing
+        # copies, as a codec may keep rows that the tail is going to write over
+        k, v = (rows[:block].clone() for rows in self.tail.rows())
+        keys = packing.key_codec.encode(k, packing.key_basis)
+        values = packing.value_codec.encode(v, packing.value_basis)
+        return Segment(self.kit, packing, keys, values, block, self.tail.begin)
 
     def fork(self) -> LayerCache:
         """A layer over the same prompt with a tail and sealed blocks of its own."""
@@ -180,6 +190,7 @@ class LayerCache:
         twin.__dict__.update(self.__dict__)
         twin.grown = None if self.grown is None else self.grown.copy()
         twin.tail = self.tail.copy()
+        twin._prepared = None
         return twin
 
     def shared_tensors(self) -> Iterator[Tensor]:
@@ -196,6 +207,8 @@ class LayerCache:
         """What this choice appended, and its copy of the prompt's tail."""
         if self.grown is not None:
             yield from self.grown.tensors()
+        if self._prepared is not None:
+            yield from self._prepared.tensors()
         yield from self.tail.tensors()
 
     def _sink_rows(self, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, counter: ReadCounter) -> Partial:

@@ -25,7 +25,7 @@ from ..model_shape import model_shape
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
-from .step import StepRow, StepRunner
+from .step import StepRunner
 
 __all__ = [
     "DecodeEngine",
@@ -228,6 +228,7 @@ class DecodeEngine:
     def step(self) -> list[Event]:
         """Let in what fits, run one step of the choices whose turn it is. Returns what happened since the last call."""
         self._admit()
+        self._runner.join()
         turns = self._prepare(self.scheduler.next_batch())
         if turns:
             try:
@@ -311,13 +312,10 @@ class DecodeEngine:
 
     def _forward(self, turns: Sequence[_Turn]) -> Tensor:
         """Run one row of each turn. Returns logits float32 [turns, V]."""
-        return self._runner.logits(
-            [
-                StepRow(turn.token_id, turn.position, state.num_prompt_tokens, state.cache, state.guarded)
-                for turn in turns
-                for state in (turn.state,)
-            ]
-        )
+        rows = [turn.state.step_row(turn.token_id, turn.position) for turn in turns]
+        logits = self._runner.logits(rows)
+        self._runner.prepare(rows)
+        return logits
 
     def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:
         sampling = []

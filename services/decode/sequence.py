@@ -21,6 +21,7 @@ from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceErro
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import where
 from .scheduler import Demand
+from .step import StepRow
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,11 @@ class ChoiceRun:
             self.cache.seal(position)
             self._rows_left = self.cache.rows_until_seal(position)
         return self._ahead[0], position
+
+    def step_row(self, token_id: int, position: int) -> StepRow:
+        """The step's row, as `next_row` gave it."""
+        last = self.num_prompt_tokens + self.sampler.params.max_tokens - 2  # the last token is not run
+        return StepRow(token_id, position, self.num_prompt_tokens, last, self.cache, self.guarded)
 
     def stepped(self) -> None:
         """Count the step whose row `next_row` gave."""

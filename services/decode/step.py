@@ -30,6 +30,7 @@ class StepRow:
     """One sequence's part in a step.
 
     Attributes:
+        last_position: of the last row that the sequence may ever have.
         cache: sealed as far as is due.
         guarded: the same for attention one by one; keeps faults to itself.
     """
@@ -37,6 +38,7 @@ class StepRow:
     token_id: int
     position: int
     num_prompt_tokens: int
+    last_position: int
     cache: SequenceCache
     guarded: AttendCache
 
@@ -54,11 +56,17 @@ class StepRunner:
         self._shape = shape
         self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
         self._captured = Captured(self._compute, model.device)
+        # a block is ready to be packed some dozens of steps before it is due, so a few layers a step are enough
+        self._most_layers = -(-shape.num_layers // 16)
+        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._before = torch.cuda.Event() if self._side is not None else None
         like = (1, shape.num_kv_heads, shape.head_dim)
         self._like = torch.empty(like, dtype=model.dtype, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
+        if self._before is not None:
+            self._before.record(torch.cuda.current_stream(self.model.device))
         if not runs(TRITON, self.model.device):
             return self._one_by_one(rows)
         blocks = [self._block(row.cache) for row in rows]
@@ -73,6 +81,22 @@ class StepRunner:
         single = self._one_by_one([rows[i] for i in apart])
         order = torch.tensor(together + apart, device=joined.device).argsort()
         return torch.cat((joined, single))[order]
+
+    def prepare(self, rows: Sequence[StepRow]) -> None:
+        """Pack ahead what the sequences will seal, on a stream of its own, while the device runs the step: call it
+        before anything waits for the logits."""
+        if self._side is None or self._before is None:
+            return
+        with torch.cuda.device(self.model.device), torch.cuda.stream(self._side):
+            # work that came before the step may still read memory that packing takes
+            self._side.wait_event(self._before)
+            for row in rows:
+                row.cache.prepare_seal(row.last_position, self._most_layers)
+
+    def join(self) -> None:
+        """Let what comes next on the device find what was packed ahead; call it before anything is sealed."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.model.device).wait_stream(self._side)
 
     def _block(self, cache: SequenceCache) -> Block | None:
         """The tables of a sequence with room for its next row; None where the kernels do not read its packing."""

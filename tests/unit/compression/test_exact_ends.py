@@ -31,3 +31,27 @@ def test_exact_ends_keep_their_dtype_whatever_the_prompt_leaves(
     assert cache.nbytes() <= bound_nbytes(effective, shape, num_tokens, 150, 1, 4)
     expected = lab.dense(prompt, 1, torch.arange(num_tokens), num_tokens + 149)
     assert torch.allclose(outs[1][-1], expected, atol=2e-2 if dtype == "bfloat16" else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["kivi", "sluice", "lowrank", "mikv", "streaming", "exact"])
+def test_a_block_that_is_packed_ahead_is_the_one_that_is_sealed(lab, name):
+    shape = lab.make_shape()
+    prompt = lab.make_prompt(shape, 700, 200)
+    recipe = resolve(get_recipe(name), shape, 700, lab.PROFILE).recipe
+    encoded, _ = lab.prefill(recipe, prompt)
+    plain, ahead = (lab.load(recipe, prompt, encoded) for _ in range(2))
+    most = bound_nbytes(recipe, shape, 700, 200, 1, 4)
+    packed = 0
+    for position in range(700, 900):
+        for cache in (plain, ahead):
+            cache.seal(position)
+        for one, other in zip(
+            lab.step(plain, prompt, position, position + 1),
+            lab.step(ahead, prompt, position, position + 1),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+        packed += ahead.prepare_seal(899, 1 + position % 3)
+        assert ahead.nbytes() <= most
+    assert plain.nbytes() == ahead.nbytes()
+    assert (packed > 0) == (recipe.window.seal_block > 0 and not recipe.budget.fixed)
