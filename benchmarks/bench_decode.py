@@ -17,14 +17,13 @@ import torch
 
 from ..compression import bound_nbytes
 from ..compression.recipe import Recipe, get_recipe
-from ..errors import InternalError
 from ..evals.results import EXACT, TRANSFORMERS
-from ..services.decode.engine import DecodeEngine
+from ..services.decode.engine import DecodeEngine, Event
 from . import baseline
 from .bench_results import Floor, Row
 from .rows import measured
 from .selection import HeldSelection, force
-from .sequences import cache_bytes, finished, plan_sequences, start_sequences, step
+from .sequences import cache_bytes, finished, plan_sequences, start_sequences, told
 from .subject import Bench
 from .timing import release, summarize, time_once
 
@@ -95,32 +94,31 @@ def _engine_row(bench: Bench, capacity: int, label: str, context: int, batch: in
 def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None, empty: Row) -> Row:
     assert empty.context is not None
     options = bench.options
-    # one token came with the prompt, and one step is left over, in which sequences end
+    # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
     new_tokens = options.warmup + options.steps + 2
     plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens)
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences)
     start_sequences(bench, engine, plan, empty.context)
     held = None if rate is None else HeldSelection(rate, options.seed)
-    samples_s, events = [], []
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
+    samples_s: list[float] = []
+    events: list[Event] = []
 
     def one() -> None:
-        nonlocal events
         if held is not None:
             held.begin_step()
-        events = step(engine, plan.num_sequences)
+        events.extend(told(engine.step()))
 
     with nullcontext() if held is None else force(held):
-        for index in range(options.warmup + options.steps + 1):
-            took_s = time_once(bench.device, one)
-            if options.warmup <= index < options.warmup + options.steps:
-                samples_s.append(took_s)
-    ended = list(finished(events))
-    if len(ended) != len(plan.requests):
-        raise InternalError(f"{len(ended)} of {len(plan.requests)} sequences ended in time")
+        for _ in range(options.warmup + options.steps):
+            samples_s.append(time_once(bench.device, one))
+        while engine.has_work:
+            one()
+    ended = finished(plan, events, new_tokens)
+    samples_s = samples_s[options.warmup :]
     resident = sum(event.resident_bytes for event in ended) / plan.num_sequences
-    read = sum(event.bytes_read for event in ended) / (options.warmup + options.steps + 1)
+    read = plan.num_sequences * sum(event.bytes_read for event in ended) / sum(event.steps for event in ended)
     row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s))
     figures = _memory_figures(bench, empty.context, new_tokens, resident, plan.reserved_bytes / plan.num_sequences)
     if held is not None and held.calls and held.hit_rate is not None:

@@ -29,11 +29,11 @@ LEAST_RATE = 1e-9  # lets a count of tokens alone decide how much is selected
 T = TypeVar("T")
 
 _MODEL = Option("model", "MODEL", "name of a shape, built-in name, Hugging Face folder or .gguf file", "llama-3.1-8b")
+_WARMUP = Option("warmup", "N", "repetitions that are not counted", "2")
 _COMMON = (
     Option("device", "cpu|cuda|cuda:N", "where everything runs; default: cuda where there is one"),
     Option("dtype", "|".join(DTYPES), "of weights and computation; default: float32 on a CPU, else bfloat16"),
     Option("seed", "N", "of weights, prompts and synthetic KV", "0"),
-    Option("warmup", "N", "repetitions (decode: steps) that are not counted", "2"),
     Option("json", "FILE", "write the results to this file"),
     Option("commit", "TEXT", "the commit to record where the checkout cannot say"),
 )
@@ -75,7 +75,7 @@ PARTS: Mapping[str, Part] = {
          Option("copy-out", "", "copy every encoded layer to the host, as sending it would", flag=True),
          _CHUNK,
          Option("pack-tokens", "N", "prompt rows of a step; default: 2048, or a work item's where that is more"),
-         _BASELINE, _REPEATS, *_COMMON),
+         _BASELINE, _REPEATS, _WARMUP, *_COMMON),
     ),
     "decode": Part(
         "Steps of the decode engine over compressed caches, against transformers.",
@@ -86,15 +86,17 @@ PARTS: Mapping[str, Part] = {
          Option("share-prompt", "", "all sequences are choices of one prompt and share its memory", flag=True),
          Option("steps", "N", "steps whose median and quartiles are reported", "32"),
          Option("cache-gib", "GIB", "memory for caches; default: 0.9 of what is free on a GPU, 2 on a CPU"),
-         _CHUNK, _BASELINE, *_COMMON),
+         _CHUNK, _BASELINE,
+         # the first steps make what later ones reuse
+         replace(_WARMUP, help="steps that are not counted", default="8"), *_COMMON),
     ),
     "handoff": Part(
         "Encoded layers to frames, to layers again, into a decode cache; bytes against bf16.",
-        (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV, _CHUNK, _REPEATS, *_COMMON),
+        (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV, _CHUNK, _REPEATS, _WARMUP, *_COMMON),
     ),
     "kernels": Part(
         "Every operation of kernels/ at a model's shapes, against its torch reference and the device's limits.",
-        (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, *_COMMON),
+        (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP, *_COMMON),
     ),
 }  # fmt: skip
 

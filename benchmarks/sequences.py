@@ -1,8 +1,8 @@
-"""Sequences in a decode engine: opened, filled with synthetic or prefilled layers, committed, stepped to their end."""
+"""Sequences in a decode engine: opened, filled with synthetic or prefilled layers, committed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,19 +132,6 @@ def start_sequences(bench: Bench, engine: DecodeEngine, plan: Plan, context: int
         engine.commit(request.request_id, bench.prompt(context, index), emitted)
 
 
-def step(engine: DecodeEngine, num_sequences: int) -> list[Event]:
-    """One step of all sequences.
-
-    Raises:
-        KvsluiceError: a sequence failed, or not every one of them got a token.
-    """
-    events = told(engine.step())
-    tokens = sum(isinstance(event, TokensEvent) for event in events)
-    if tokens != num_sequences:
-        raise InternalError(f"a step gave {tokens} of {num_sequences} tokens")
-    return events
-
-
 def told(events: list[Event]) -> list[Event]:
     """The events, unless one of them tells of a failure.
 
@@ -157,6 +144,15 @@ def told(events: list[Event]) -> list[Event]:
     return events
 
 
-def finished(events: list[Event]) -> Iterator[FinishedEvent]:
-    """Requests that have ended."""
-    return (event for event in events if isinstance(event, FinishedEvent))
+def finished(plan: Plan, events: list[Event], new_tokens: int) -> list[FinishedEvent]:
+    """How every request ended.
+
+    Raises:
+        InternalError: one has not ended, or not every sequence got its tokens.
+    """
+    ended = [event for event in events if isinstance(event, FinishedEvent)]
+    tokens = sum(len(event.sampled) for event in events if isinstance(event, TokensEvent))
+    wanted = plan.num_sequences * (new_tokens - 1)  # the first ones came with the prompts
+    if len(ended) != len(plan.requests) or tokens != wanted:
+        raise InternalError(f"{len(ended)} of {len(plan.requests)} requests ended, with {tokens} of {wanted} tokens")
+    return ended

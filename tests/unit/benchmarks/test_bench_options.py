@@ -18,7 +18,8 @@ from kvsluice.services import cli
 def test_defaults_are_what_the_help_says(part):
     options = parse_options(part, {})
     assert options.contexts == (8192,)
-    assert (options.seed, options.warmup, options.json, options.dtype) == (0, 2, None, None)
+    assert (options.seed, options.warmup) == (0, 8 if part == "decode" else 2)
+    assert (options.json, options.dtype, options.device) == (None, None, None)
     assert options.models == (("llama-3.1-8b", "smollm2-135m") if part == "kernels" else ("llama-3.1-8b",))
     assert not options.baseline
 
