@@ -66,8 +66,8 @@ def _timed(bench: Bench, case: Case, empty: Row) -> Row:
     action = case.reference if empty.side == REFERENCE and case.reference is not None else case.action
     with forced(empty.side):
         time = time_kernel(bench.device, action, options.warmup, options.repeats)
-    rate = {"gb_per_s": case.bytes_moved / time.median_s / 1e9, "moved_bytes": case.bytes_moved}
-    if case.flops:
-        rate["tflop_per_s"] = case.flops / time.median_s / 1e12
     floor = Floor.of(bench.limits, case.bytes_moved, case.flops)
-    return replace(empty, time=time, floor=floor, figures=rate | {"share_of_limit": floor.floor_s / time.median_s})
+    figures = {"share_of_limit": floor.floor_s / time.median_s, "gb_per_s": case.bytes_moved / time.median_s / 1e9}
+    if case.flops:
+        figures["tflop_per_s"] = case.flops / time.median_s / 1e12
+    return replace(empty, time=time, floor=floor, figures=figures)

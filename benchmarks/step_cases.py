@@ -34,7 +34,7 @@ def step_cases(given: Inputs) -> Iterator[Case]:
         if resolved.fallback_reason is None:
             for count in SEQUENCES:
                 caches = [_cache(given, resolved.recipe, shape, index) for index in range(count)]
-                yield _case(given, f"step_attention, {name}, {count} sequences", caches)
+                yield _case(given, f"step_attention, {name} × {count}", caches)
 
 
 def _cache(given: Inputs, recipe: Recipe, shape: ModelShape, index: int) -> SequenceCache:

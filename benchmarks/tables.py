@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from .bench_results import BenchResults, Row
 
 FILE_WIDTH = 160  # characters a line where no terminal says how many
+MOST_IN_A_LINE = 3  # figures
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _SIZES = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -79,7 +80,8 @@ def _print_table(heading: str, rows: Sequence[Row]) -> None:
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in shown)
         print(heading, *(line.rstrip() for line in lines), sep="\n")
         return
-    shown = _columns(table_rows(rows, "\n"))
+    # many figures of a row stand below each other
+    shown = _columns(table_rows(rows, "\n" if any(len(row.figures) > MOST_IN_A_LINE for row in rows) else ", "))
     table = Table(title=heading)
     for name in shown[0]:
         table.add_column(name)

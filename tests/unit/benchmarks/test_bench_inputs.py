@@ -165,7 +165,7 @@ def test_a_step_over_many_caches_is_compared_with_each_by_itself(monkeypatch):
         cases = list(step_cases.step_cases(given))
         together = [case.action() for case in cases]
     # the prompt is too short for sluice
-    assert [case.name for case in cases] == [f"step_attention, {name}, 2 sequences" for name in ("exact", "kivi")]
+    assert [case.name for case in cases] == [f"step_attention, {name} × 2" for name in ("exact", "kivi")]
     with torch.inference_mode(), forced(REFERENCE):
         for case, got in zip(cases, together, strict=True):
             torch.testing.assert_close(got, torch.cat(case.reference()), rtol=1e-3, atol=1e-4)
