@@ -96,7 +96,8 @@ PARTS: Mapping[str, Part] = {
     ),
     "kernels": Part(
         "Every operation of kernels/ at a model's shapes, against its torch reference and the device's limits.",
-        (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP, *_COMMON),
+        (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP,
+         *_COMMON),
     ),
 }  # fmt: skip
 
