@@ -31,6 +31,7 @@ from ..services.decode.engine import (
 )
 from ..services.framing import FramePacker, LayerAssembler
 from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..services.staging import make_host_copies
 
 EPOCH = 1
 
@@ -159,6 +160,7 @@ class LocalPipeline:
         self.prefill = PrefillEngine(model, chunk_tokens, max_pack_tokens)
         self.decode = DecodeEngine(model, capacity_bytes, max_num_seqs, max_waiting)
         self._calls = 0
+        self._copies = make_host_copies(model.device)
 
     @property
     def shape(self) -> ModelShape:
@@ -224,7 +226,7 @@ class LocalPipeline:
             model_fingerprint=ModelFingerprint(self.model.fingerprint),
             recipe_fingerprint=RecipeFingerprint(resolved.recipe.fingerprint),
         )
-        packer = FramePacker(ident, len(prompt_ids))
+        packer = FramePacker(ident, len(prompt_ids), copies=self._copies)
         max_bytes = self.decode.demand(request).total_bytes
         call = _Call(self.decode, job, resolved, packer, LayerAssembler(ident, self.shape.num_layers, max_bytes))
         self.decode.open(request)

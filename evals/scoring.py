@@ -31,6 +31,7 @@ from ..models.sampling import Sampled, SamplingParams
 from ..services.framing import FramePacker, LayerAssembler
 from ..services.model_shape import model_shape
 from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..services.staging import make_host_copies
 from .suites import Case
 
 EPOCH = 1
@@ -161,6 +162,7 @@ class Scorer:
         self._profile = dict(profile)
         self._recipes = dict(recipes)
         self._counter = count()
+        self._copies = make_host_copies(model.device)
         self._prefill = PrefillEngine(model, chunk_tokens, CHUNKS_A_PACK * chunk_tokens)
 
     @torch.no_grad()
@@ -193,7 +195,7 @@ class Scorer:
             case,
             resolved,
             make_cache(resolved.recipe, self.shape, num_tokens, lambda x, at: model.rotate(x, at, num_tokens)),
-            FramePacker(ident, num_tokens),
+            FramePacker(ident, num_tokens, copies=self._copies),
             LayerAssembler(ident, self.shape.num_layers, max_bytes),
             torch.tensor(case.answer_ids, dtype=torch.int64, device=model.device),
         )

@@ -58,8 +58,8 @@ class StepRunner:
         self._captured = Captured(self._compute, model.device)
         # a block is ready to be packed some dozens of steps before it is due, so a few layers a step are enough
         self._most_layers = -(-shape.num_layers // 16)
-        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self._before = torch.cuda.Event() if self._side is not None else None
+        self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
         self._like = torch.empty(like, dtype=model.dtype, device=model.device)
 
