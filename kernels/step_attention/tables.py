@@ -212,10 +212,15 @@ class Tables:
             more[:, :, column] = idle
             return torch.cat((table, more), dim=1)
 
+        def more_items(table: Tensor) -> Tensor:
+            more = filled(table, _round(table.shape[1], 16), -1, _ROW)
+            more[:, table.shape[1] :, _OUT] = -1
+            return more
+
         ranges = torch.cat((self.ranges, self.ranges.new_zeros(num_rows - self.num_rows, 2)))
         return replace(
             self,
-            items={key: filled(table, _round(table.shape[1], 16), -1, _ROW) for key, table in self.items.items()},
+            items={key: more_items(table) for key, table in self.items.items()},
             choices={key: filled(table, num_rows, 0, 0) for key, table in self.choices.items()},
             tails={key: filled(table, num_rows, -1, 2) for key, table in self.tails.items()},
             ranges=ranges,

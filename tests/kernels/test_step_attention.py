@@ -99,3 +99,30 @@ def test_a_batch_gives_what_each_cache_gives(name, device):
         torch.testing.assert_close(found[layer], want, atol=1e-4, rtol=1e-3)
     for own, other in pairs:
         assert own.counter.bytes_read >= other.counter.bytes_read > 0
+
+
+@pytest.mark.parametrize(
+    "names", [("sluice", "shadowkv", "exact"), ("shadowkv", "sluice", "fp8"), ("pyramidkv", "exact")], ids="+".join
+)
+def test_rows_of_different_recipes_do_not_meet(names, device):
+    """Memory that is not written holds NaN, and layers with fewer items than others leave some idle."""
+    if device.type == "cuda":
+        pytest.skip("the lab's caches lie on the CPU; tests/gpu runs engines")
+    shape = lab.make_shape(heads=6, kv_heads=2, dim=32, layers=2)
+    lengths = (1400 if names[0] == "pyramidkv" else 300, 345, 280)
+    prompts = [lab.make_prompt(shape, n, 1, seed) for seed, n in enumerate(lengths[: len(names)])]
+    pairs = [both(recipe_of(name, shape, p.num_tokens), p) for name, p in zip(names, prompts, strict=True)]
+    positions = [prompt.num_tokens for prompt in prompts]
+    expected = []
+    for pair, prompt, at in zip(pairs, prompts, positions, strict=True):
+        for cache in pair:
+            cache.seal(at)
+        expected.append(lab.step(pair[0], prompt, at, at + 1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run_step([other for _, other in pairs], prompts, positions, shape, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for layer in range(shape.num_layers):
+        want = torch.cat([one[layer] for one in expected])
+        torch.testing.assert_close(found[layer], want, atol=1e-4, rtol=1e-3)

@@ -86,6 +86,11 @@ def attend_items(
     head = tl.program_id(1).to(tl.int64)
     row = tl.load(item + ROW)
     if row < 0:
+        # its place is merged all the same, as layers have as many as the one with the most items; padding has none
+        place = tl.load(item + OUT)
+        members = tl.arange(0, BLOCK_M)
+        nothing_at = lse_ptr + (place * NUM_KV_HEADS + head) * GROUP + members
+        tl.store(nothing_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=(members < GROUP) & (place >= 0))
         return
     position = tl.load(positions_ptr + row)
     begin, end, limit = tl.load(item + BEGIN), tl.load(item + END), tl.load(item + LIMIT)
@@ -197,8 +202,10 @@ def merge_items(
     for start in range(0, count, BLOCK_S):
         places = start + tl.arange(0, BLOCK_S)
         at = (begin + places) * NUM_HEADS + head
-        weights = tl.exp(tl.load(lses_ptr + at, mask=places < count, other=float("-inf")) - shift)
-        mask = (places < count)[:, None] & (dims < HEAD_DIM)[None, :]
+        lses = tl.load(lses_ptr + at, mask=places < count, other=float("-inf"))
+        weights = tl.exp(lses - shift)
+        # idle items have written no rows
+        mask = (lses > float("-inf"))[:, None] & (dims < HEAD_DIM)[None, :]
         rows = tl.load(outs_ptr + at[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
         total += tl.sum(weights, 0)
         out += tl.sum(rows * weights[:, None], 0)

@@ -118,12 +118,15 @@ def choose_chunks(
 ):  # fmt: skip
     """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads.
 
-    chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible.
+    chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible. A
+    row that wants none is left alone, as another table may hold its chunks.
 
     The least rank that is chosen is found digit by digit: ranks are at least 0, so their bits order as they do.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = table_ptr + row * CHOICE_FIELDS
+    if tl.load(at + WANTED) == 0:
+        return
     count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
     ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks).to(tl.pointer_type(tl.int32))
     digits = tl.arange(0, 512)

@@ -34,11 +34,12 @@ def append_rows(tables: Tables, layer: int, k_pre: Tensor, k: Tensor, v: Tensor,
     """See `op.StepAttention.append`."""
     num_rows, num_kv_heads, d = k.shape
     for dtype, table in tables.tails.items():
+        rows: tuple[Tensor, ...] = (k_pre, k, v)
         if triton.knobs.runtime.interpret:  # which cuts bits off where a GPU rounds
-            k_pre, k, v = k_pre.to(dtype), k.to(dtype), v.to(dtype)
+            rows = tuple(x.to(dtype) for x in rows)
         with torch.cuda.device_of(k):
             _append_rows[(num_rows,)](
-                table[layer], k_pre, k, v, positions, k_pre.stride(), k.stride(), v.stride(),
+                table[layer], *rows, positions, *(x.stride() for x in rows),
                 DTYPE=DTYPES[dtype], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=d,
                 BLOCK_H=triton.next_power_of_2(num_kv_heads), BLOCK_D=triton.next_power_of_2(d),
             )  # fmt: skip
@@ -57,15 +58,17 @@ def attend(
     """See `op.StepAttention.attend`."""
     q = q.contiguous()
     num_rows, num_heads, d = q.shape
-    chosen = {key.chunk: _choose(tables, key, layer, q, num_kv_heads, positions, window) for key in tables.choices}
+    # one list for all tables of choices: a row is in one of them
+    chosen = torch.empty(num_rows, num_kv_heads, tables.most_chosen, dtype=torch.int32, device=q.device)
+    counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
+    for choice in tables.choices:
+        _choose(tables, choice, layer, q, num_kv_heads, positions, window, chosen, counts)
     outs = torch.empty(tables.num_items, num_heads, d, dtype=torch.float32, device=q.device)
     lses = torch.empty(tables.num_items, num_heads, dtype=torch.float32, device=q.device)
     for key, items in tables.items.items():
-        nothing = (positions, positions, 0)
         _launch_items(
-            key, items[layer], q, num_kv_heads, positions, chosen[key.chunk] if key.chosen else nothing,
-            frequencies, rope_factor, window, outs, lses,
-        )  # fmt: skip
+            key, items[layer], q, num_kv_heads, positions, chosen, counts, frequencies, rope_factor, window, outs, lses
+        )
     out = torch.empty_like(q)
     with torch.cuda.device_of(q):
         merge_items[(num_rows, num_heads)](
@@ -81,7 +84,8 @@ def _launch_items(
     q: Tensor,
     num_kv_heads: int,
     positions: Tensor,
-    chosen: tuple[Tensor, Tensor, int],
+    chosen: Tensor,
+    counts: Tensor,
     frequencies: Tensor,
     rope_factor: float,
     window: int | None,
@@ -96,8 +100,8 @@ def _launch_items(
     block_n = 32 if q.dtype == torch.float32 or "lowrank" in (keys.kind, values.kind) else 64
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
-            items, q, positions, chosen[0], chosen[1], frequencies, outs, lses,
-            1 / math.sqrt(d), rope_factor, chosen[2], window or 0,
+            items, q, positions, chosen, counts, frequencies, outs, lses,
+            1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
             K_KIND=KINDS[keys.kind], K_DTYPE=DTYPES[keys.dtype], K_BITS=keys.bits, K_GROUP=keys.group,
             K_RANK=keys.rank, K_BALANCED=keys.balanced, K_HINT=_alignment(keys, d),
             V_KIND=KINDS[values.kind], V_DTYPE=DTYPES[values.dtype], V_BITS=values.bits, V_GROUP=values.group,
@@ -111,17 +115,23 @@ def _launch_items(
 
 
 def _choose(
-    tables: Tables, key: ChoiceKey, layer: int, q: Tensor, num_kv_heads: int, positions: Tensor, window: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv], most_chosen."""
+    tables: Tables,
+    key: ChoiceKey,
+    layer: int,
+    q: Tensor,
+    num_kv_heads: int,
+    positions: Tensor,
+    window: int | None,
+    chosen: Tensor,
+    counts: Tensor,
+) -> None:
+    """Fill the rows of one table in `chosen` int32 [rows, Hkv, most_chosen] and `counts` int32 [rows, Hkv]."""
     num_rows, num_heads, d = q.shape
     group, table = num_heads // num_kv_heads, tables.choices[key][layer]
     most, blocks = tables.most_chunks, triton.cdiv(tables.most_chunks, SCORE_CHUNKS)
     scores = torch.empty(num_rows, num_heads, most, dtype=torch.float32, device=q.device)
     peaks = torch.empty(num_rows, num_heads, blocks, 2, dtype=torch.float32, device=q.device)
     ranks = torch.empty(num_rows, num_kv_heads, most, dtype=torch.float32, device=q.device)
-    chosen = torch.empty(num_rows, num_kv_heads, tables.most_chosen, dtype=torch.int32, device=q.device)
-    counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
     heads = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group}
     with torch.cuda.device_of(q):
         score_chunks[(num_rows, num_kv_heads, blocks)](
@@ -140,7 +150,6 @@ def _choose(
             table, ranks, chosen, counts, most, tables.most_chosen,
             NUM_KV_HEADS=num_kv_heads, BLOCK_C=CHOOSE_CHUNKS, num_warps=8,
         )  # fmt: skip
-    return chosen, counts, tables.most_chosen
 
 
 def _alignment(layout: Layout, head_dim: int) -> int:
