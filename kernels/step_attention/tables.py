@@ -240,16 +240,19 @@ class Tables:
 
     def to(self, device: torch.device) -> Tables:
         """The same on a device."""
+        return self._mapped(lambda table: table.to(device, non_blocking=True))
 
-        def moved(table: Tensor) -> Tensor:
-            return table.to(device, non_blocking=True)
+    def clone(self) -> Tables:
+        """Tables of their own."""
+        return self._mapped(Tensor.clone)
 
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Tables:
         return replace(
             self,
-            items={key: moved(table) for key, table in self.items.items()},
-            choices={key: moved(table) for key, table in self.choices.items()},
-            tails={key: moved(table) for key, table in self.tails.items()},
-            ranges=moved(self.ranges),
+            items={key: change(table) for key, table in self.items.items()},
+            choices={key: change(table) for key, table in self.choices.items()},
+            tails={key: change(table) for key, table in self.tails.items()},
+            ranges=change(self.ranges),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,33 +23,65 @@ Compute = Callable[[Tensor, Tables], Tensor]
 """inputs int64 [n, rows] and tables, both on the device -> logits [rows, V]."""
 
 
+class Graphs(Protocol):
+    """A way to record work on a device and to do it again."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record `work`, whose kernels and workspaces are warm, without doing it. Returns what does it, and where the
+        result lies then."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs that share their memory: what one has given is void once another is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None  # a handle, whose type is torch's own
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Graphs`."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        # other threads of the process may go on taking memory meanwhile
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
+            result = work()
+        return graph.replay, result
+
+
 @dataclass
-class _Graph:
+class _Captured:
     """A captured step. `blocks` are those that its tables were last filled from."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     inputs: Tensor
     tables: Tables
     logits: Tensor
     blocks: tuple[Block, ...]
 
 
-class Captured:
+class CapturedSteps:
     """Runs steps, captured where they can be.
 
     Args:
         compute: the step. It must not wait for the device.
-        device: where it runs; on a CPU nothing is captured.
+        device: where it runs.
+        graphs: None = nothing is captured.
         max_graphs: captured steps that are kept, those used last.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(
+        self, compute: Compute, device: torch.device, graphs: Graphs | None, max_graphs: int = MAX_GRAPHS
+    ) -> None:
         self._compute = compute
         self._device = device
+        self._graphs = graphs
         self._max_graphs = max_graphs
-        self._graphs: OrderedDict[tuple[object, ...], _Graph | None] = OrderedDict()
+        self._known: OrderedDict[tuple[object, ...], _Captured | None] = OrderedDict()
         self._last: tuple[tuple[Block, ...], Tables] | None = None
-        self._pool: Any = None  # a handle, whose type is torch's own
 
     def run(self, inputs: Tensor, blocks: Sequence[Block]) -> Tensor:
         """Logits [rows, V], void at the next call.
@@ -58,29 +90,23 @@ class Captured:
             inputs: int64 [n, rows], on the host.
             blocks: of every row's sequence.
         """
-        own = tuple(blocks)
-        num_rows = inputs.shape[1]
+        own, num_rows = tuple(blocks), inputs.shape[1]
         tables = self._tables(own)
         padded = torch.zeros(inputs.shape[0], tables.num_rows, dtype=torch.int64)
         padded[:, :num_rows] = inputs
-        if self._device.type != "cuda":
-            return self._compute(padded, tables)[:num_rows]
         key = tables.signature
-        if key not in self._graphs:
+        if self._graphs is None or key not in self._known:
             # the first step of a shape compiles kernels and takes workspaces, which a capture must not
             self._remember(key, None)
             return self._compute(padded.to(self._device), tables.to(self._device))[:num_rows]
-        self._graphs.move_to_end(key)
-        captured = self._graphs[key]
-        if captured is None:
-            captured = self._capture(padded, tables, own)
-            self._remember(key, captured)
-        captured.inputs.copy_(padded, non_blocking=True)
-        if not _same(captured.blocks, own):
-            captured.tables.copy_(tables)
-            captured.blocks = own
-        captured.graph.replay()
-        return captured.logits[:num_rows]
+        step = self._known[key] or self._capture(padded, tables, own)
+        self._remember(key, step)
+        step.inputs.copy_(padded, non_blocking=True)
+        if not _same(step.blocks, own):
+            step.tables.copy_(tables)
+            step.blocks = own
+        step.replay()
+        return step.logits[:num_rows]
 
     def _tables(self, blocks: tuple[Block, ...]) -> Tables:
         """Padded tables on the host, made anew only when a block has changed."""
@@ -90,22 +116,17 @@ class Captured:
         self._last = (blocks, tables)
         return tables
 
-    def _remember(self, key: tuple[object, ...], captured: _Graph | None) -> None:
-        self._graphs[key] = captured
-        while len(self._graphs) > self._max_graphs:
-            self._graphs.popitem(last=False)
+    def _remember(self, key: tuple[object, ...], step: _Captured | None) -> None:
+        self._known[key] = step
+        self._known.move_to_end(key)
+        while len(self._known) > self._max_graphs:
+            self._known.popitem(last=False)
 
-    def _capture(self, inputs: Tensor, tables: Tables, blocks: tuple[Block, ...]) -> _Graph:
-        graph = torch.cuda.CUDAGraph()
-        own_inputs, own_tables = inputs.to(self._device), tables.to(self._device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self._device)
-        # other threads of the process may go on taking memory meanwhile
-        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), capture:
-            logits = self._compute(own_inputs, own_tables)
-        return _Graph(graph, own_inputs, own_tables, logits, blocks)
+    def _capture(self, inputs: Tensor, tables: Tables, blocks: tuple[Block, ...]) -> _Captured:
+        assert self._graphs is not None
+        own_inputs, own_tables = inputs.clone().to(self._device), tables.clone().to(self._device)
+        replay, logits = self._graphs.capture(lambda: self._compute(own_inputs, own_tables))
+        return _Captured(replay, own_inputs, own_tables, logits, blocks)
 
 
 def _bucket(num_rows: int) -> int:

@@ -22,7 +22,7 @@ from ...kernels.dispatch import TRITON, runs
 from ...kernels.step_attention import Block, StepAttention, Tables, sequence_block, serves
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
-from .captured import Captured
+from .captured import CapturedSteps, CudaGraphs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class StepRunner:
         self.model = model
         self._shape = shape
         self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
-        self._captured = Captured(self._compute, model.device)
+        graphs = CudaGraphs(model.device) if model.device.type == "cuda" else None
+        self._steps = CapturedSteps(self._compute, model.device, graphs)
         # a block is ready to be packed some dozens of steps before it is due, so a few layers a step are enough
         self._most_layers = -(-shape.num_layers // 16)
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -120,7 +121,7 @@ class StepRunner:
         return self.model.logits(forward_rows(self.model, batch))
 
     def _together(self, rows: Sequence[StepRow], blocks: Sequence[Block]) -> Tensor:
-        logits = self._captured.run(self._inputs(rows), blocks)
+        logits = self._steps.run(self._inputs(rows), blocks)
         for row in rows:
             row.cache.advance(1)
         return logits

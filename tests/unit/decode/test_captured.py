@@ -1,0 +1,113 @@
+"""Captured steps: filled and replayed as often as they are run, and made anew when their shape is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvsluice.kernels.step_attention import Block, Layout, Tables
+from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS, ITEM_FIELDS, TAIL_FIELDS, AttendKey, ChoiceKey
+from kvsluice.services.decode.captured import CapturedSteps
+
+DENSE = Layout("dense", dtype=torch.float32)
+CPU = torch.device("cpu")
+NUM_LAYERS = 2
+
+
+class Replays:
+    """Does recorded work again, into the place of its first result."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captures += 1
+        result = torch.full_like(work(), -1)
+
+        def replay() -> None:
+            self.replays += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+def block(number: int, items: int = 2, chunks: int = 0) -> Block:
+    """A block whose numbers all say whose it is."""
+    made = Block(num_items=items, most_chunks=chunks, most_chosen=min(chunks, 4))
+    made.items[AttendKey(DENSE, DENSE, 1, False, False)] = torch.full((NUM_LAYERS, items, ITEM_FIELDS), number)
+    made.tails[torch.float32] = torch.full((NUM_LAYERS, 1, TAIL_FIELDS), number)
+    if chunks:
+        made.choices[ChoiceKey(torch.int8, True, 4, False)] = torch.full((NUM_LAYERS, 1, CHOICE_FIELDS), number)
+    return made
+
+
+def compute(inputs: Tensor, tables: Tables) -> Tensor:
+    """[rows, 3]: a row's id, its position, and the number in its tail's table."""
+    tails = torch.stack(list(tables.tails.values()))[0]
+    return torch.stack((inputs[0], inputs[1], tails[1, :, 0]), dim=1).float()
+
+
+@pytest.fixture
+def bench() -> SimpleNamespace:
+    replays = Replays()
+    steps = CapturedSteps(compute, CPU, replays, max_graphs=3)
+
+    def run(ids: list[int], blocks: list[Block]) -> list[list[float]]:
+        inputs = torch.tensor([ids, [10 * i for i in ids], [0] * len(ids)])
+        return steps.run(inputs, blocks).tolist()
+
+    return SimpleNamespace(replays=replays, run=run)
+
+
+def wanted(ids: list[int], numbers: list[int]) -> list[list[float]]:
+    return [[i, 10 * i, number] for i, number in zip(ids, numbers, strict=True)]
+
+
+def test_a_shape_is_captured_when_it_comes_back_and_then_replayed(bench):
+    a, b = block(7), block(8)
+    for step in range(5):
+        assert bench.run([step, step + 1], [a, b]) == wanted([step, step + 1], [7, 8])
+        assert (bench.replays.captures, bench.replays.replays) == (min(step, 1), step)
+
+
+def test_tables_follow_rows_that_move_and_sequences_that_come_and_go(bench):
+    a, b, c = block(7), block(8), block(9)
+    for blocks in ([a, b, c], [a, b, c], [a, c, b], [block(70), c, b], [a, b, c, block(5)], [c, b, a]):
+        numbers = [int(one.tails[torch.float32][0, 0, 0]) for one in blocks]
+        ids = list(range(3, 3 + len(blocks)))
+        assert bench.run(ids, blocks) == wanted(ids, numbers)
+    assert bench.replays.captures == 1, "three and four rows are one shape"
+
+
+def test_another_shape_is_another_step(bench):
+    for blocks in ([block(1)], [block(1), block(2)], [block(1, chunks=8)], [block(1, items=40)]):
+        for _ in range(2):
+            bench.run(list(range(len(blocks))), blocks)
+    assert bench.replays.captures == 4
+
+
+def test_only_the_shapes_used_last_are_kept(bench):
+    shapes = [[block(1)], [block(1), block(2)], [block(1, chunks=8)], [block(1, items=40)]]
+    for blocks in shapes * 2:
+        bench.run(list(range(len(blocks))), blocks)
+    assert bench.replays.captures == 0, "each was forgotten before it came back"
+
+
+def test_a_step_that_fails_to_be_captured_is_tried_again(bench, monkeypatch):
+    blocks = [block(3)]
+    bench.run([1], blocks)
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.replays, "capture", lambda work: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            bench.run([1], blocks)
+    assert bench.run([2], blocks) == wanted([2], [3])
+
+
+def test_without_graphs_every_step_is_computed():
+    steps = CapturedSteps(compute, CPU, None)
+    for step in range(3):
+        assert steps.run(torch.tensor([[step], [1], [0]]), [block(4)]).tolist() == [[step, 1, 4]]
