@@ -8,6 +8,7 @@ import torch
 from kvsluice.kernels.attention_mass import attention_mass
 from kvsluice.kernels.attention_partial import attention_partial, merge_partials
 from kvsluice.kernels.dispatch import REFERENCE, TRITON, forced
+from kvsluice.kernels.landmarks import score_landmarks, select_chunks
 from kvsluice.kernels.quantize import dequantize, quantize
 from kvsluice.kernels.rms_norm import rms_norm
 from kvsluice.kernels.rope import apply_rope
@@ -110,3 +111,83 @@ def test_decoding_a_long_prompt(axis):
     args = (*quantize(random(16000, 8, 128), 4, 64, axis), 4, 64, axis, 128)
     got, want = both(dequantize, *args)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packing_a_long_prompt_gives_the_bits_of_a_cpu(axis, bits):
+    x = random(20011, 8, 128, dtype=BF16) * 3 + 10
+    with forced(TRITON):
+        got = quantize(x, bits, 64, axis)
+    with forced(REFERENCE):
+        on_gpu, want = quantize(x, bits, 64, axis), quantize(x.cpu(), bits, 64, axis)
+    for one, other, third in zip(got, on_gpu, want, strict=True):
+        assert torch.equal(one.cpu(), third) and torch.equal(other.cpu(), third)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_packing_beyond_two_to_the_31_elements(axis):
+    x = torch.zeros(2_200_000, 8, 128, dtype=BF16, device="cuda")
+    x[-128:] = random(128, 8, 128, dtype=BF16)
+    with forced(TRITON):
+        whole, last = quantize(x, 4, 32, axis), quantize(x[-128:], 4, 32, axis)
+        assert all(torch.equal(one[-len(other) :], other) for one, other in zip(whole, last, strict=True))
+        tail = tuple(one[-len(other) :] for one, other in zip(whole, last, strict=True))
+        decoded = dequantize(*whole, 4, 32, axis, 128)
+        assert torch.equal(decoded[-128:], dequantize(*tail, 4, 32, axis, 128))
+
+
+@pytest.mark.parametrize("n", [1000, 32768, 250001])
+@pytest.mark.parametrize("share_hidden", [0.0, 0.2])
+def test_choosing_among_the_chunks_of_a_long_prompt(n, share_hidden):
+    # steps of a head's own, so that no rounding reorders the shares
+    order = torch.stack([torch.randperm(n, device="cuda") for _ in range(3 * 32)]).view(3, 32, n)
+    scores = order * ((1 + torch.arange(32, device="cuda") / 77) * 8 / 1000)[:, None]
+    hidden = torch.rand(3, 8, n, device="cuda") < share_hidden if share_hidden else None
+    (got, valid), (want, want_valid) = both(select_chunks, scores, 8, 512, hidden)
+    assert torch.equal(got, want)
+    assert (valid is None and want_valid is None) or torch.equal(valid, want_valid)
+    with forced(TRITON):
+        for _ in range(5):
+            assert torch.equal(select_chunks(scores, 8, 512, hidden)[0], got)
+        alone, _ = select_chunks(scores[1:2], 8, 512, None if hidden is None else hidden[1:2])
+    assert torch.equal(alone[0], got[1])
+
+
+def test_scoring_and_choosing_wait_for_nothing():
+    q, codes, scale = random(2, 32, 128, dtype=BF16), random(32768, 8, 128).to(torch.int8), random(32768, 8, dtype=F16)
+    hidden = torch.zeros(1, 8, 32768, dtype=torch.bool, device="cuda")
+
+    def step():
+        with forced(TRITON):
+            return select_chunks(score_landmarks(q, codes, scale), 8, 256, hidden)
+
+    want, _ = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, _ = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = step()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_of_a_device_that_is_not_the_current_one():
+    x = torch.randn(300, 8, 128, device="cuda:1")
+    scores = torch.randn(2, 8, 5000, device="cuda:1")
+    with forced(TRITON):
+        assert torch.cuda.current_device() == 0
+        packed = quantize(x, 4, 32, "token")
+        back = dequantize(*packed, 4, 32, "token", 128)
+        chunks, _ = select_chunks(scores, 2, 100, None)
+        normed = rms_norm(x, x[0, 0], 1e-5)
+    with torch.cuda.device(1), forced(TRITON):
+        assert torch.equal(back, dequantize(*quantize(x, 4, 32, "token"), 4, 32, "token", 128))
+        assert torch.equal(chunks, select_chunks(scores, 2, 100, None)[0])
+        assert torch.equal(normed, rms_norm(x, x[0, 0], 1e-5))

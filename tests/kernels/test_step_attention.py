@@ -126,3 +126,18 @@ def test_rows_of_different_recipes_do_not_meet(names, device):
     for layer in range(shape.num_layers):
         want = torch.cat([one[layer] for one in expected])
         torch.testing.assert_close(found[layer], want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (8, 2, 128), (8, 1, 96)])
+@pytest.mark.parametrize("name", ["exact", "kivi", "sluice-lowrank"])
+def test_groups_and_head_sizes(name, heads, kv_heads, dim, device):
+    if device.type == "cuda":
+        pytest.skip("the lab's caches lie on the CPU; tests/gpu runs engines")
+    shape = lab.make_shape(heads=heads, kv_heads=kv_heads, dim=dim, layers=1)
+    prompt = lab.make_prompt(shape, 290, 1, 3)
+    one, other = both(recipe_of(name, shape, 290), prompt)
+    one.seal(290)
+    other.seal(290)
+    want = lab.step(one, prompt, 290, 291)
+    found = run_step([other], [prompt], [290], shape, device)
+    torch.testing.assert_close(found[0], want[0], atol=1e-4, rtol=1e-3)
