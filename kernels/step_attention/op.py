@@ -7,12 +7,13 @@ by itself (`compression.layer_cache`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from ..dispatch import require
-from .packed import Layout, View
+from .packed import Packed, View
 from .tables import Tables
 
 
@@ -23,13 +24,22 @@ def serves(views: Sequence[View], head_dim: int, fixed_rope: bool = True) -> boo
         fixed_rope: whether RoPE's angles are the same for all lengths of prompts.
     """
     regions = [region for view in views for region in (*view.regions, *(view.chunks.segments if view.chunks else ()))]
-    layouts = [packed.layout for region in regions for packed in (region.keys, region.values)]
     rotates = any(region.rotates for region in regions)
-    return head_dim % 16 == 0 and (fixed_rope or not rotates) and all(map(_is_aligned, layouts))
+    if head_dim % 16 != 0 or (rotates and not fixed_rope):
+        return False
+    landmarks = [rows for view in views if view.chunks for rows in view.chunks.landmarks]
+    return all(_lies_well(packed, head_dim) for region in regions for packed in (region.keys, region.values)) and all(
+        rows.is_contiguous() and rows.data_ptr() % math.gcd(16, head_dim * rows.itemsize) == 0 for rows in landmarks
+    )
 
 
-def _is_aligned(layout: Layout) -> bool:
-    return layout.kind != "lowrank" or layout.bits == 16 or layout.rank % 2 == 0
+def _lies_well(packed: Packed, head_dim: int) -> bool:
+    """Whether rows lie where kernels, which get an address alone, look for them."""
+    layout, rows = packed.layout, packed.tensors[0]
+    if layout.kind == "lowrank" and layout.bits != 16 and layout.rank % 2 != 0:
+        return False
+    tensors = packed.tensors if packed.basis is None else (*packed.tensors, packed.basis)
+    return rows.data_ptr() % layout.alignment(head_dim) == 0 and all(one.is_contiguous() for one in tensors)
 
 
 class StepAttention:

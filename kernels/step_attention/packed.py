@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +33,16 @@ class Layout:
     group: int = 0
     rank: int = 0
     balanced: bool = False
+
+    def alignment(self, head_dim: int) -> int:
+        """Bytes, up to 16, by which every row of a head is aligned where the first one is; kernels rely on it."""
+        if self.kind == "lowrank":
+            row_bytes = self.rank * self.bits // 8
+        elif self.dtype is not None:
+            row_bytes = head_dim * self.dtype.itemsize
+        else:
+            row_bytes = head_dim * (8 if self.kind == "float8" else self.bits) // 8
+        return math.gcd(16, row_bytes)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,17 @@ def test_groups_and_head_sizes(name, heads, kv_heads, dim, device):
     want = lab.step(one, prompt, 290, 291)
     found = run_step([other], [prompt], [290], shape, device)
     torch.testing.assert_close(found[0], want[0], atol=1e-4, rtol=1e-3)
+
+
+def test_rows_that_lie_elsewhere_than_kernels_look_are_not_served(device):
+    shape = lab.make_shape(heads=6, kv_heads=2, dim=32, layers=1)
+    prompt = lab.make_prompt(shape, 290, 1, 3)
+    _, cache = both(recipe_of("exact", shape, 290), prompt)
+    cache.reserve(1, prompt.k[0][:1])
+    (view,) = cache.views()
+    assert serves([view], 32)
+    (rows,) = view.regions[0].keys.tensors
+    shifted = torch.empty(rows.numel() + 1, dtype=rows.dtype)[1:].view(rows.shape)
+    for other in (shifted, rows.transpose(1, 2).contiguous().transpose(1, 2)):
+        region = replace(view.regions[0], keys=replace(view.regions[0].keys, tensors=(other,)))
+        assert not serves([replace(view, regions=(region, *view.regions[1:]))], 32)

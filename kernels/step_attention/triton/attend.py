@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .tiles import packed_block, product
+from .tiles import GROUP, HEAD_DIM, NUM_KV_HEADS, packed_block, product
 
 # fields of an item
 ROW, BEGIN, END, LIMIT, FIRST, INDEX, PER_HEAD, OUT = (tl.constexpr(i) for i in range(8))
@@ -21,20 +21,6 @@ K0, K1, K2, K_BASIS, V0, V1, V2, V_BASIS = (tl.constexpr(i) for i in range(8, 16
 # the second of two segments that are laid end to end
 NUM_A, FIRST_B, K0_B, K1_B, K2_B, V0_B, V1_B, V2_B = (tl.constexpr(i) for i in range(16, 24))
 FIELDS: tl.constexpr = tl.constexpr(24)
-
-
-@triton.jit
-def _positions(first, index, per_head, local, head, inside, CHUNK: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
-    """Positions int64 [N] of rows `local`."""
-    at = first + local
-    if index != 0:
-        table = index.to(tl.pointer_type(tl.int32))
-        if per_head != 0:
-            at = tl.load(table + local * NUM_KV_HEADS + head, mask=inside, other=0).to(tl.int64)
-        else:
-            ids = tl.load(table + local // CHUNK, mask=inside, other=0).to(tl.int64)
-            at = ids * CHUNK + local % CHUNK
-    return at
 
 
 @triton.jit
@@ -57,6 +43,53 @@ def _rotated(low, high, at, frequencies_ptr, factor, HALF: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def _positions(item, local, later, head, inside, CHUNK: tl.constexpr, CHOSEN: tl.constexpr, H: tl.constexpr):
+    """Positions int64 [N] of rows `local` of the first segment or, where `later`, of the second."""
+    index, per_head = tl.load(item + INDEX), tl.load(item + PER_HEAD)
+    at = tl.load(item + FIRST) + local
+    if index != 0:
+        table = index.to(tl.pointer_type(tl.int32))
+        inside = inside & (later == 0)
+        if per_head != 0:
+            at = tl.load(table + local * H[NUM_KV_HEADS] + head, mask=inside, other=0).to(tl.int64)
+        else:
+            ids = tl.load(table + local // CHUNK, mask=inside, other=0).to(tl.int64)
+            at = ids * CHUNK + local % CHUNK
+    if CHOSEN:
+        at = tl.where(later, tl.load(item + FIRST_B) + local, at)
+    return at
+
+
+@triton.jit
+def _sources(item, later, FIELD: tl.constexpr, FIELD_B: tl.constexpr, CHOSEN: tl.constexpr):
+    """Byte addresses [N], three times, of the tensors that hold each key, or each value."""
+    nothing = tl.zeros_like(later).to(tl.int64)
+    a, b, c = tl.load(item + FIELD), tl.load(item + FIELD + 1), tl.load(item + FIELD + 2)
+    a, b, c = a + nothing, b + nothing, c + nothing
+    if CHOSEN:
+        d, e, f = tl.load(item + FIELD_B), tl.load(item + FIELD_B + 1), tl.load(item + FIELD_B + 2)
+        a, b, c = tl.where(later, d, a), tl.where(later, e, b), tl.where(later, f, c)
+    return a, b, c
+
+
+@triton.jit
+def _key_halves(
+    item, local, later, head, inside, at, frequencies_ptr, rope_factor,
+    K: tl.constexpr, H: tl.constexpr, CHOSEN: tl.constexpr, ROTATES: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The lower and upper halves of keys [N, BLOCK_H], rotated, in the queries' dtype."""
+    HALF: tl.constexpr = H[HEAD_DIM] // 2
+    tensors, basis = _sources(item, later, K0, K0_B, CHOSEN), tl.load(item + K_BASIS)
+    low = packed_block(tensors, basis, local, head, inside, K, H, 0, HALF, BLOCK_H, BLOCK_N, WIDE).to(DTYPE)
+    high = packed_block(tensors, basis, local, head, inside, K, H, HALF, HALF, BLOCK_H, BLOCK_N, WIDE).to(DTYPE)
+    if ROTATES:
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        low, high = _rotated(low, high, at, frequencies_ptr, rope_factor, HALF, BLOCK_H, WIDE)
+    return low.to(DTYPE), high.to(DTYPE)
+
+
+@triton.jit
 def _add_weighted(out, weights, v, WIDE: tl.constexpr):
     """out + weights v, with float32 weights. 16-bit values meet the weights' upper and lower halves."""
     if v.dtype == tl.float32:
@@ -68,114 +101,97 @@ def _add_weighted(out, weights, v, WIDE: tl.constexpr):
     return out
 
 
+@triton.jit
+def _add_block(peak, total, out, scores, v, WIDE: tl.constexpr):
+    """One block of an online softmax: scores [M, N], -inf where hidden, over values [N, D]."""
+    next_peak = tl.maximum(peak, tl.max(scores, 1))
+    # a row that has seen nothing yet has no finite peak to subtract
+    shift = tl.where(next_peak == float("-inf"), 0.0, next_peak)
+    weights = tl.exp(scores - shift[:, None])
+    kept = tl.exp(peak - shift)
+    out = _add_weighted(out * kept[:, None], weights, v, WIDE)
+    return next_peak, total * kept + tl.sum(weights, 1), out
+
+
+@triton.jit
+def _store(
+    item, head, peak, total, out, out_ptr, lse_ptr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """An item's result; without keys it is zeros and -inf. Items for padding have no place."""
+    pairs, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    place, seen = tl.load(item + OUT), total > 0
+    divisor = tl.where(seen, total, 1.0)
+    pair = (place * H[NUM_KV_HEADS] + head) * H[GROUP] + pairs
+    is_pair = (pairs < H[GROUP]) & (place >= 0)
+    mask = is_pair[:, None] & (dims < H[HEAD_DIM])[None, :]
+    tl.store(out_ptr + pair[:, None] * H[HEAD_DIM] + dims[None, :], out / divisor[:, None], mask=mask)
+    tl.store(lse_ptr + pair, tl.where(seen, peak + tl.log(divisor), float("-inf")), mask=is_pair)
+
+
+@triton.jit
+def _range(item, row, head, position, counts_ptr, H: tl.constexpr, CHUNK: tl.constexpr, CHOSEN: tl.constexpr):
+    """The item's keys, begin and end: none of an idle one."""
+    begin, end, limit = tl.load(item + BEGIN), tl.load(item + END), tl.load(item + LIMIT)
+    if limit >= 0:
+        end = tl.minimum(end, position - limit + 1)
+    if CHOSEN:
+        end = tl.minimum(end, tl.load(counts_ptr + row * H[NUM_KV_HEADS] + head).to(tl.int64) * CHUNK)
+    return begin, end
+
+
+@triton.jit
+def _query_halves(q_ptr, row, head, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The lower and upper halves [M, BLOCK_H] of a group's queries."""
+    HALF: tl.constexpr = H[HEAD_DIM] // 2
+    pairs, halves = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H)
+    rows = q_ptr + ((row * H[NUM_KV_HEADS] + head) * H[GROUP] + pairs)[:, None] * H[HEAD_DIM] + halves[None, :]
+    mask = (pairs < H[GROUP])[:, None] & (halves < HALF)[None, :]
+    return tl.load(rows, mask=mask, other=0.0), tl.load(rows + HALF, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["most_chosen", "window"])
 def attend_items(
     items_ptr, q_ptr, positions_ptr, chosen_ptr, counts_ptr, frequencies_ptr, out_ptr, lse_ptr,
     scale, rope_factor, most_chosen, window,
-    K_KIND: tl.constexpr, K_DTYPE: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_RANK: tl.constexpr,
-    K_BALANCED: tl.constexpr, K_HINT: tl.constexpr,
-    V_KIND: tl.constexpr, V_DTYPE: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_RANK: tl.constexpr,
-    V_HINT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
     CHOSEN: tl.constexpr, ROTATES: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid: items, KV heads. Shapes: see the module."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    item = items_ptr + tl.program_id(0).to(tl.int64) * FIELDS
-    head = tl.program_id(1).to(tl.int64)
+    """Grid: items, KV heads. Shapes: see the module. K and V say how keys and values are packed, see `tiles`."""
+    item, head = items_ptr + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1).to(tl.int64)
     row = tl.load(item + ROW)
-    if row < 0:
-        # its place is merged all the same, as layers have as many as the one with the most items; padding has none
-        place = tl.load(item + OUT)
-        members = tl.arange(0, BLOCK_M)
-        nothing_at = lse_ptr + (place * NUM_KV_HEADS + head) * GROUP + members
-        tl.store(nothing_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=(members < GROUP) & (place >= 0))
-        return
-    position = tl.load(positions_ptr + row)
-    begin, end, limit = tl.load(item + BEGIN), tl.load(item + END), tl.load(item + LIMIT)
-    first, index, per_head = tl.load(item + FIRST), tl.load(item + INDEX), tl.load(item + PER_HEAD)
-    if limit >= 0:
-        end = tl.minimum(end, position - limit + 1)
-    if CHOSEN:
-        end = tl.minimum(end, tl.load(counts_ptr + row * NUM_KV_HEADS + head).to(tl.int64) * CHUNK)
-        chosen_ptr += (row * NUM_KV_HEADS + head) * most_chosen
-    k0, k1, k2 = tl.load(item + K0), tl.load(item + K1), tl.load(item + K2)
-    v0, v1, v2 = tl.load(item + V0), tl.load(item + V1), tl.load(item + V2)
-    k_basis, v_basis = tl.load(item + K_BASIS), tl.load(item + V_BASIS)
-
-    pairs, halves, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    heads = head * GROUP + pairs
-    q_rows = q_ptr + (row * NUM_KV_HEADS * GROUP + heads)[:, None] * HEAD_DIM
-    q_mask = (pairs < GROUP)[:, None] & (halves < HALF)[None, :]
-    q_low = tl.load(q_rows + halves[None, :], mask=q_mask, other=0.0)
-    q_high = tl.load(q_rows + HALF + halves[None, :], mask=q_mask, other=0.0)
-
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N)
-        inside = place < end
-        if CHOSEN:
-            chunk = tl.load(chosen_ptr + place // CHUNK, mask=inside, other=0).to(tl.int64)
-            keys = chunk * CHUNK + place % CHUNK
-            num_a = tl.load(item + NUM_A)
-            later = keys >= num_a
-            local = tl.where(later, keys - num_a, keys)
-            ka, kb, kc = tl.load(item + K0_B), tl.load(item + K1_B), tl.load(item + K2_B)
-            va, vb, vc = tl.load(item + V0_B), tl.load(item + V1_B), tl.load(item + V2_B)
-            ka, kb, kc = tl.where(later, ka, k0), tl.where(later, kb, k1), tl.where(later, kc, k2)
-            va, vb, vc = tl.where(later, va, v0), tl.where(later, vb, v1), tl.where(later, vc, v2)
-        else:
-            local = place.to(tl.int64)
-            nothing = tl.zeros([BLOCK_N], tl.int64)
-            ka, kb, kc = k0 + nothing, k1 + nothing, k2 + nothing
-            va, vb, vc = v0 + nothing, v1 + nothing, v2 + nothing
-        low = packed_block(
-            ka, kb, kc, k_basis, local, head, 0, inside, K_KIND, K_DTYPE, K_BITS, K_GROUP, K_RANK, K_BALANCED,
-            HEAD_DIM, NUM_KV_HEADS, HALF, BLOCK_H, BLOCK_N, K_HINT, WIDE,
-        )  # fmt: skip
-        high = packed_block(
-            ka, kb, kc, k_basis, local, head, HALF, inside, K_KIND, K_DTYPE, K_BITS, K_GROUP, K_RANK, K_BALANCED,
-            HEAD_DIM, NUM_KV_HEADS, HALF, BLOCK_H, BLOCK_N, K_HINT, WIDE,
-        )  # fmt: skip
-        if HAS_WINDOW or ROTATES:
+    total, out = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if row >= 0:
+        position = tl.load(positions_ptr + row)
+        begin, end = _range(item, row, head, position, counts_ptr, H, CHUNK, CHOSEN)
+        q_low, q_high = _query_halves(q_ptr, row, head, H, BLOCK_M, BLOCK_H)
+        for start in range(begin, end, BLOCK_N):
+            place = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+            inside, later, local, at = place < end, place < 0, place, place
             if CHOSEN:
-                before = _positions(first, index, per_head, local, head, inside & (keys < num_a), CHUNK, NUM_KV_HEADS)
-                at = tl.where(later, tl.load(item + FIRST_B) + local, before)
-            else:
-                at = _positions(first, index, per_head, local, head, inside, CHUNK, NUM_KV_HEADS)
-        low, high = low.to(q_low.dtype), high.to(q_low.dtype)
-        if ROTATES:
-            a, b = _rotated(
-                low.to(tl.float32), high.to(tl.float32), at, frequencies_ptr, rope_factor, HALF, BLOCK_H, WIDE
-            )
-            low, high = a.to(q_low.dtype), b.to(q_low.dtype)
-        visible = inside
-        if HAS_WINDOW:
-            visible = visible & (at <= position) & (at > position - window)
-        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        scores = product(q_high, tl.trans(high), product(q_low, tl.trans(low), scores, WIDE), WIDE) * scale
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        v = packed_block(
-            va, vb, vc, v_basis, local, head, 0, inside, V_KIND, V_DTYPE, V_BITS, V_GROUP, V_RANK, False,
-            HEAD_DIM, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_N, V_HINT, WIDE,
-        ).to(q_low.dtype)  # fmt: skip
-        next_peak = tl.maximum(peak, tl.max(scores, 1))
-        # a row that has seen nothing yet has no finite peak to subtract
-        shift = tl.where(next_peak == float("-inf"), 0.0, next_peak)
-        weights = tl.exp(scores - shift[:, None])
-        kept = tl.exp(peak - shift)
-        total = total * kept + tl.sum(weights, 1)
-        out = _add_weighted(out * kept[:, None], weights, v, WIDE)
-        peak = next_peak
-    seen = total > 0
-    divisor = tl.where(seen, total, 1.0)
-    pair = tl.load(item + OUT) * (NUM_KV_HEADS * GROUP) + heads
-    mask = (pairs < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out_ptr + pair[:, None] * HEAD_DIM + dims[None, :], out / divisor[:, None], mask=mask)
-    tl.store(lse_ptr + pair, tl.where(seen, peak + tl.log(divisor), float("-inf")), mask=pairs < GROUP)
+                entries = chosen_ptr + (row * H[NUM_KV_HEADS] + head) * most_chosen + place // CHUNK
+                keys = tl.load(entries, mask=inside, other=0).to(tl.int64) * CHUNK + place % CHUNK
+                num_a = tl.load(item + NUM_A)
+                later = keys >= num_a
+                local = tl.where(later, keys - num_a, keys)
+            if HAS_WINDOW or ROTATES:
+                at = _positions(item, local, later, head, inside, CHUNK, CHOSEN, H)
+            low, high = _key_halves(
+                item, local, later, head, inside, at, frequencies_ptr, rope_factor,
+                K, H, CHOSEN, ROTATES, q_low.dtype, BLOCK_N, BLOCK_H, WIDE,
+            )  # fmt: skip
+            visible = inside
+            if HAS_WINDOW:
+                visible = visible & (at <= position) & (at > position - window)
+            scores = product(q_low, tl.trans(low), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDE)
+            scores = product(q_high, tl.trans(high), scores, WIDE) * scale
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            tensors, basis = _sources(item, later, V0, V0_B, CHOSEN), tl.load(item + V_BASIS)
+            v = packed_block(tensors, basis, local, head, inside, V, H, 0, H[HEAD_DIM], BLOCK_D, BLOCK_N, WIDE)
+            peak, total, out = _add_block(peak, total, out, scores, v.to(q_low.dtype), WIDE)
+    # an idle item's place is merged all the same: layers have as many as the one with the most
+    _store(item, head, peak, total, out, out_ptr, lse_ptr, H, BLOCK_M, BLOCK_D)
 
 
 @triton.jit

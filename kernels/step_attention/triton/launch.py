@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...attention_partial.triton import TILE
-from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
 from .attend import attend_items, merge_items
@@ -95,17 +95,16 @@ def _launch_items(
     """Fill the places of the items in `outs` [W, H, d] and `lses` [W, H]."""
     _, num_heads, d = q.shape
     group = num_heads // num_kv_heads
-    keys, values = key.keys, key.values
     wide = triton.knobs.runtime.interpret
-    block_n = 32 if q.dtype == torch.float32 or "lowrank" in (keys.kind, values.kind) else 64
+    block_n = 32 if q.dtype == torch.float32 or "lowrank" in (key.keys.kind, key.values.kind) else 64
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
             items, q, positions, chosen, counts, frequencies, outs, lses,
             1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
             K_KIND=KINDS[keys.kind], K_DTYPE=DTYPES[keys.dtype], K_BITS=keys.bits, K_GROUP=keys.group,
-            K_RANK=keys.rank, K_BALANCED=keys.balanced, K_HINT=_alignment(keys, d),
+            K_RANK=keys.rank, K_BALANCED=keys.balanced, K_HINT=keys.alignment(d),
             V_KIND=KINDS[values.kind], V_DTYPE=DTYPES[values.dtype], V_BITS=values.bits, V_GROUP=values.group,
-            V_RANK=values.rank, V_HINT=_alignment(values, d),
+            V_RANK=values.rank, V_HINT=values.alignment(d),
             HEAD_DIM=d, NUM_KV_HEADS=num_kv_heads, GROUP=group, CHUNK=key.chunk,
             CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_N=block_n,
@@ -150,14 +149,3 @@ def _choose(
             table, ranks, chosen, counts, most, tables.most_chosen,
             NUM_KV_HEADS=num_kv_heads, BLOCK_C=CHOOSE_CHUNKS, num_warps=8,
         )  # fmt: skip
-
-
-def _alignment(layout: Layout, head_dim: int) -> int:
-    """Bytes by which every packed row of a head is aligned, up to 16."""
-    if layout.kind == "lowrank":
-        row_bytes = layout.rank * layout.bits // 8
-    elif layout.dtype is not None:
-        row_bytes = head_dim * layout.dtype.itemsize
-    else:
-        row_bytes = head_dim * (8 if layout.kind == "float8" else layout.bits) // 8
-    return math.gcd(16, row_bytes)

@@ -12,6 +12,10 @@ import triton.language as tl
 DENSE, CHANNEL, TOKEN, FLOAT8, LOWRANK = (tl.constexpr(i) for i in range(5))
 RANK_BLOCK: tl.constexpr = tl.constexpr(32)
 
+# `L`, how rows are packed, and `H`, the model's heads, are tuples of these
+KIND, DTYPE, BITS, GROUP_SIZE, RANK, BALANCED, HINT = (tl.constexpr(i) for i in range(7))
+HEAD_DIM, NUM_KV_HEADS, GROUP = (tl.constexpr(i) for i in range(3))
+
 
 @triton.jit
 def product(a, b, out, WIDE: tl.constexpr):
@@ -57,17 +61,19 @@ def code_block(rows, first_byte, inside, BITS: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def scale_block(
-    base, local, head, FIRST: tl.constexpr, inside,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HINT: tl.constexpr,
+    base, local, head, inside, L: tl.constexpr, H: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """float32 [N, BLOCK], or [N, 1]: the scales, or minima, of channels FIRST..FIRST + WIDTH of rows `local`."""
-    NUM_GROUPS: tl.constexpr = (HEAD_DIM + GROUP - 1) // GROUP
-    if KIND == CHANNEL:
-        rows = row_pointers(base, ((local // GROUP) * NUM_KV_HEADS + head) * (HEAD_DIM * 2), tl.float16, HINT)
+    GROUP: tl.constexpr = L[GROUP_SIZE]
+    NUM_GROUPS: tl.constexpr = (H[HEAD_DIM] + GROUP - 1) // GROUP
+    if L[KIND] == CHANNEL:
+        HINT: tl.constexpr = 16 if H[HEAD_DIM] % 8 == 0 else 2
+        offsets = ((local // GROUP) * H[NUM_KV_HEADS] + head) * (H[HEAD_DIM] * 2)
+        rows = row_pointers(base, offsets, tl.float16, HINT)
         out = dense_block(rows, FIRST, inside, tl.float16, WIDTH, BLOCK).to(tl.float32)
     else:
-        row = (base + (local * NUM_KV_HEADS + head) * (NUM_GROUPS * 2)).to(tl.pointer_type(tl.float16))
+        row = (base + (local * H[NUM_KV_HEADS] + head) * (NUM_GROUPS * 2)).to(tl.pointer_type(tl.float16))
         if FIRST // GROUP == (FIRST + WIDTH - 1) // GROUP:
             out = tl.load(row + FIRST // GROUP, mask=inside, other=0.0).to(tl.float32)[:, None]
         elif FIRST % GROUP == 0 and BLOCK % GROUP == 0:
@@ -85,56 +91,54 @@ def scale_block(
 
 @triton.jit
 def integer_block(
-    codes, scale, minimum, local, head, FIRST: tl.constexpr, inside,
-    KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HINT: tl.constexpr,
+    codes, scale, minimum, balance, local, head, inside, L: tl.constexpr, H: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """float32 [N, BLOCK] of channels FIRST..FIRST + WIDTH; `codes`, `scale`, `minimum` are byte addresses [N]."""
-    ROW_BYTES: tl.constexpr = (HEAD_DIM * BITS + 7) // 8
-    rows = row_pointers(codes, (local * NUM_KV_HEADS + head) * ROW_BYTES, tl.uint8, HINT)
-    values = code_block(rows, FIRST * BITS // 8, inside, BITS, WIDTH, BLOCK).to(tl.float32)
-    ALIGNED: tl.constexpr = 16 if HEAD_DIM % 8 == 0 else 2
-    steps = scale_block(
-        scale, local, head, FIRST, inside, KIND, GROUP, HEAD_DIM, NUM_KV_HEADS, WIDTH, BLOCK, BLOCK_N, ALIGNED
-    )
-    lows = scale_block(
-        minimum, local, head, FIRST, inside, KIND, GROUP, HEAD_DIM, NUM_KV_HEADS, WIDTH, BLOCK, BLOCK_N, ALIGNED
-    )
-    return values * steps + lows
+    ROW_BYTES: tl.constexpr = (H[HEAD_DIM] * L[BITS] + 7) // 8
+    rows = row_pointers(codes, (local * H[NUM_KV_HEADS] + head) * ROW_BYTES, tl.uint8, L[HINT])
+    values = code_block(rows, FIRST * L[BITS] // 8, inside, L[BITS], WIDTH, BLOCK).to(tl.float32)
+    steps = scale_block(scale, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N)
+    lows = scale_block(minimum, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N)
+    out = values * steps + lows
+    if L[BALANCED]:
+        dims = tl.arange(0, BLOCK)
+        factors = balance.to(tl.pointer_type(tl.float32)) + head * H[HEAD_DIM] + FIRST + dims
+        out = out / tl.load(factors, mask=dims < WIDTH, other=1.0)[None, :]
+    return out
 
 
 @triton.jit
 def factor_block(
-    a0, a1, a2, basis, local, head, FIRST: tl.constexpr, inside,
-    BITS: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HINT: tl.constexpr, WIDE: tl.constexpr,
+    a0, a1, a2, basis, local, head, inside, L: tl.constexpr, H: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """float32 [N, BLOCK]: factor rows times channels FIRST..FIRST + WIDTH of a head's basis.
 
     Integer factors are multiplied as integers, which bfloat16 holds exactly, and scaled afterwards.
     """
-    ROW_BYTES: tl.constexpr = RANK * 2 if BITS == 16 else (RANK * BITS + 7) // 8
+    ROW_BYTES: tl.constexpr = L[RANK] * 2 if L[BITS] == 16 else (L[RANK] * L[BITS] + 7) // 8
     dims = tl.arange(0, BLOCK)
     is_dim = dims < WIDTH
-    table = basis.to(tl.pointer_type(tl.bfloat16)) + head * HEAD_DIM + FIRST
+    table = basis.to(tl.pointer_type(tl.bfloat16)) + head * H[HEAD_DIM] + FIRST
     out = tl.zeros([BLOCK_N, BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, RANK, RANK_BLOCK):
+    for begin in range(0, L[RANK], RANK_BLOCK):
         columns = begin + tl.arange(0, RANK_BLOCK)
-        mask = (columns < RANK)[:, None] & is_dim[None, :]
-        right = tl.load(table + columns[:, None] * (NUM_KV_HEADS * HEAD_DIM) + dims[None, :], mask=mask, other=0.0)
-        if BITS == 16:
-            rows = row_pointers(a0, local * ROW_BYTES, tl.bfloat16, HINT)
-            left_mask = inside[:, None] & (columns < RANK)[None, :]
-            left = tl.load(rows[:, None] + columns[None, :], mask=left_mask, other=0.0)
+        is_column = columns < L[RANK]
+        entries = table + columns[:, None] * (H[NUM_KV_HEADS] * H[HEAD_DIM]) + dims[None, :]
+        right = tl.load(entries, mask=is_column[:, None] & is_dim[None, :], other=0.0)
+        if L[BITS] == 16:
+            rows = row_pointers(a0, local * ROW_BYTES, tl.bfloat16, L[HINT])
+            left = tl.load(rows[:, None] + columns[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
         else:
             rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, 1)
             # what lies behind the last column meets zeros of the basis
-            codes = code_block(rows, begin * BITS // 8, inside, BITS, RANK - begin, RANK_BLOCK)
+            codes = code_block(rows, begin * L[BITS] // 8, inside, L[BITS], L[RANK] - begin, RANK_BLOCK)
             left = codes.to(tl.float32).to(tl.bfloat16)
             sums += tl.sum(right.to(tl.float32), 0)
         out = product(left, right, out, WIDE)
-    if BITS != 16:
+    if L[BITS] != 16:
         step = tl.load((a1 + local * 2).to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
         low = tl.load((a2 + local * 2).to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
         out = out * step[:, None] + low[:, None] * sums[None, :]
@@ -143,36 +147,25 @@ def factor_block(
 
 @triton.jit
 def packed_block(
-    a0, a1, a2, basis, local, head, FIRST: tl.constexpr, inside,
-    KIND: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
-    BALANCED: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HINT: tl.constexpr, WIDE: tl.constexpr,
+    tensors, basis, local, head, inside, L: tl.constexpr, H: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """[N, BLOCK] of channels FIRST..FIRST + WIDTH of rows `local` of a head: dense rows in their dtype, others float32.
 
-    `a0`, `a1`, `a2` are byte addresses [N] of the tensors that hold each row, `basis` is one address.
+    `tensors` are byte addresses [N] of the tensors that hold each row, `basis` is one address.
     """
-    if KIND == DENSE:
-        row_bytes: tl.constexpr = HEAD_DIM * (DTYPE.primitive_bitwidth // 8)
-        rows = row_pointers(a0, (local * NUM_KV_HEADS + head) * row_bytes, DTYPE, HINT)
-        out = dense_block(rows, FIRST, inside, DTYPE, WIDTH, BLOCK)
-    elif KIND == FLOAT8:
-        rows = row_pointers(a0, (local * NUM_KV_HEADS + head) * HEAD_DIM, tl.int8, HINT)
+    a0, a1, a2 = tensors
+    if L[KIND] == DENSE:
+        row_bytes: tl.constexpr = H[HEAD_DIM] * (L[DTYPE].primitive_bitwidth // 8)
+        rows = row_pointers(a0, (local * H[NUM_KV_HEADS] + head) * row_bytes, L[DTYPE], L[HINT])
+        out = dense_block(rows, FIRST, inside, L[DTYPE], WIDTH, BLOCK)
+    elif L[KIND] == FLOAT8:
+        rows = row_pointers(a0, (local * H[NUM_KV_HEADS] + head) * H[HEAD_DIM], tl.int8, L[HINT])
         scale = tl.load(basis.to(tl.pointer_type(tl.float32)))
         codes = dense_block(rows, FIRST, inside, tl.int8, WIDTH, BLOCK)
         out = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
-    elif KIND == LOWRANK:
-        out = factor_block(
-            a0, a1, a2, basis, local, head, FIRST, inside,
-            BITS, RANK, HEAD_DIM, NUM_KV_HEADS, WIDTH, BLOCK, BLOCK_N, HINT, WIDE,
-        )  # fmt: skip
+    elif L[KIND] == LOWRANK:
+        out = factor_block(a0, a1, a2, basis, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N, WIDE)
     else:
-        out = integer_block(
-            a0, a1, a2, local, head, FIRST, inside,
-            KIND, BITS, GROUP, HEAD_DIM, NUM_KV_HEADS, WIDTH, BLOCK, BLOCK_N, HINT,
-        )  # fmt: skip
-        if BALANCED:
-            dims = tl.arange(0, BLOCK)
-            factors = basis.to(tl.pointer_type(tl.float32)) + head * HEAD_DIM + FIRST + dims
-            out = out / tl.load(factors, mask=dims < WIDTH, other=1.0)[None, :]
+        out = integer_block(a0, a1, a2, basis, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N)
     return out
