@@ -39,7 +39,10 @@ def _lies_well(packed: Packed, head_dim: int) -> bool:
     if layout.kind == "lowrank" and layout.bits != 16 and layout.rank % 2 != 0:
         return False
     tensors = packed.tensors if packed.basis is None else (*packed.tensors, packed.basis)
-    return rows.data_ptr() % layout.alignment(head_dim) == 0 and all(one.is_contiguous() for one in tensors)
+    by_channel = 16 if layout.kind == "channel" else 1  # scales are read a row of channels at once
+    if rows.data_ptr() % layout.alignment(head_dim) or any(one.data_ptr() % by_channel for one in packed.tensors[1:]):
+        return False
+    return all(one.is_contiguous() for one in tensors)
 
 
 class StepAttention:

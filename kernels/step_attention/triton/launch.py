@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...attention_partial.triton import TILE
+from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
 from .attend import attend_items, merge_items
@@ -101,11 +102,7 @@ def _launch_items(
         attend_items[(len(items), num_kv_heads)](
             items, q, positions, chosen, counts, frequencies, outs, lses,
             1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
-            K_KIND=KINDS[keys.kind], K_DTYPE=DTYPES[keys.dtype], K_BITS=keys.bits, K_GROUP=keys.group,
-            K_RANK=keys.rank, K_BALANCED=keys.balanced, K_HINT=keys.alignment(d),
-            V_KIND=KINDS[values.kind], V_DTYPE=DTYPES[values.dtype], V_BITS=values.bits, V_GROUP=values.group,
-            V_RANK=values.rank, V_HINT=values.alignment(d),
-            HEAD_DIM=d, NUM_KV_HEADS=num_kv_heads, GROUP=group, CHUNK=key.chunk,
+            K=_layout(key.keys, d), V=_layout(key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
             CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_N=block_n,
             BLOCK_D=max(TILE, triton.next_power_of_2(d)), BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)),
@@ -149,3 +146,9 @@ def _choose(
             table, ranks, chosen, counts, most, tables.most_chosen,
             NUM_KV_HEADS=num_kv_heads, BLOCK_C=CHOOSE_CHUNKS, num_warps=8,
         )  # fmt: skip
+
+
+def _layout(layout: Layout, head_dim: int) -> tuple[Any, ...]:
+    """As the kernels take it, see `tiles`."""
+    numbers = (layout.bits, layout.group, layout.rank, layout.balanced, layout.alignment(head_dim))
+    return (KINDS[layout.kind], DTYPES[layout.dtype], *numbers)

@@ -132,7 +132,7 @@ def factor_block(
             rows = row_pointers(a0, local * ROW_BYTES, tl.bfloat16, L[HINT])
             left = tl.load(rows[:, None] + columns[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
         else:
-            rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, 1)
+            rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, HINT)
             # what lies behind the last column meets zeros of the basis
             codes = code_block(rows, begin * L[BITS] // 8, inside, L[BITS], L[RANK] - begin, RANK_BLOCK)
             left = codes.to(tl.float32).to(tl.bfloat16)
