@@ -23,6 +23,26 @@ CHOICE_FIELDS: tl.constexpr = tl.constexpr(12)
 CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10)
 
 
+@triton.jit
+def _last_positions(at, local, later, inside, CHUNK: tl.constexpr):
+    """Positions int64 [C] of the last rows of chunks `local` of the first segment or, where `later`, of the second."""
+    ids = tl.where(later, tl.load(at + FIRST_B), tl.load(at + FIRST)) + local
+    index = tl.load(at + INDEX)
+    if index != 0:
+        named = tl.load(index.to(tl.pointer_type(tl.int32)) + local, mask=inside & (later == 0), other=0)
+        ids = tl.where(later, ids, named.to(tl.int64))
+    return ids * CHUNK + (CHUNK - 1)
+
+
+@triton.jit
+def _is_hidden(at, chunk, head, NUM_KV_HEADS: tl.constexpr, BLOCK_O: tl.constexpr):
+    """int32 [C], 1 for chunks that are attended to anyway."""
+    places, num_hidden = tl.arange(0, BLOCK_O), tl.load(at + NUM_HIDDEN)
+    hidden = tl.load(at + HIDDEN).to(tl.pointer_type(tl.int32))
+    hidden = tl.load(hidden + places * NUM_KV_HEADS + head, mask=places < num_hidden, other=-1)
+    return tl.max((chunk[:, None] == hidden[None, :]).to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=["most_chunks", "window"])
 def score_chunks(
     table_ptr, q_ptr, positions_ptr, scores_ptr, peaks_ptr, most_chunks, window, scale,
@@ -58,17 +78,9 @@ def score_chunks(
 
     visible = inside
     if HAS_WINDOW:
-        ids = tl.where(later, tl.load(at + FIRST_B), tl.load(at + FIRST)) + local
-        index = tl.load(at + INDEX)
-        if index != 0:
-            named = tl.load(index.to(tl.pointer_type(tl.int32)) + local, mask=inside & (chunk < count_a), other=0)
-            ids = tl.where(later, ids, named.to(tl.int64))
-        visible = visible & (ids * CHUNK + (CHUNK - 1) > tl.load(positions_ptr + row) - window)
+        visible = visible & (_last_positions(at, local, later, inside, CHUNK) > tl.load(positions_ptr + row) - window)
     if BLOCK_O > 0:
-        places, num_hidden = tl.arange(0, BLOCK_O), tl.load(at + NUM_HIDDEN)
-        hidden = tl.load(at + HIDDEN).to(tl.pointer_type(tl.int32))
-        hidden = tl.load(hidden + places * NUM_KV_HEADS + head, mask=places < num_hidden, other=-1)
-        visible = visible & (tl.max((chunk[:, None] == hidden[None, :]).to(tl.int32), 1) == 0)
+        visible = visible & (_is_hidden(at, chunk, head, NUM_KV_HEADS, BLOCK_O) == 0)
     found = tl.where(visible[None, :], found, float("-inf"))
     tl.store(scores_ptr + heads[:, None] * most_chunks + chunk[None, :], found, mask=is_pair[:, None] & inside[None, :])
     peak = tl.max(found, 1)
@@ -111,24 +123,11 @@ def rank_chunks(
     tl.store(ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks + chunk, best, mask=chunk < count)
 
 
-@triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
-def choose_chunks(
-    table_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
-    NUM_KV_HEADS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads.
+@triton.jit
+def _least_rank(ranks, count, most_wanted, BLOCK_C: tl.constexpr):
+    """The least rank that is chosen, as bits; how many of the chunks that have it are chosen; how many chunks in all.
 
-    chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible. A
-    row that wants none is left alone, as another table may hold its chunks.
-
-    The least rank that is chosen is found digit by digit: ranks are at least 0, so their bits order as they do.
-    """
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    at = table_ptr + row * CHOICE_FIELDS
-    if tl.load(at + WANTED) == 0:
-        return
-    count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
-    ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks).to(tl.pointer_type(tl.int32))
+    Found digit by digit: ranks are at least 0, so their bits order as they do."""
     digits = tl.arange(0, 512)
     least, left, wanted = 0, 0, 0
     for digit in tl.static_range(4):
@@ -145,12 +144,33 @@ def choose_chunks(
         histogram = tl.where(digits < 256, histogram, 0)
         total = tl.sum(histogram, 0)
         if digit == 0:
-            wanted = tl.minimum(tl.load(at + WANTED).to(tl.int32), total)
+            wanted = tl.minimum(most_wanted.to(tl.int32), total)
             left = wanted
         at_least = total - tl.cumsum(histogram, 0) + histogram  # how many have this digit or a larger one
         found = tl.sum(((at_least >= left) & (digits < 256)).to(tl.int32), 0) - 1
         left -= tl.sum(tl.where(digits > found, histogram, 0), 0)
         least = least | (found << shift)
+    return least, left, wanted
+
+
+@triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
+def choose_chunks(
+    table_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads.
+
+    chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible. A
+    row that wants none is left alone, as another table may hold its chunks.
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = table_ptr + row * CHOICE_FIELDS
+    most_wanted = tl.load(at + WANTED)
+    if most_wanted == 0:
+        return
+    count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
+    ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks).to(tl.pointer_type(tl.int32))
+    least, left, wanted = _least_rank(ranks, count, most_wanted, BLOCK_C)
     taken, ties = 0, 0
     chosen = chosen_ptr + (row * NUM_KV_HEADS + head) * most_chosen
     for start in range(0, count, BLOCK_C):
