@@ -42,6 +42,8 @@ def _lies_well(packed: Packed, head_dim: int) -> bool:
     by_channel = 16 if layout.kind == "channel" else 1  # scales are read a row of channels at once
     if rows.data_ptr() % layout.alignment(head_dim) or any(one.data_ptr() % by_channel for one in packed.tensors[1:]):
         return False
+    if layout.kind == "lowrank" and (packed.basis is None or packed.basis.data_ptr() % 16):
+        return False
     return all(one.is_contiguous() for one in tensors)
 
 

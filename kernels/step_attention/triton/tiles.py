@@ -120,7 +120,8 @@ def factor_block(
     ROW_BYTES: tl.constexpr = L[RANK] * 2 if L[BITS] == 16 else (L[RANK] * L[BITS] + 7) // 8
     dims = tl.arange(0, BLOCK)
     is_dim = dims < WIDTH
-    table = basis.to(tl.pointer_type(tl.bfloat16)) + head * H[HEAD_DIM] + FIRST
+    # halves of heads begin at multiples of 16 bytes, as heads have multiples of 16 channels
+    table = tl.multiple_of((basis + (head * H[HEAD_DIM] + FIRST) * 2).to(tl.pointer_type(tl.bfloat16)), 16)
     out = tl.zeros([BLOCK_N, BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, L[RANK], RANK_BLOCK):
@@ -132,7 +133,7 @@ def factor_block(
             rows = row_pointers(a0, local * ROW_BYTES, tl.bfloat16, L[HINT])
             left = tl.load(rows[:, None] + columns[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
         else:
-            rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, HINT)
+            rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, L[HINT])
             # what lies behind the last column meets zeros of the basis
             codes = code_block(rows, begin * L[BITS] // 8, inside, L[BITS], L[RANK] - begin, RANK_BLOCK)
             left = codes.to(tl.float32).to(tl.bfloat16)
