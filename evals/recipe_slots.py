@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from functools import cache
 
 from ..compression.filling import SLOT_NAMES, filling_kinds
-from ..compression.recipe import ModelShape, Recipe, get_recipe, recipe_names, resolve
+from ..compression.recipe import ModelShape, Recipe, fill, get_recipe, recipe_names, resolve
 from ..compression.sizes import encoded_nbytes
 from ..models.checkpoint import DEFAULT_MODEL
 from ..models.loader import load_config
 from ..models.profiles import load_profile
 from ..services.model_shape import model_shape
 from .pages import table
+from .results import EvalResults
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 BF16_BYTES = 2
@@ -68,6 +69,21 @@ def shipped_shares(name: str, contexts: Sequence[int] = CONTEXTS) -> list[str]:
         share = encoded_nbytes(resolved.recipe, shape, context, BF16_BYTES) / shape.bf16_kv_bytes(context)
         found.append("runs `exact`" if resolved.fallback_reason else f"{share:.3f}")
     return found
+
+
+def changed_since(results: EvalResults) -> list[str]:
+    """Recipes of the library that ran on the default model with other slots than they have now."""
+    if results.model.name != DEFAULT_MODEL:
+        return []
+    ran = {label: one for label, one in results.recipes.items() if label == one.name and label in recipe_names()}
+    return [label for label, one in ran.items() if one.fingerprint != _fingerprint(label)]
+
+
+@cache
+def _fingerprint(name: str) -> str:
+    """That of a recipe as it is now, filled in for the default model."""
+    shape = default_shape()
+    return fill(get_recipe(name), shape, load_profile(DEFAULT_MODEL, shape)).fingerprint
 
 
 @cache

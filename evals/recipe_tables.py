@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from . import recipe_slots
 from .pages import table
 from .plots import Point, accuracy_against_bytes, needle_maps
 from .recorded import Run
@@ -35,6 +36,14 @@ def origin(run: Run) -> str:
         f"Model {model.name}, fingerprint `{model.fingerprint[:FINGERPRINT_DIGITS]}`{adapter}. "
         f"`benchmarks/results/{run.name}.json` holds every sample's score."
     )
+
+
+def _changed(run: Run) -> str:
+    """Which recipes are no longer those that ran, as a sentence; "" where all are."""
+    changed = recipe_slots.changed_since(run.results)
+    if not changed:
+        return ""
+    return f"Changed since this was measured: {', '.join(f'`{label}`' for label in changed)}."
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:
@@ -79,7 +88,7 @@ def averages(run: Run) -> str:
                 (f"`{row.recipe}`", mean(row), difference(row), f"{shipped:.3f}", f"{held:.3f}", f"`{print_of}`")
             )
         parts += [f"**{context:,} tokens**", table(header, rows), run.fallbacks(context)]
-    return _paragraphs(*parts, _agreement(run), origin(run))
+    return _paragraphs(*parts, _agreement(run), _changed(run), origin(run))
 
 
 def _agreement(run: Run) -> str:
@@ -119,7 +128,7 @@ def overview(run: Run) -> str:
         found = [run.summary(first.recipe, context) for context in contexts]
         means = ["" if one is None else mean(one) for one in found]
         rows.append((f"`{first.recipe}`", f"{run.costs(first.recipe, contexts[0])[0]:.3f}", *means))
-    return _paragraphs(table(header, rows), *map(run.fallbacks, contexts), origin(run))
+    return _paragraphs(table(header, rows), *map(run.fallbacks, contexts), _changed(run), origin(run))
 
 
 def perplexity(run: Run) -> str:
@@ -135,7 +144,9 @@ def found_needles(run: Run) -> str:
         found = [run.summary(first.recipe, context) for context in contexts]
         rows.append((f"`{first.recipe}`", *("" if one is None else mean(one) for one in found)))
     header = ("recipe", *(f"{context:,} tokens [95 %]" for context in contexts))
-    return _paragraphs(table(header, rows), *(run.fallbacks(context) for context in contexts), origin(run))
+    return _paragraphs(
+        table(header, rows), *(run.fallbacks(context) for context in contexts), _changed(run), origin(run)
+    )
 
 
 def measured(recipe: str, runs: Sequence[Run]) -> str:
@@ -143,7 +154,10 @@ def measured(recipe: str, runs: Sequence[Run]) -> str:
     rows = []
     fingerprints = []
     short = []
+    changed = ""
     for run in runs:
+        if recipe in recipe_slots.changed_since(run.results):
+            changed = "The recipe has changed since some of this was measured."
         for context in run.contexts if recipe in run.results.recipes else ():
             row = run.summary(recipe, context)
             if row is None:
@@ -161,7 +175,7 @@ def measured(recipe: str, runs: Sequence[Run]) -> str:
     header = ("suite", "tokens", "score [95 %]", "difference to `exact` [95 %]", "shipped ÷ bf16", "held ÷ bf16")
     prints = ", ".join(f"`{one}`" for one in dict.fromkeys(fingerprints))
     fallbacks = f"Too short for the recipe, so `exact` ran: {', '.join(short)}." if short else ""
-    return _paragraphs(table(header, rows), fallbacks, f"Fingerprint of the recipe as it ran: {prints}.")
+    return _paragraphs(table(header, rows), fallbacks, changed, f"Fingerprint of the recipe as it ran: {prints}.")
 
 
 def bytes_plot(run: Run) -> str:

@@ -344,3 +344,16 @@ def test_links_between_pages_lead_somewhere():
     for page in [ROOT / report.README, ROOT / report.LIBRARY, *PAGES.glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} names {target}"
+
+
+def test_pages_say_which_recipes_are_no_longer_those_that_ran():
+    found = replace(results(), model=EvaluatedModel(DEFAULT_MODEL, "f" * 64, None, "bfloat16"))
+    assert "Changed since" not in recipe_tables.averages(Run("ruler", found))
+    other = replace(found.recipes["kivi"], fingerprint="0" * 64)
+    run = Run("ruler", replace(found, recipes={**found.recipes, "kivi": other}))
+    for text in (recipe_tables.averages(run), recipe_tables.overview(run)):
+        assert "Changed since this was measured: `kivi`." in text
+    assert "The recipe has changed since" in recipe_tables.measured("kivi", [run])
+    assert "has changed" not in recipe_tables.measured("snapkv", [run])
+    variant = Run("ruler", replace(run.results, recipes={**found.recipes, "mine": other}))
+    assert "Changed since" not in recipe_tables.averages(variant)
