@@ -97,17 +97,31 @@ def _launch_items(
     _, num_heads, d = q.shape
     group = num_heads // num_kv_heads
     wide = triton.knobs.runtime.interpret
-    block_n = 32 if q.dtype == torch.float32 or "lowrank" in (key.keys.kind, key.values.kind) else 64
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
             items, q, positions, chosen, counts, frequencies, outs, lses,
             1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
             K=_layout(key.keys, d), V=_layout(key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
             CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
-            BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_N=block_n,
-            BLOCK_D=max(TILE, triton.next_power_of_2(d)), BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)),
-            num_warps=4, num_stages=2,
+            BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_D=max(TILE, triton.next_power_of_2(d)),
+            BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)), **_block(key, q),
         )  # fmt: skip
+
+
+def _block(key: AttendKey, q: Tensor) -> dict[str, int | None]:
+    """Keys a block, and the options it is compiled with."""
+    low_rank = "lowrank" in (key.keys.kind, key.values.kind)
+    # float32 products run on ordinary units from registers, which larger blocks would not leave enough of
+    full = q.dtype == torch.float32
+    return {
+        "BLOCK_N": 32 if full else 64,
+        # a block of keys takes the whole basis to rebuild: twice the warps for as many keys as others have
+        "num_warps": 8 if low_rank else 4,
+        "num_stages": 3 if low_rank and not full else 2,
+        # so that 16 warps fit on a processor, which is worth more than a few spilled bytes cost; blocks of integers by
+        # channel take too much shared memory for that anyway
+        "maxnreg": None if full or q.shape[2] > 128 or key.keys.kind == "channel" else 128,
+    }
 
 
 def _choose(
@@ -136,7 +150,8 @@ def _choose(
             HEAD_DIM=d, **heads, HINT=math.gcd(16, d * key.dtype.itemsize), WIDE=triton.knobs.runtime.interpret,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_C=SCORE_CHUNKS,
             BLOCK_D=max(TILE, triton.next_power_of_2(d)),
-            BLOCK_O=triton.next_power_of_2(tables.most_hidden) if key.hides else 0, num_warps=4,
+            BLOCK_O=triton.next_power_of_2(tables.most_hidden) if key.hides else 0,
+            num_warps=8 if q.dtype == torch.float32 else 4,  # fewer would spill registers
         )  # fmt: skip
         rank_chunks[(num_rows, num_kv_heads, triton.cdiv(most, RANK_CHUNKS))](
             table, scores, peaks, ranks, most, blocks,
