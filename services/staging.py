@@ -87,6 +87,10 @@ class Transfers(Protocol):
         """Copy (from, to) pairs once `after` is done; the event that says when. Does not wait."""
         ...
 
+    def join(self, done: Event, tensors: Iterable[Tensor]) -> None:
+        """What the calling thread launches from now on runs behind `done`; tensors that copies have written are its."""
+        ...
+
 
 class CudaTransfers:
     """Copies on a side stream of a CUDA device. Any thread may call."""
@@ -113,10 +117,21 @@ class CudaTransfers:
             self._stream.wait_event(after)
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
+                if target.is_cuda:
+                    # nobody may be given its memory while it is written, even if it is let go of
+                    target.record_stream(self._stream)
             # an event that blocks lets other threads have the core while it is waited for
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return done
+
+    def join(self, done: Event, tensors: Iterable[Tensor]) -> None:
+        """See `Transfers`."""
+        assert isinstance(done, torch.cuda.Event), "made by `copy` or `mark`"
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(done)
+        for tensor in tensors:
+            tensor.record_stream(current)
 
 
 @dataclass

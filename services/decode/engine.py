@@ -10,7 +10,7 @@ means, another attempt under the same request id is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,8 +162,13 @@ class DecodeEngine:
         return Demand(one - tail_bytes, tail_bytes, sampling.n)
 
     @torch.inference_mode()
-    def add_layer(self, request_id: str, encoded: EncodedLayer, epoch: int | None = None) -> None:
+    def add_layer(
+        self, request_id: str, encoded: EncodedLayer, epoch: int | None = None, wait: Callable[[], None] | None = None
+    ) -> None:
         """Place an arrived layer. A fault ends the request and is raised as well.
+
+        Args:
+            wait: has the device wait for the layer's tensors, where they are still on their way to it.
 
         Raises:
             RequestCancelled: there is no such request (any more).
@@ -171,6 +176,8 @@ class DecodeEngine:
         """
         run = self._receiving(request_id, epoch)
         try:
+            if wait is not None:
+                wait()
             add_layer(run, encoded, self.model.config.num_layers, self.model.device)
         except Exception as exc:
             raise self._fail(request_id, exc) from exc

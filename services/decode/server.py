@@ -25,6 +25,7 @@ from ..config import ServeConfig
 from ..lifecycle import EngineThread
 from ..rpc import current_request_id
 from ..telemetry import NullRecorder, Recorder
+from ..uploads import Uploads, make_uploads
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import (
     DecodeEngine,
@@ -71,14 +72,19 @@ class _Request:
 class _EngineTarget:
     """A request's layers on their way into the engine."""
 
-    def __init__(self, thread: EngineThread, engine: DecodeEngine, request_id: str, epoch: int) -> None:
+    def __init__(
+        self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request_id: str, epoch: int
+    ) -> None:
         self._thread = thread
         self._engine = engine
+        self._uploads = uploads
         self._request_id = request_id
         self._epoch = epoch
 
     async def add_layer(self, encoded: EncodedLayer) -> None:
-        await self._thread.call(lambda: self._engine.add_layer(self._request_id, encoded, self._epoch))
+        # the engine's thread goes on with its steps meanwhile
+        layer, wait = await asyncio.to_thread(self._uploads.upload, encoded)
+        await self._thread.call(lambda: self._engine.add_layer(self._request_id, layer, self._epoch, wait))
 
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
         await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
@@ -102,6 +108,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine = engine
+        self._uploads = make_uploads(engine.model.device)
         self._identity = identity
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("decode-engine", self._step, setup, on_crash)
@@ -173,7 +180,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return request
 
     def _receiver(self, request: _Request, context: Any) -> Receiver:
-        target = _EngineTarget(self._thread, self.engine, request.ident.request_id, request.ident.epoch)
+        target = _EngineTarget(self._thread, self.engine, self._uploads, request.ident.request_id, request.ident.epoch)
         num_layers = self._identity.shape.num_layers
         return Receiver(request.ident, num_layers, request.max_bytes, target, context.write, self._recorder)
 

@@ -11,6 +11,7 @@ from kvsluice.compression.interfaces import EncodedLayer, Part
 from kvsluice.kvstore.identity import FrameIdent
 from kvsluice.services.framing import FramePacker
 from kvsluice.services.staging import Staging, make_host_copies
+from kvsluice.services.uploads import make_uploads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,3 +91,22 @@ def test_marking_does_not_wait_for_the_device():
     assert not after.query(), "the device has not come that far yet"
     torch.cuda.synchronize()
     assert after.query()
+
+
+def test_layers_arrive_beside_running_work() -> None:
+    device = torch.device("cuda")
+    uploads = make_uploads(device)
+    generator = torch.Generator().manual_seed(0)
+    layers = [
+        EncodedLayer(i, {Part.KEYS: {"rows": torch.randn(70_000 + i, 2, 64, generator=generator).bfloat16()}})
+        for i in range(6)
+    ]
+    a = torch.randn(4096, 4096, device=device)
+    arrived = []
+    for layer in layers:
+        for _ in range(20):
+            a = (a @ a).clamp_(-1, 1)
+        arrived.append(uploads.upload(layer))
+    for layer, (there, wait) in zip(layers, arrived, strict=True):
+        wait()
+        assert torch.equal(there.tensors[Part.KEYS]["rows"].cpu(), layer.tensors[Part.KEYS]["rows"])
