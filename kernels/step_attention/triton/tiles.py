@@ -76,16 +76,14 @@ def scale_block(
         row = (base + (local * H[NUM_KV_HEADS] + head) * (NUM_GROUPS * 2)).to(tl.pointer_type(tl.float16))
         if FIRST // GROUP == (FIRST + WIDTH - 1) // GROUP:
             out = tl.load(row + FIRST // GROUP, mask=inside, other=0.0).to(tl.float32)[:, None]
-        elif FIRST % GROUP == 0 and BLOCK % GROUP == 0:
-            groups = tl.arange(0, BLOCK // GROUP)
-            mask = inside[:, None] & (FIRST // GROUP + groups < NUM_GROUPS)[None, :]
-            few = tl.load(row[:, None] + (FIRST // GROUP + groups)[None, :], mask=mask, other=0.0).to(tl.float32)
-            spread = tl.broadcast_to(few[:, :, None], [BLOCK_N, BLOCK // GROUP, GROUP])
-            out = tl.reshape(spread, [BLOCK_N, BLOCK])
         else:
-            dims = FIRST + tl.arange(0, BLOCK)
-            mask = inside[:, None] & (dims < FIRST + WIDTH)[None, :]
-            out = tl.load(row[:, None] + (dims // GROUP)[None, :], mask=mask, other=0.0).to(tl.float32)
+            # channels that share a scale in every group that they touch: the largest power of two in both
+            SPAN: tl.constexpr = (FIRST | GROUP) & -(FIRST | GROUP)
+            groups = (FIRST + tl.arange(0, BLOCK // SPAN) * SPAN) // GROUP
+            mask = inside[:, None] & (groups < NUM_GROUPS)[None, :]
+            few = tl.load(row[:, None] + groups[None, :], mask=mask, other=0.0).to(tl.float32)
+            spread = tl.broadcast_to(few[:, :, None], [BLOCK_N, BLOCK // SPAN, SPAN])
+            out = tl.reshape(spread, [BLOCK_N, BLOCK])
     return out
 
 
