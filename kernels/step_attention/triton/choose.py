@@ -127,30 +127,32 @@ def rank_chunks(
 def _least_rank(ranks, count, most_wanted, BLOCK_C: tl.constexpr):
     """The least rank that is chosen, as bits; how many of the chunks that have it are chosen; how many chunks in all.
 
-    Found digit by digit: ranks are at least 0, so their bits order as they do."""
-    digits = tl.arange(0, 512)
-    least, left, wanted = 0, 0, 0
-    for digit in tl.static_range(4):
-        shift = 24 - 8 * digit
-        histogram = tl.zeros([512], tl.int32)
+    The largest number that as many ranks reach as are wanted, found two bits a pass: ranks are from 0 to 1, so they
+    have 30 bits, which order as they do."""
+    places = tl.arange(0, BLOCK_C)
+    seen = tl.zeros([BLOCK_C], tl.int32)
+    for start in range(0, count, BLOCK_C):
+        bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
+        seen += (bits >= 0).to(tl.int32)
+    wanted = tl.minimum(most_wanted.to(tl.int32), tl.sum(seen, 0))
+    least = tl.zeros([], tl.int32)
+    for done in range(0, 30, 2):
+        step = tl.full([], 1 << 28, tl.int32) >> done
+        one = tl.zeros([BLOCK_C], tl.int32)
+        two = tl.zeros([BLOCK_C], tl.int32)
+        three = tl.zeros([BLOCK_C], tl.int32)
         for start in range(0, count, BLOCK_C):
-            chunk = start + tl.arange(0, BLOCK_C)
-            bits = tl.load(ranks + chunk, mask=chunk < count, other=-1)
-            fits = bits >= 0
-            if digit > 0:
-                fits = fits & ((bits >> (shift + 8)) == (least >> (shift + 8)))
-            # what does not fit goes into a digit that does not exist
-            histogram += tl.histogram(tl.where(fits, (bits >> shift) & 255, 256), 512)
-        histogram = tl.where(digits < 256, histogram, 0)
-        total = tl.sum(histogram, 0)
-        if digit == 0:
-            wanted = tl.minimum(most_wanted.to(tl.int32), total)
-            left = wanted
-        at_least = total - tl.cumsum(histogram, 0) + histogram  # how many have this digit or a larger one
-        found = tl.sum(((at_least >= left) & (digits < 256)).to(tl.int32), 0) - 1
-        left -= tl.sum(tl.where(digits > found, histogram, 0), 0)
-        least = least | (found << shift)
-    return least, left, wanted
+            bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
+            one += (bits >= least + step).to(tl.int32)
+            two += (bits >= least + 2 * step).to(tl.int32)
+            three += (bits >= least + 3 * step).to(tl.int32)
+        reached = (tl.sum(one, 0) >= wanted).to(tl.int32) + (tl.sum(two, 0) >= wanted).to(tl.int32)
+        least += step * (reached + (tl.sum(three, 0) >= wanted).to(tl.int32))
+    above = tl.zeros([BLOCK_C], tl.int32)
+    for start in range(0, count, BLOCK_C):
+        bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
+        above += (bits > least).to(tl.int32)
+    return least, wanted - tl.sum(above, 0), wanted
 
 
 @triton.jit(do_not_specialize=["most_chunks", "most_chosen"])

@@ -27,7 +27,8 @@ DTYPES = {
 }
 SCORE_CHUNKS = 64  # chunks a program scores
 RANK_CHUNKS = 1024
-CHOOSE_CHUNKS = 1024
+CHOOSE_CHUNKS = 8192  # at once; the fewer there are, the fewer warps
+WARP_CHUNKS = 512
 MERGE_ITEMS = 16
 
 
@@ -157,9 +158,10 @@ def _choose(
             table, scores, peaks, ranks, most, blocks,
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
+        block = min(CHOOSE_CHUNKS, max(4 * WARP_CHUNKS, triton.next_power_of_2(most)))
         choose_chunks[(num_rows, num_kv_heads)](
             table, ranks, chosen, counts, most, tables.most_chosen,
-            NUM_KV_HEADS=num_kv_heads, BLOCK_C=CHOOSE_CHUNKS, num_warps=8,
+            NUM_KV_HEADS=num_kv_heads, BLOCK_C=block, num_warps=block // WARP_CHUNKS,
         )  # fmt: skip
 
 

@@ -1,0 +1,55 @@
+"""The choice of chunks of a decode step against a sort, where chunks are many, few, hidden or equally good."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+choose = pytest.importorskip("kvsluice.kernels.step_attention.triton.choose")
+
+HEADS = 2
+BLOCK = 2048
+
+
+def expected(ranks: torch.Tensor, wanted: int) -> torch.Tensor:
+    """The best chunks of one head, ascending; ties go to the lower chunk."""
+    order = torch.sort(ranks, descending=True, stable=True).indices
+    return order[: min(wanted, int((ranks >= 0).sum()))].sort().values
+
+
+def ranks_of(rows: int, most: int, device: torch.device) -> torch.Tensor:
+    """float32 [rows, HEADS, most]: the first head's differ, the second's are often the same; a third is hidden."""
+    ranks = torch.rand(rows, HEADS, most, generator=torch.Generator().manual_seed(0)).pow(8)
+    ranks[:, 1] = (ranks[:, 1] * 50).round() / 50
+    ranks[:, :, ::3] = -1.0
+    ranks[:, 0, 1] = 1.0
+    return ranks.to(device)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ([5000, 2049, 2048], [512, 2049, 1]),  # several blocks
+        ([300, 7, 100], [64, 7, 100]),
+        ([1, 40, 3], [5, 0, 2]),  # a single chunk, which is hidden; a row of another table
+    ],
+)
+def test_the_best_chunks_are_chosen(counts, wanted, device):
+    most = max(counts) + 3
+    ranks = ranks_of(len(counts), most, device)
+    table = torch.zeros(len(counts), choose.CHOICE_FIELDS.value, dtype=torch.int64)
+    table[:, choose.COUNT.value] = torch.tensor(counts)
+    table[:, choose.WANTED.value] = torch.tensor(wanted)
+    chosen = torch.full((len(counts), HEADS, max(wanted)), -7, dtype=torch.int32, device=device)
+    found = torch.full((len(counts), HEADS), -7, dtype=torch.int32, device=device)
+    choose.choose_chunks[(len(counts), HEADS)](
+        table.to(device), ranks, chosen, found, most, max(wanted), NUM_KV_HEADS=HEADS, BLOCK_C=BLOCK, num_warps=4
+    )
+    for row, (count, number) in enumerate(zip(counts, wanted, strict=True)):
+        for head in range(HEADS):
+            best = expected(ranks[row, head, :count], number)
+            untouched = number == 0
+            assert found[row, head] == (-7 if untouched else len(best))
+            assert chosen[row, head, : len(best)].tolist() == best.tolist()
+            assert (chosen[row, head, len(best) :] == -7).all()
