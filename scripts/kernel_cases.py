@@ -73,12 +73,16 @@ STEPS = {
     "shadowkv": ("shadowkv", ""),
     "sluice": ("sluice", ""),
     "sluice-lowrank8": ("sluice-full", CHOSEN + '{"kind": "lowrank", "share": 0.5, "bits": 8}}'),
+    "sluice-channel4": (
+        "sluice-full",
+        CHOSEN + '{"kind": "affine", "bits": 4, "group": 32, "axis": "channel"}}',
+    ),
     "sluice-fp8": ("sluice-full", CHOSEN + '{"kind": "float8"}}'),
 }
 WINDOW = 1024
 QUICK = {  # every kernel, every packing and every dtype once
     "llama-3.1-8b": ("rows", "attention", "landmarks", "packing", "sparse", "kivi-2bit", "fp8", "sluice-lowrank8"),
-    "smollm2-135m": ("exact", "mikv", "shadowkv window"),
+    "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window"),
     "phi-3-mini": ("attention", "sluice-fp8"),
     "llama-3.1-8b fp32": ("attention", "landmarks", "exact"),
 }

@@ -34,6 +34,8 @@ RECIPES = {
     "pyramidkv": "pyramidkv",
     "shadowkv": "shadowkv:" + CHUNKS + '"landmark_bits": 16}}',
     "sluice": "sluice:" + CHUNKS + '"landmark_bits": 8}}',
+    "sluice-channel": "sluice-full:" + CHUNKS + '"landmark_bits": 8}, "key_codec": {"kind": "affine", "bits": 4, '
+    '"group": 32, "axis": "channel"}}',
     "sluice-lowrank": "sluice-full:" + CHUNKS + '"landmark_bits": 8}, "key_codec": {"kind": "lowrank", "share": 0.5, '
     '"bits": 8}}',
 }

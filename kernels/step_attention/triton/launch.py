@@ -102,7 +102,7 @@ def _launch_items(
         attend_items[(len(items), num_kv_heads)](
             items, q, positions, chosen, counts, frequencies, outs, lses,
             1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
-            K=_layout(key.keys, d), V=_layout(key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
+            K=_layout(key, key.keys, d), V=_layout(key, key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
             CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_D=max(TILE, triton.next_power_of_2(d)),
             BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)), **_block(key, q),
@@ -119,9 +119,8 @@ def _block(key: AttendKey, q: Tensor) -> dict[str, int | None]:
         # a block of keys takes the whole basis to rebuild: twice the warps for as many keys as others have
         "num_warps": 8 if low_rank else 4,
         "num_stages": 3 if low_rank and not full else 2,
-        # so that 16 warps fit on a processor, which is worth more than a few spilled bytes cost; blocks of integers by
-        # channel take too much shared memory for that anyway
-        "maxnreg": None if full or q.shape[2] > 128 or key.keys.kind == "channel" else 128,
+        # so that 16 warps fit on a processor, which is worth more than a few spilled bytes cost
+        "maxnreg": None if full or q.shape[2] > 128 else 128,
     }
 
 
@@ -165,7 +164,9 @@ def _choose(
         )  # fmt: skip
 
 
-def _layout(layout: Layout, head_dim: int) -> tuple[Any, ...]:
+def _layout(key: AttendKey, layout: Layout, head_dim: int) -> tuple[Any, ...]:
     """As the kernels take it, see `tiles`."""
-    numbers = (layout.bits, layout.group, layout.rank, layout.balanced, layout.alignment(head_dim))
+    # blocks of keys begin at multiples of 32 rows of a region, and where they are chosen a chunk is in one group
+    sharing = math.gcd(layout.group, key.chunk if key.chosen else 32, 32) if layout.kind == "channel" else 1
+    numbers = (layout.bits, layout.group, layout.rank, layout.balanced, layout.alignment(head_dim), sharing)
     return (KINDS[layout.kind], DTYPES[layout.dtype], *numbers)

@@ -13,7 +13,7 @@ DENSE, CHANNEL, TOKEN, FLOAT8, LOWRANK = (tl.constexpr(i) for i in range(5))
 RANK_BLOCK: tl.constexpr = tl.constexpr(32)
 
 # `L`, how rows are packed, and `H`, the model's heads, are tuples of these
-KIND, DTYPE, BITS, GROUP_SIZE, RANK, BALANCED, HINT = (tl.constexpr(i) for i in range(7))
+KIND, DTYPE, BITS, GROUP_SIZE, RANK, BALANCED, HINT, SHARING = (tl.constexpr(i) for i in range(8))
 HEAD_DIM, NUM_KV_HEADS, GROUP = (tl.constexpr(i) for i in range(3))
 
 
@@ -70,8 +70,16 @@ def scale_block(
     if L[KIND] == CHANNEL:
         HINT: tl.constexpr = 16 if H[HEAD_DIM] % 8 == 0 else 2
         offsets = ((local // GROUP) * H[NUM_KV_HEADS] + head) * (H[HEAD_DIM] * 2)
-        rows = row_pointers(base, offsets, tl.float16, HINT)
-        out = dense_block(rows, FIRST, inside, tl.float16, WIDTH, BLOCK).to(tl.float32)
+        # consecutive keys that surely share scales, which are read once
+        SPAN: tl.constexpr = L[SHARING]
+        places = tl.max(tl.reshape(base + offsets, [BLOCK_N // SPAN, SPAN]), 1)
+        any_inside = tl.max(tl.reshape(inside.to(tl.int32), [BLOCK_N // SPAN, SPAN]), 1) > 0
+        rows = row_pointers(places, 0, tl.float16, HINT)
+        dims = tl.arange(0, BLOCK)
+        mask = any_inside[:, None] & (dims < WIDTH)[None, :]
+        few = tl.load(rows[:, None] + FIRST + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        spread = tl.broadcast_to(few[:, None, :], [BLOCK_N // SPAN, SPAN, BLOCK])
+        out = tl.reshape(spread, [BLOCK_N, BLOCK])
     else:
         row = (base + (local * H[NUM_KV_HEADS] + head) * (NUM_GROUPS * 2)).to(tl.pointer_type(tl.float16))
         if FIRST // GROUP == (FIRST + WIDTH - 1) // GROUP:
