@@ -145,6 +145,7 @@ class LayerCache:
         if not segments:
             return count
         first, num_chunks = segments[0], sum(one.num_chunks for one in segments)
+        num_chunks -= len(self.outliers.get("chunks", ()))
         chosen = min(self.kit.recipe.retrieval.selected_chunks(self.kit.num_prompt_tokens), num_chunks)
         of_chunk = first.key_reader.chunk_nbytes + first.value_reader.chunk_nbytes
         count += chosen * self.kit.shape.num_kv_heads * of_chunk + first.basis_nbytes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from ..errors import InvalidRecipe
 from .codec_slots import Specs, TensorSpec
-from .filling import Filling, as_float, check_choice, check_int, check_rate
+from .filling import Filling, as_float, check_choice, check_int, check_rate, shown
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .retrieval import Retrieval
@@ -77,6 +78,9 @@ class ChunkLandmarks(RetrievalFilling):
         check_int("recipe.retrieval.budget_tokens", self.budget_tokens, 1, 1 << 20)
         check_rate("recipe.retrieval.budget_rate", self.budget_rate)
         check_choice("recipe.retrieval.landmark_bits", self.landmark_bits, (16, 8))
+        if self.chunk == 1 and self.outliers:
+            # every landmark is its row, so rounding alone would say which describe theirs worst
+            raise InvalidRecipe("recipe.retrieval.outliers", shown(self.outliers), "0 where chunk is 1")
         as_float(self, "budget_rate")
 
     def selected_chunks(self, num_tokens: int) -> int:

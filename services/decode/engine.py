@@ -22,6 +22,7 @@ from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceErro
 from ...models.model import Model
 from ...models.sampling import PromptIds, Sampled, SamplerState, sample_rows
 from ..model_shape import model_shape
+from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, TokensEvent
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
@@ -37,54 +38,6 @@ __all__ = [
     "OpenedEvent",
     "TokensEvent",
 ]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a request."""
-
-    request_id: str
-    epoch: int
-
-
-@dataclass(frozen=True)
-class OpenedEvent(Event):
-    """Its memory is reserved: layers may come."""
-
-
-@dataclass(frozen=True)
-class TokensEvent(Event):
-    """New tokens of a choice. The last one's `finish_reason` says whether the choice has ended.
-
-    Attributes:
-        first_index: index of sampled[0] among the choice's emitted tokens.
-    """
-
-    choice: int
-    first_index: int
-    sampled: tuple[Sampled, ...]
-
-
-@dataclass(frozen=True)
-class FinishedEvent(Event):
-    """Every choice has ended and the request's memory is free.
-
-    Attributes:
-        resident_bytes: the most that its caches held when a choice ended, what choices share counted once.
-        bytes_read: bytes of cache that attention read, over all choices and steps.
-        steps: decode steps, over all choices.
-    """
-
-    resident_bytes: int
-    bytes_read: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class FailedEvent(Event):
-    """The request has failed or was cancelled, and its memory is free."""
-
-    error: KvsluiceError
 
 
 class DecodeEngine:

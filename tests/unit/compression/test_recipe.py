@@ -128,6 +128,7 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"retrieval": {"kind": "chunks", "chunk": 3}}, "recipe.retrieval.chunk", "1, 2, 4, 8, 16"),
     ({"retrieval": {"kind": "chunks", "budget_rate": 0}}, "recipe.retrieval.budget_rate", "above 0"),
+    ({"retrieval": {"kind": "chunks", "chunk": 1}}, "recipe.retrieval.outliers", "0 where chunk is 1"),
     ({"retrieval": {"kind": "chunks", "budget_tokens": 0}}, "recipe.retrieval.budget_tokens", "1 to"),
     ({"retrieval": {"kind": "chunks", "landmark_bits": 4}}, "recipe.retrieval.landmark_bits", "16, 8"),
     ({"retrieval": {"kind": "chunks"}, "propagation": {"kind": "tsp"}}, "recipe.propagation.chunk_aligned", "true"),
