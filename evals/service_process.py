@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 READINESS = "kvsluice.v1.Generation"
+_SERVING = re.compile(r"^kvsluice: serving .* on (?P<address>\S+) \(", re.MULTILINE)
 
 
 class ServiceFailed(RuntimeError):
@@ -41,14 +42,7 @@ class ServiceProcess:
     log: Path
 
     def log_tail(self, num_chars: int = 4000) -> str:
-        return self.log.read_text(errors="replace")[-num_chars:]
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        return _tail(self.log, num_chars)
 
 
 def is_ready(address: str, timeout_s: float = 2.0) -> bool:
@@ -62,14 +56,22 @@ def is_ready(address: str, timeout_s: float = 2.0) -> bool:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _await_ready(service: ServiceProcess, timeout_s: float) -> None:
+def _await(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> ServiceProcess:
+    """The service as soon as it has said where it listens and takes requests there."""
     deadline = time.monotonic() + timeout_s
-    while not is_ready(service.address):
-        if service.process.poll() is not None:
-            raise ServiceFailed(f"the service ended with status {service.process.returncode}:\n{service.log_tail()}")
+    while True:
+        said = _SERVING.search(log.read_text(errors="replace"))
+        if said is not None and is_ready(said["address"]):
+            return ServiceProcess(said["address"], process, log)
+        if process.poll() is not None:
+            raise ServiceFailed(f"the service ended with status {process.returncode}:\n{_tail(log)}")
         if time.monotonic() > deadline:
-            raise ServiceFailed(f"the service was not ready after {timeout_s:.0f} s:\n{service.log_tail()}")
+            raise ServiceFailed(f"the service was not ready after {timeout_s:.0f} s:\n{_tail(log)}")
         time.sleep(0.2)
+
+
+def _tail(log: Path, num_chars: int = 4000) -> str:
+    return log.read_text(errors="replace")[-num_chars:]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -87,25 +89,23 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def running_service(*arguments: str, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[ServiceProcess]:
     """Run `kvsluice serve ARGUMENTS` on a free port of this machine for the length of the `with` block.
 
+    The service chooses its port itself: one that is only looked up here could be taken until it listens.
+
     Raises:
         ServiceFailed: it ended, or was not ready in time.
     """
-    address = f"127.0.0.1:{free_port()}"
-    host, port = address.split(":")
     with tempfile.TemporaryDirectory(prefix="kvsluice-") as folder:
         log = Path(folder) / "serve.log"
         command: Sequence[str] = (sys.executable, "-P", "-m", "kvsluice.services.cli", "serve")
         with log.open("wb") as sink:
             process = subprocess.Popen(  # noqa: S603 - the project's own command
-                [*command, "--host", host, "--port", port, *arguments],
+                [*command, "--host", "127.0.0.1", "--port", "0", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        service = ServiceProcess(address, process, log)
         try:
-            _await_ready(service, start_timeout_s)
-            yield service
+            yield _await(process, log, start_timeout_s)
         finally:
             _stop(process)

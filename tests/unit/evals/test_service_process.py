@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import socket
 
 import pytest
 from rich.console import Console
 
 from kvsluice.evals import demo, service_process
-from kvsluice.evals.service_process import ServiceFailed, free_port, is_ready, running_service
+from kvsluice.evals.service_process import ServiceFailed, is_ready, running_service
 
 
 def test_a_service_that_cannot_start_tells_why():
@@ -17,7 +18,9 @@ def test_a_service_that_cannot_start_tells_why():
 
 
 def test_nothing_is_ready_where_nothing_listens():
-    assert not is_ready(f"127.0.0.1:{free_port()}", timeout_s=0.5)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # taken and not listened on, so that nobody else can
+        assert not is_ready(f"127.0.0.1:{held.getsockname()[1]}", timeout_s=0.5)
 
 
 def test_a_service_that_is_never_ready_is_stopped(monkeypatch):
