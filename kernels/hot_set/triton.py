@@ -1,0 +1,165 @@
+"""Kernels of the hot set: which slots the chosen chunks have or get, and the copy of those that are missing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .op import HotBuffers
+from .records import HotKey
+
+# fields of a row of the table
+PAGES, PAGE_CHUNKS, NUM_CHUNKS, SLOTS, HELD, USED, NUM_SLOTS, ROWS = (tl.constexpr(i) for i in range(8))
+FIELDS: tl.constexpr = tl.constexpr(10)
+HOT_ADDRESSES = (0, 3, 4, 5, 7, 8, 9)
+OLDEST: tl.constexpr = tl.constexpr(254)
+
+FETCH_BYTES = 8192  # a program
+
+
+@triton.jit
+def _victims(used, num_slots, clock, wanted, BLOCK_S: tl.constexpr):
+    """Bool [BLOCK_S]: the `wanted` slots that have not been used for longest, and which place each of them takes.
+
+    The age that as many slots reach as are wanted is found two bits a pass. Slots of this step have age 0, and there
+    are enough of others."""
+    slots = tl.arange(0, BLOCK_S)
+    last = tl.load(used + slots, mask=slots < num_slots, other=0)
+    ages = tl.where(last < 0, OLDEST + 1, tl.minimum(clock - last, OLDEST))
+    ages = tl.where(slots < num_slots, ages, -1)
+    least = 0
+    for shift in tl.static_range(0, 4):
+        step = 64 >> (2 * shift)
+        reached = (tl.sum((ages >= least + step).to(tl.int32), 0) >= wanted).to(tl.int32)
+        reached += (tl.sum((ages >= least + 2 * step).to(tl.int32), 0) >= wanted).to(tl.int32)
+        reached += (tl.sum((ages >= least + 3 * step).to(tl.int32), 0) >= wanted).to(tl.int32)
+        least += step * reached
+    older, tied = ages > least, ages == least
+    left = wanted - tl.sum(older.to(tl.int32), 0)
+    take = older | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= left))
+    return take, tl.cumsum(take.to(tl.int32), 0) - 1
+
+
+@triton.jit(do_not_specialize=["most_chosen"])
+def place_chunks(
+    table_ptr, chosen_ptr, counts_ptr, places_ptr, moves_ptr, num_moves_ptr, totals_ptr, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, COUNTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows, KV heads. Shapes: see `op.fetch_chosen`."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, pair = table_ptr + row * FIELDS, row * NUM_KV_HEADS + head
+    num_slots = tl.load(at + NUM_SLOTS)
+    if num_slots == 0:
+        tl.store(num_moves_ptr + pair, 0)
+        return
+    slot_of = tl.load(at + SLOTS).to(tl.pointer_type(tl.int16)) + head
+    held = tl.load(at + HELD).to(tl.pointer_type(tl.int32)) + head * num_slots
+    used = tl.load(at + USED).to(tl.pointer_type(tl.int32)) + head * (num_slots + 1)
+    clock = tl.load(used + num_slots) + 1
+    entry = tl.arange(0, BLOCK_K)
+    places, new_chunks = places_ptr + pair * most_chosen, moves_ptr + pair * 2 * most_chosen
+    new_slots = new_chunks + most_chosen
+    given = entry < tl.load(counts_ptr + pair)
+    chunk = tl.load(chosen_ptr + pair * most_chosen + entry, mask=given, other=0).to(tl.int64)
+    mine = given & (chunk < tl.load(at + NUM_CHUNKS))
+    slot = tl.load(slot_of + chunk * NUM_KV_HEADS, mask=mine, other=-1).to(tl.int32)
+    here, missing = mine & (slot >= 0), mine & (slot < 0)
+    num_missing = tl.sum(missing.to(tl.int32), 0)
+    tl.store(num_moves_ptr + pair, num_missing)
+    tl.store(places + entry, slot, mask=here)
+    tl.store(used + slot, clock, mask=here)
+    tl.debug_barrier()  # what one thread has written others read
+    take, place = _victims(used, num_slots, clock, num_missing, BLOCK_S)
+    slots = tl.arange(0, BLOCK_S)
+    old = tl.load(held + slots, mask=take, other=-1).to(tl.int64)
+    tl.store(slot_of + old * NUM_KV_HEADS, tl.full([BLOCK_S], -1, tl.int16), mask=take & (old >= 0))
+    tl.store(new_slots + place, slots, mask=take)
+    tl.debug_barrier()
+    order = tl.cumsum(missing.to(tl.int32), 0) - 1
+    taken = tl.load(new_slots + order, mask=missing, other=0)
+    tl.store(new_chunks + order, chunk.to(tl.int32), mask=missing)
+    tl.store(places + entry, taken, mask=missing)
+    tl.store(slot_of + chunk * NUM_KV_HEADS, taken.to(tl.int16), mask=missing)
+    tl.store(held + taken, chunk.to(tl.int32), mask=missing)
+    tl.store(used + taken, clock, mask=missing)
+    tl.store(used + num_slots, clock)
+    if COUNTS:
+        tl.atomic_add(totals_ptr, tl.sum(mine.to(tl.int64), 0))
+        tl.atomic_add(totals_ptr + 1, num_missing.to(tl.int64))
+
+
+@triton.jit
+def _store_rows(
+    data, units, real, slot, head, base, BEGIN: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The part of records that begins at BEGIN, CHUNK rows of WIDTH units of 2 bytes each, to its tensor."""
+    local = units - BEGIN
+    mask = real[:, None] & ((local >= 0) & (local < CHUNK * WIDTH))[None, :]
+    row = slot[:, None].to(tl.int64) * CHUNK + (local // WIDTH)[None, :]
+    places = (row * NUM_KV_HEADS + head) * WIDTH + (local % WIDTH)[None, :]
+    tl.store(base.to(tl.pointer_type(tl.int16)) + places, data, mask=mask)
+
+
+@triton.jit(do_not_specialize=["most_chosen"])
+def fetch_chunks(
+    table_ptr, moves_ptr, num_moves_ptr, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, WIDTHS: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Copy records from host memory to their slots. Grid: rows, KV heads, blocks of moves. Units are 2 bytes; WIDTHS
+    are those of a row of each tensor, 0 for tensors that are not there."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pair, first = row * NUM_KV_HEADS + head, tl.program_id(2) * BLOCK_M
+    num_moves = tl.load(num_moves_ptr + pair)
+    if first >= num_moves:
+        return
+    at = table_ptr + row * FIELDS
+    move, units = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_U)
+    real = move < num_moves
+    chunk = tl.load(moves_ptr + pair * 2 * most_chosen + move, mask=real, other=0).to(tl.int64)
+    slot = tl.load(moves_ptr + (pair * 2 + 1) * most_chosen + move, mask=real, other=0)
+    page_chunks = tl.load(at + PAGE_CHUNKS)
+    pages = tl.load(at + PAGES).to(tl.pointer_type(tl.int64))
+    page = tl.load(pages + chunk // page_chunks, mask=real, other=0)
+    place = ((chunk % page_chunks) * NUM_KV_HEADS + head) * (UNITS * 2)
+    records = tl.multiple_of((page + place).to(tl.pointer_type(tl.int16)), 16)
+    data = tl.load(records[:, None] + units[None, :], mask=real[:, None] & (units < UNITS)[None, :], other=0)
+    begin_1: tl.constexpr = CHUNK * WIDTHS[0]
+    begin_2: tl.constexpr = begin_1 + CHUNK * WIDTHS[1]
+    _store_rows(data, units, real, slot, head, tl.load(at + ROWS), 0, WIDTHS[0], CHUNK, NUM_KV_HEADS)
+    if WIDTHS[1] > 0:
+        _store_rows(data, units, real, slot, head, tl.load(at + ROWS + 1), begin_1, WIDTHS[1], CHUNK, NUM_KV_HEADS)
+    if WIDTHS[2] > 0:
+        _store_rows(data, units, real, slot, head, tl.load(at + ROWS + 2), begin_2, WIDTHS[2], CHUNK, NUM_KV_HEADS)
+
+
+def fetch(
+    key: HotKey,
+    table: Tensor,
+    chosen: Tensor,
+    counts: Tensor,
+    places: Tensor,
+    totals: Tensor | None,
+    most_slots: int,
+    buffers: HotBuffers,
+) -> None:
+    """See `op.fetch_chosen`."""
+    num_rows, num_kv_heads, most = chosen.shape
+    widths = tuple(nbytes // 2 for nbytes in key.row_nbytes)
+    units = key.record_nbytes // 2
+    block_u, block_s = triton.next_power_of_2(units), triton.next_power_of_2(most_slots)
+    moves = max(1, FETCH_BYTES // (2 * block_u))
+    with torch.cuda.device_of(chosen):
+        place_chunks[(num_rows, num_kv_heads)](
+            table, chosen, counts, places, buffers.moves, buffers.num_moves, counts if totals is None else totals, most,
+            NUM_KV_HEADS=num_kv_heads, COUNTS=totals is not None, BLOCK_K=triton.next_power_of_2(most),
+            BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 256)),
+        )  # fmt: skip
+        fetch_chunks[(num_rows, num_kv_heads, triton.cdiv(most, moves))](
+            table, buffers.moves, buffers.num_moves, most,
+            NUM_KV_HEADS=num_kv_heads, CHUNK=key.chunk, WIDTHS=(*widths, 0, 0)[:3], UNITS=units,
+            BLOCK_M=moves, BLOCK_U=block_u, num_warps=4,
+        )  # fmt: skip
