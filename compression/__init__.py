@@ -1,9 +1,9 @@
 """What becomes of a request's KV cache: recipes, and the torch code that carries them out.
 
     recipe.py     the public, torch-free side: Recipe, resolve, the names
-      spec · filling · slots · codec_slots · layout · resolve · registry · recipes/
+      spec · filling · slots · codec_slots · layout · placement · resolve · registry · recipes/
     interfaces.py what the engines know: LayerObs, EncodedLayer, Compressor, SequenceCache
-      compressor · propagation · scoring · budgets · codecs · lowrank · retrieval · cache · segment · sizes
+      compressor · propagation · scoring · budgets · codecs · lowrank · retrieval · cache · segment · host_values · sizes
 
 The functions below load torch when they are first asked for, so that a process which only validates requests
 can import `compression.recipe` without it.
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import make_cache
     from .compressor import make_compressor
-    from .sizes import bound_nbytes
+    from .sizes import bound_nbytes, host_pages
 
-__all__ = ["bound_nbytes", "make_cache", "make_compressor"]
+__all__ = ["bound_nbytes", "host_pages", "make_cache", "make_compressor"]
 
-_HOMES = {"make_compressor": "compressor", "make_cache": "cache", "bound_nbytes": "sizes"}
+_HOMES = {"make_compressor": "compressor", "make_cache": "cache", "bound_nbytes": "sizes", "host_pages": "sizes"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import FrameMismatch
 from ..kernels.step_attention import View
 from .codecs import compact
-from .interfaces import EncodedLayer, Part, ReadCounter, Rope, SequenceCache
+from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
 from .segment import Kit
@@ -19,12 +19,15 @@ from .views import layer_view
 _NATIVE = ("float32", "bfloat16", "float16")
 
 
-def make_cache(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope) -> SequenceCache:
+def make_cache(
+    recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope, host: PageSource | None = None
+) -> SequenceCache:
     """An empty cache for a prompt of `num_prompt_tokens`; layers are added as they arrive.
 
     Args:
         recipe: resolved for the model and the prompt's length.
         rope: the prompt's rotation.
+        host: host memory for values that need not lie on the device (`placement`); None = all do.
     """
     kit = Kit(
         recipe=recipe,
@@ -32,6 +35,7 @@ def make_cache(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: 
         rope=rope,
         num_prompt_tokens=num_prompt_tokens,
         retrieval=recipe.retrieval.build(),
+        host=host,
     )
     return RecipeCache(kit)
 
@@ -136,12 +140,16 @@ class RecipeCache:
         return storage_nbytes((*waiting, *(t for layer in self._layers.values() for t in layer.shared_tensors())))
 
     def own_nbytes(self) -> int:
-        """Bytes of the tail, spare capacity included, and of blocks sealed here."""
+        """Bytes of the tail, spare capacity included, of blocks sealed here and of hot sets."""
         return storage_nbytes(t for layer in self._layers.values() for t in layer.own_tensors())
 
     def nbytes(self) -> int:
         """See `SequenceCache`."""
         return self.shared_nbytes() + self.own_nbytes()
+
+    def host_nbytes(self) -> int:
+        """See `SequenceCache`."""
+        return sum(layer.host_nbytes for layer in self._layers.values())
 
 
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:

@@ -49,6 +49,7 @@ class CodecFilling(Filling):
         head_shared: one stored row serves all KV heads, so heads cannot keep different rows.
         keys_only: it makes no sense for values.
         wants_query_peak: it scales by the largest query of every channel.
+        by_row: a row of a KV head is packed by itself, in tensors [n, Hkv, …] that share nothing.
     """
 
     domain: ClassVar[str] = "post_rope"
@@ -60,6 +61,10 @@ class CodecFilling(Filling):
 
     @property
     def wants_query_peak(self) -> bool:
+        return False
+
+    @property
+    def by_row(self) -> bool:
         return False
 
     @property
@@ -98,6 +103,10 @@ class Native(CodecFilling):
     slot = ("key_codec", "value_codec")
     kind = "native"
 
+    @property
+    def by_row(self) -> bool:
+        return True
+
     def build(self) -> Codec:
         from .codecs import DenseCodec
 
@@ -118,6 +127,10 @@ class Dense(CodecFilling):
 
     def __post_init__(self) -> None:
         check_choice("recipe.codec.dtype", self.dtype, ("bfloat16", "float16", "float32"))
+
+    @property
+    def by_row(self) -> bool:
+        return True
 
     def build(self) -> Codec:
         from .codecs import DenseCodec
@@ -165,6 +178,10 @@ class Affine(CodecFilling):
     @property
     def wants_query_peak(self) -> bool:
         return self.balanced
+
+    @property
+    def by_row(self) -> bool:
+        return self.axis == "token" and not self.balanced
 
     def basis_specs(self, num_kv_heads: int, head_dim: int) -> Specs:
         return {"balance": TensorSpec("float32", (1, num_kv_heads, head_dim))} if self.balanced else {}

@@ -96,6 +96,28 @@ class ReadCounter:
     bytes_read: int = 0
 
 
+class HeldPages(Protocol):
+    """Pages of host memory; they go back to where they came from when the object is dropped.
+
+    Attributes:
+        views: uint8 [page_nbytes] each, pinned where a GPU reads them.
+    """
+
+    views: tuple[Tensor, ...]
+
+
+class PageSource(Protocol):
+    """Host memory in pages of one size, which admission has reserved.
+
+    Attributes:
+        page_nbytes: a multiple of 16.
+    """
+
+    page_nbytes: int
+
+    def take(self, num_pages: int) -> HeldPages: ...
+
+
 class SequenceCache(Protocol):
     """The KV of one choice of one sequence on a decode worker, all layers. Built from `EncodedLayer`s.
 
@@ -154,5 +176,9 @@ class SequenceCache(Protocol):
     def shared_nbytes(self) -> int: ...
     def own_nbytes(self) -> int: ...
     def nbytes(self) -> int:
-        """Bytes really held, metadata included (shared + own)."""
+        """Bytes really held on the device, metadata included (shared + own)."""
+        ...
+
+    def host_nbytes(self) -> int:
+        """Bytes of pages held in host memory; forks share them."""
         ...

@@ -12,8 +12,10 @@ from ..kernels.sparse_reconstruct import sparse_attention
 from .budgets import others
 from .codec_slots import CodecFilling
 from .codecs import owned
+from .host_values import HostReader, HostValues, HotChunks
 from .interfaces import EncodedLayer, Part, ReadCounter
 from .layout import basis_name, grown_tier, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .placement import host_placement
 from .segment import Kit, Packing, Segment, Tail
 from .spec import Tier
 
@@ -56,6 +58,8 @@ class LayerCache:
     [ sinks | base: sealed prompt rows | grown: blocks sealed here | tail ]    outliers: exact copies of base chunks
       shared between the forks of a prompt    own                    own         shared
 
+    The values of `base` may lie in host memory; each choice then has a hot set of them (`placement`).
+
     Where evicted rows are demoted, base and demoted rows lie between each other, and blocks are sealed as demoted ones.
 
     Args:
@@ -83,6 +87,8 @@ class LayerCache:
         self.base: Segment | None = None
         self.demoted: Segment | None = None
         self.grown: Segment | None = None
+        self.hot: HotChunks | None = None
+        self._host: HostValues | None = None
         self._prepared: Segment | None = None  # the next block of `grown`
         if at.num_sealed:
             positions = tensors.get(Part.POSITIONS, {})
@@ -93,6 +99,7 @@ class LayerCache:
                 rest = others(index.long() - at.num_sinks, at.num_sealed + at.num_demoted) + at.num_sinks
                 rest = owned(rest, torch.int32)
                 self.demoted = self._prompt_segment(1, at.num_demoted, at.num_sinks, tensors, rest, None)
+            self._offload(self.base, layer)
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
         self.tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 
@@ -112,6 +119,24 @@ class LayerCache:
             assert lead.base is not None, "layers of a group hold the same rows"
             keys, values = keys or lead.base.keys, values or lead.base.values
         return Segment(self.kit, self._packings[tier], keys, values, num_rows, begin, index)
+
+    def _offload(self, base: Segment, layer: int) -> None:
+        """Move the values of the prompt to host memory, where they may lie there."""
+        kit = self.kit
+        if kit.host is None:
+            return
+        native = str(next(iter(base.values.values())).dtype).removeprefix("torch.")
+        place = host_placement(kit.recipe, kit.shape, kit.num_prompt_tokens, layer, native, kit.host.page_nbytes)
+        if place is not None:
+            codec, dim = self._packings[0].value_codec, kit.shape.head_dim
+            self._host = HostValues(base.values, kit.recipe.retrieval.chunk, place, kit.host)
+            base.move_values(HostReader(self._host, codec, dim))
+            self.hot = HotChunks(self._host, codec, dim)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that the values lie in."""
+        return 0 if self._host is None else self._host.host_nbytes
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""
@@ -191,6 +216,7 @@ class LayerCache:
         twin.__dict__.update(self.__dict__)
         twin.grown = None if self.grown is None else self.grown.copy()
         twin.tail = self.tail.copy()
+        twin.hot = None if self.hot is None else self.hot.cold()
         twin._prepared = None
         return twin
 
@@ -203,9 +229,13 @@ class LayerCache:
         for segment in (self.base, self.demoted):
             if segment is not None:
                 yield from segment.tensors()
+        if self._host is not None:
+            yield self._host.pages
 
     def own_tensors(self) -> Iterator[Tensor]:
-        """What this choice appended, and its copy of the prompt's tail."""
+        """What this choice appended, its copy of the prompt's tail and its hot set."""
+        if self.hot is not None:
+            yield from self.hot.tensors()
         if self.grown is not None:
             yield from self.grown.tensors()
         if self._prepared is not None:

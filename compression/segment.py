@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.dispatch import block_rows
 from ..kernels.sparse_reconstruct import ChunkSegment
 from .codecs import Codec, Reader
-from .interfaces import Rope
+from .interfaces import PageSource, Rope
 from .retrieval import Retrieval
 from .spec import ModelShape, Recipe
 
@@ -21,13 +21,18 @@ _SUMMARY_ROWS = 1024  # rows decoded at once when landmarks are built
 
 @dataclass(frozen=True)
 class Kit:
-    """What all layers of one sequence share: the recipe at work and the sequence's rotation."""
+    """What all layers of one sequence share: the recipe at work and the sequence's rotation.
+
+    Attributes:
+        host: where values may lie instead of on the device.
+    """
 
     recipe: Recipe
     shape: ModelShape
     rope: Rope
     num_prompt_tokens: int
     retrieval: Retrieval | None
+    host: PageSource | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,10 @@ class Segment:
         return ChunkSegment(
             self.key_reader, self.value_reader, self.num_chunks, self.chunk_positions, self._packing.rope
         )
+
+    def move_values(self, reader: Reader) -> None:
+        """Let go of the values, which `reader` reads from elsewhere."""
+        self.values, self.value_reader = {}, reader
 
     def extend(self, other: Segment) -> None:
         """Take over the rows of a segment that follows this one."""

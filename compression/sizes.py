@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .codec_slots import Specs
 from .layout import Part, grown_tier, layer_layout, layer_specs, sealed_end
+from .placement import Placement, host_placement
 from .segment import TAIL_ROWS
 from .spec import ModelShape, Recipe
 
@@ -11,23 +12,40 @@ _NATIVE = {2: "bfloat16", 4: "float32"}
 
 
 def bound_nbytes(
-    recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, num_new: int, num_choices: int, itemsize: int
+    recipe: Recipe,
+    shape: ModelShape,
+    num_prompt_tokens: int,
+    num_new: int,
+    num_choices: int,
+    itemsize: int,
+    page_nbytes: int | None = None,
 ) -> int:
-    """Upper bound of what the caches of a request will ever hold; what admission reserves.
+    """Upper bound of what the caches of a request will ever hold on the device; what admission reserves.
 
     Args:
         num_new: rows that a choice will append, at most.
         num_choices: caches over the same prompt.
         itemsize: bytes of one number in the compute dtype, 2 or 4.
+        page_nbytes: of pages of host memory that values may lie in, None = there are none.
 
     It holds when rows are appended in runs of at most `rows_until_seal`.
     """
     native = _NATIVE[itemsize]
-    return sum(
-        _shared_nbytes(recipe, shape, num_prompt_tokens, layer, native)
-        + num_choices * _own_nbytes(recipe, shape, num_prompt_tokens, layer, num_new, native)
+    total = 0
+    for layer in range(shape.num_layers):
+        place = _placement(recipe, shape, num_prompt_tokens, layer, native, page_nbytes)
+        total += _shared_nbytes(recipe, shape, num_prompt_tokens, layer, native, place)
+        total += num_choices * _own_nbytes(recipe, shape, num_prompt_tokens, layer, num_new, native, place)
+    return total
+
+
+def host_pages(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, itemsize: int, page_nbytes: int) -> int:
+    """Pages of host memory that a prompt takes in all layers; its choices share them."""
+    places = (
+        _placement(recipe, shape, num_prompt_tokens, layer, _NATIVE[itemsize], page_nbytes)
         for layer in range(shape.num_layers)
     )
+    return sum(place.num_pages for place in places if place is not None)
 
 
 def encoded_nbytes(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, itemsize: int) -> int:
@@ -39,8 +57,20 @@ def encoded_nbytes(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, it
     )
 
 
-def _shared_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str) -> int:
+def _placement(
+    recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str, page_nbytes: int | None
+) -> Placement | None:
+    return None if page_nbytes is None else host_placement(recipe, shape, num_tokens, layer, native, page_nbytes)
+
+
+def _shared_nbytes(
+    recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str, place: Placement | None
+) -> int:
     specs = layer_specs(recipe, shape, num_tokens, layer, native)
+    table_nbytes = 0
+    if place is not None:
+        del specs[Part.VALUES]
+        table_nbytes = place.table_nbytes
     tail = specs.pop(Part.TAIL, {})
     sinks = {name: spec for name, spec in tail.items() if name.startswith("sink_")}
     at = layer_layout(recipe, num_tokens, layer)
@@ -49,10 +79,13 @@ def _shared_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: in
     index_width = shape.num_kv_heads if at.per_head else 1
     index_nbytes = 4 * at.num_demoted * index_width
     landmarks = recipe.retrieval.landmark_specs(num_chunks, shape.num_kv_heads, shape.head_dim)
+    index_nbytes += table_nbytes
     return index_nbytes + _nbytes(sinks) + _nbytes(landmarks) + sum(_nbytes(group) for group in specs.values())
 
 
-def _own_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, num_new: int, native: str) -> int:
+def _own_nbytes(
+    recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, num_new: int, native: str, place: Placement | None
+) -> int:
     heads, dim, window = shape.num_kv_heads, shape.head_dim, recipe.window
     begin = sealed_end(recipe, num_tokens, num_tokens)
     num_tail, num_grown = num_tokens - begin + num_new, 0
@@ -69,7 +102,8 @@ def _own_nbytes(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, 
         ]
     capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS
     itemsize = 2 if window.dtype == "bfloat16" or native == "bfloat16" else 4
-    return 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
+    hot_nbytes = 0 if place is None else place.hot_nbytes
+    return hot_nbytes + 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
 
 
 def _nbytes(specs: Specs) -> int:

@@ -54,7 +54,6 @@ def fetch_chosen(
     """
     require(table.shape == (len(chosen), HOT_FIELDS), f"table is {tuple(table.shape)}, not [rows, {HOT_FIELDS}]")
     require(places.shape == chosen.shape, f"places are {tuple(places.shape)}, chosen are {tuple(chosen.shape)}")
-    require(most_slots >= chosen.shape[2], f"{most_slots} slots, {chosen.shape[2]} chunks may be chosen")
     from .triton import fetch
 
     fetch(key, table, chosen, counts, places, totals, most_slots, HotBuffers.like(chosen))
