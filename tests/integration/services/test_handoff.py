@@ -65,9 +65,10 @@ async def test_a_cancelled_prompt_leaves_no_layer_behind(real_fleet, hold, until
     stream = real_fleet.client.stream(prompt(200), request_id="gone", max_tokens=4)
     await until(lambda: len(started(real_fleet, "gone")) == MAX_LAYERS)
     (running,) = real_fleet.prefill._running.values()
-    layers = [weakref.ref(item[0]) for item in running.sink._layers._queue]
-    assert layers
-    del running
+    queue = running.sink._layers
+    await until(queue.qsize)  # a layer has started before it is given on
+    layers = [weakref.ref(item[0]) for item in queue._queue]
+    del running, queue
     assert await real_fleet.client.cancel("gone")
     with pytest.raises(KvsluiceError):
         async for _ in stream:
