@@ -3,7 +3,8 @@
     recipe.py     the public, torch-free side: Recipe, resolve, the names
       spec · filling · slots · codec_slots · layout · placement · resolve · registry · recipes/
     interfaces.py what the engines know: LayerObs, EncodedLayer, Compressor, SequenceCache
-      compressor · propagation · scoring · budgets · codecs · lowrank · retrieval · cache · segment · host_values · sizes
+      compressor · propagation · scoring · budgets · codecs · lowrank · retrieval
+      cache · layer_cache · segment · host_values · views · sizes
 
 The functions below load torch when they are first asked for, so that a process which only validates requests
 can import `compression.recipe` without it.

@@ -53,7 +53,7 @@ class HostValues:
         at, head, nbytes = chunks.cpu(), heads.cpu(), self.records.key.record_nbytes
         found = torch.empty(len(at), nbytes, dtype=torch.uint8)
         pages = at // self.place.page_chunks
-        for page in pages.unique().tolist():
+        for page in sorted(set(pages.tolist())):
             here = pages == page
             shape = (self.place.page_chunks, self.num_kv_heads, nbytes)
             records = self._held.views[page][: shape[0] * shape[1] * shape[2]].view(shape)

@@ -85,9 +85,8 @@ def test_slots_hold_what_was_chosen_and_the_oldest_make_room(kind, chunk, device
             assert places[row, head, : len(chunks)].tolist() == slots
             wanted, fetched = wanted + len(chunks), fetched + len(missing)
             for index, slot in zip(chunks, slots, strict=True):
-                assert sequence.chunk_bytes(sequence.hot, head, slot) == sequence.chunk_bytes(
-                    sequence.rows, head, index
-                )
+                want = sequence.chunk_bytes(sequence.rows, head, index)
+                assert sequence.chunk_bytes(sequence.hot, head, slot) == want
     assert totals.tolist() == [wanted, fetched]
     for sequence in sequences:
         assert sequence.view.held.tolist() == [head.held for head in sequence.heads]
