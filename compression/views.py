@@ -14,6 +14,7 @@ from .layout import sinks_are_unrotated
 from .segment import Segment, Tail
 
 if TYPE_CHECKING:
+    from .host_values import HotChunks
     from .layer_cache import LayerCache
 
 
@@ -46,10 +47,10 @@ def dense(rows: Tensor) -> Packed:
     return Packed(Layout("dense", dtype=rows.dtype), (rows,))
 
 
-def _region(segment: Segment) -> Region:
+def _region(segment: Segment, hot: HotChunks | None = None) -> Region:
     return Region(
         segment.key_reader.packed(),
-        segment.value_reader.packed(),
+        segment.value_reader.packed() if hot is None else hot.packed,
         segment.num_rows,
         segment.begin,
         segment.index,
@@ -82,10 +83,12 @@ def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
         landmarks.append(segment.summary.get("means", segment.summary.get("codes", torch.empty(0))))
         if "scale" in segment.summary:
             scales.append(segment.summary["scale"])
+    regions = [_region(segment, layer.hot if segment is layer.base else None) for segment in segments]
     return Chunks(
-        segments=tuple(_region(segment) for segment in segments),
+        segments=tuple(regions),
         landmarks=tuple(landmarks),
         scales=tuple(scales),
         num_chosen=kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens),
         hidden=layer.outliers.get("chunks"),
+        hot=None if layer.hot is None else layer.hot.view(),
     )

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +82,17 @@ STEPS = {
 }
 WINDOW = 1024
 QUICK = {  # every kernel, every packing and every dtype once
-    "llama-3.1-8b": ("rows", "attention", "landmarks", "packing", "sparse", "kivi-2bit", "fp8", "sluice-lowrank8"),
+    "llama-3.1-8b": (
+        "rows",
+        "attention",
+        "landmarks",
+        "packing",
+        "sparse",
+        "kivi-2bit",
+        "fp8",
+        "sluice-lowrank8",
+        "sluice host",
+    ),
     "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window"),
     "phi-3-mini": ("attention", "sluice-fp8"),
     "llama-3.1-8b fp32": ("attention", "landmarks", "exact"),
@@ -97,6 +108,8 @@ def cases(quick: bool) -> Iterator[Case]:
         for name in STEPS:
             actions[name] = partial(step, shape, name, None)
             actions[f"{name} window"] = partial(step, shape, name, WINDOW)
+        for name in ("sluice", "shadowkv"):
+            actions[f"{name} host"] = partial(step, shape, name, None, Host())
         for name in QUICK[shape.name] if quick else actions:
             yield f"{shape.name} {name}", actions[name]
 
@@ -167,17 +180,34 @@ def sparse(shape: Shape) -> None:
     attention_partial(shape.zeros(2, shape.num_heads, d), k, k, at, at[:, 0, 0], valid=at == 0)
 
 
-def step(shape: Shape, name: str, window: int | None) -> None:
-    """A decode step's attention over the caches of two sequences."""
+class Pages(NamedTuple):
+    """See `HeldPages`."""
+
+    views: tuple[Tensor, ...]
+
+
+class Host:
+    """Host memory without a bound."""
+
+    page_nbytes = 1 << 20
+
+    def take(self, num_pages: int) -> Pages:
+        return Pages((torch.zeros(self.page_nbytes, dtype=torch.uint8),) * num_pages)
+
+
+def step(shape: Shape, name: str, window: int | None, host: Host | None = None) -> None:
+    """A decode step's attention over the caches of two sequences, whose values may lie in host memory."""
     base, slots = STEPS[name]
     sizes = ModelShape(NUM_LAYERS, shape.num_heads, shape.num_kv_heads, shape.head_dim, 1 << 30, (window,) * NUM_LAYERS)
     resolved = resolve(get_recipe(base, slots), sizes, NUM_TOKENS, {"tsp_layer": 0, "fastkv_layer": 0, "tsp_rate": 0.3})
     assert resolved.fallback_reason is None, f"{name}: {resolved.fallback_reason}"
-    cache = _cache(shape, resolved.recipe, sizes)
+    cache = _cache(shape, resolved.recipe, sizes, host)
+    assert (cache.host_nbytes() > 0) == (host is not None)
     views = cache.views()
     assert serves(views, shape.head_dim), f"{name} is not served"
     tables = step_tables([sequence_block(views)] * 2).padded(4)
-    attend = StepAttention(tables, shape.num_kv_heads, torch.zeros(shape.head_dim // 2), 1.0)
+    counts = torch.zeros(2, dtype=torch.int64)
+    attend = StepAttention(tables, shape.num_kv_heads, torch.zeros(shape.head_dim // 2), 1.0, hot_counts=counts)
     q = shape.zeros(4, shape.num_heads, shape.head_dim)
     fused = shape.zeros(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
     k_pre, v = fused[:, shape.num_heads : -shape.num_kv_heads], fused[:, -shape.num_kv_heads :]
@@ -187,8 +217,8 @@ def step(shape: Shape, name: str, window: int | None) -> None:
         attend.attend(layer, q, at, window)
 
 
-def _cache(shape: Shape, recipe: Recipe, sizes: ModelShape) -> SequenceCache:
-    cache = make_cache(recipe, sizes, NUM_TOKENS, lambda x, positions: x)
+def _cache(shape: Shape, recipe: Recipe, sizes: ModelShape, host: Host | None) -> SequenceCache:
+    cache = make_cache(recipe, sizes, NUM_TOKENS, lambda x, positions: x, host)
     generator = torch.Generator().manual_seed(zlib.crc32(shape.name.encode()))
     layers = SyntheticLayers(recipe, sizes, NUM_TOKENS, shape.dtype, generator)
     for layer in range(NUM_LAYERS):

@@ -55,13 +55,23 @@ class StepAttention:
         num_kv_heads: KV heads of the model.
         frequencies: float32 [d / 2], angles of RoPE by which keys are rotated that are packed before it.
         rope_factor: by which cos and sin are multiplied.
+        hot_counts: int64 [2], grows by the chunks that were wanted from host memory, and by those of them that were
+            not on the device; None = nobody asks.
     """
 
-    def __init__(self, tables: Tables, num_kv_heads: int, frequencies: Tensor, rope_factor: float) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        num_kv_heads: int,
+        frequencies: Tensor,
+        rope_factor: float,
+        hot_counts: Tensor | None = None,
+    ) -> None:
         self.tables = tables
         self._num_kv_heads = num_kv_heads
         self._frequencies = frequencies
         self._rope_factor = rope_factor
+        self._hot_counts = hot_counts
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write each row's keys and values [rows, Hkv, d] (k_pre before RoPE) into its sequence's tail.
@@ -85,5 +95,6 @@ class StepAttention:
         num_rows = self.tables.num_rows
         require(len(q) == num_rows, f"{len(q)} rows, the tables are for {num_rows}")
         return attend(
-            self.tables, layer, q, self._num_kv_heads, positions, self._frequencies, self._rope_factor, window
-        )
+            self.tables, layer, q, self._num_kv_heads, positions, self._frequencies, self._rope_factor, window,
+            self._hot_counts,
+        )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..hot_set import HotView
+
 Kind = Literal["dense", "channel", "token", "float8", "lowrank"]
 
 
@@ -92,6 +94,8 @@ class Chunks:
         scales: of int8 landmarks, [n, Hkv].
         num_chosen: how many chunks a query attends to.
         hidden: int32 [O, Hkv], chunks that are not chosen, as they are attended to anyway; or None.
+        hot: where the first segment's values lie in host memory: its values are then those of the hot set, [slots *
+            chunk, Hkv, …].
     """
 
     segments: tuple[Region, ...]
@@ -99,6 +103,7 @@ class Chunks:
     scales: tuple[Tensor, ...]
     num_chosen: int
     hidden: Tensor | None = None
+    hot: HotView | None = None
 
     @property
     def num_rows(self) -> int:

@@ -9,30 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..hot_set import HOT_FIELDS, HotKey, hot_fields
 from .packed import Chunks, Layout, Packed, Region, View
 
 MIN_SPLIT_KEYS = 256
 MAX_SPLITS = 64
 SPLIT_UNIT = 128
 
-ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 24, 12, 4
+ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 25, 12, 4
 _ROW, _OUT = 0, 7
+Key = TypeVar("Key")
 _IDLE_ITEM = [-1] + [0] * (ITEM_FIELDS - 1)
 
 
 @dataclass(frozen=True)
 class AttendKey:
-    """Items that one launch serves."""
+    """Items that one launch serves.
+
+    Attributes:
+        hot: some layers of the sequence have their values in a hot set; each item says whether its own has.
+    """
 
     keys: Layout
     values: Layout
     chunk: int
     rotates: bool
     chosen: bool
+    hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,18 +60,21 @@ class Block:
     Attributes:
         items: int64 [L, n, ITEM_FIELDS], for row 0; places of partial results count from 0 in every layer.
         choices: int64 [L, 1, CHOICE_FIELDS].
+        hots: int64 [L, 1, HOT_FIELDS].
         tails: int64 [L, 1, TAIL_FIELDS].
         num_items: of all keys together, idle ones included.
-        most_chunks, most_chosen: in any layer.
+        most_chunks, most_chosen, most_hidden, most_slots: in any layer.
     """
 
     items: dict[AttendKey, Tensor] = field(default_factory=dict)
     choices: dict[ChoiceKey, Tensor] = field(default_factory=dict)
+    hots: dict[HotKey, Tensor] = field(default_factory=dict)
     tails: dict[torch.dtype, Tensor] = field(default_factory=dict)
     num_items: int = 0
     most_chunks: int = 0
     most_chosen: int = 0
     most_hidden: int = 0
+    most_slots: int = 0
 
 
 def split_rows(num_rows: int) -> int:
@@ -76,9 +87,15 @@ def sequence_block(views: Sequence[View]) -> Block:
     block = Block()
     items: list[dict[AttendKey, list[list[int]]]] = []
     choices: list[dict[ChoiceKey, list[int]]] = []
+    hots: list[dict[HotKey, list[int]]] = []
+    # one key for all layers: with two, items would lie otherwise than without a hot set, and sums associate otherwise
+    any_hot = any(view.chunks is not None and view.chunks.hot is not None for view in views)
     for view in views:
-        items.append(_layer_items(view))
+        items.append(_layer_items(view, any_hot))
         choices.append({} if view.chunks is None else {_choice_key(view): _choice(view.chunks)})
+        hot = None if view.chunks is None else view.chunks.hot
+        hots.append({} if hot is None else {hot.key: hot_fields(hot)})
+        block.most_slots = max(block.most_slots, 0 if hot is None else hot.num_slots)
         if view.chunks is not None:
             num_chunks = view.chunks.num_rows // view.chunk
             block.most_chunks = max(block.most_chunks, num_chunks)
@@ -92,9 +109,7 @@ def sequence_block(views: Sequence[View]) -> Block:
         table[:, :, _OUT] = torch.arange(block.num_items, block.num_items + most)
         block.num_items += most
         block.items[key] = table
-    for choice in dict.fromkeys(key for layer in choices for key in layer):
-        idle = [0] * CHOICE_FIELDS
-        block.choices[choice] = torch.tensor([[layer.get(choice, idle)] for layer in choices], dtype=torch.int64)
+    block.choices, block.hots = _by_layer(choices, CHOICE_FIELDS), _by_layer(hots, HOT_FIELDS)
     tails = [
         [view.tail.k.data_ptr(), view.tail.v.data_ptr(), view.tail.first, int(view.tail.unrotated)] for view in views
     ]
@@ -102,7 +117,14 @@ def sequence_block(views: Sequence[View]) -> Block:
     return block
 
 
-def _layer_items(view: View) -> dict[AttendKey, list[list[int]]]:
+def _by_layer(layers: Sequence[Mapping[Key, list[int]]], num_fields: int) -> dict[Key, Tensor]:
+    """int64 [L, 1, fields] of every key; zeros for layers that do not have it."""
+    keys = dict.fromkeys(key for layer in layers for key in layer)
+    idle = [0] * num_fields
+    return {key: torch.tensor([[layer.get(key, idle)] for layer in layers], dtype=torch.int64) for key in keys}
+
+
+def _layer_items(view: View, any_hot: bool) -> dict[AttendKey, list[list[int]]]:
     out: dict[AttendKey, list[list[int]]] = {}
     for region in view.regions:
         key = AttendKey(region.keys.layout, region.values.layout, view.chunk, region.rotates, False)
@@ -111,7 +133,7 @@ def _layer_items(view: View) -> dict[AttendKey, list[list[int]]]:
             out.setdefault(key, []).append(_item(region, begin, min(begin + split, region.num_rows)))
     if view.chunks is not None:
         first = view.chunks.segments[0]
-        key = AttendKey(first.keys.layout, first.values.layout, view.chunk, first.rotates, True)
+        key = AttendKey(first.keys.layout, first.values.layout, view.chunk, first.rotates, True, any_hot)
         num_rows = min(view.chunks.num_chosen * view.chunk, view.chunks.num_rows)
         split = split_rows(num_rows)
         for begin in range(0, num_rows, split):
@@ -132,9 +154,11 @@ def _item(region: Region, begin: int, end: int) -> list[int]:
 
 
 def _second(chunks: Chunks) -> list[int]:
-    """The fields of the second segment; the first one's again where there is none, which is never reached."""
+    """The fields of the second segment, or the first one's again where there is none, which is never reached; whether
+    the first one's values are in a hot set."""
     first, second = chunks.segments[0], chunks.segments[-1]
-    return [first.num_rows, second.first, *_addresses(second.keys), *_addresses(second.values)]
+    hot = int(chunks.hot is not None)
+    return [first.num_rows, second.first, *_addresses(second.keys), *_addresses(second.values), hot]
 
 
 def _addresses(packed: Packed) -> list[int]:
@@ -178,20 +202,23 @@ class Tables:
     Attributes:
         items: int64 [L, W, ITEM_FIELDS] by key.
         choices: int64 [L, rows, CHOICE_FIELDS] by key.
+        hots: int64 [L, rows, HOT_FIELDS] by key.
         tails: int64 [L, rows, TAIL_FIELDS] by the dtype of the tails.
         ranges: int64 [rows, 2], every row's first partial result and how many it has.
         num_items: partial results of a layer.
-        most_chunks, most_chosen, most_hidden: of any row.
+        most_chunks, most_chosen, most_hidden, most_slots: of any row.
     """
 
     items: Mapping[AttendKey, Tensor]
     choices: Mapping[ChoiceKey, Tensor]
+    hots: Mapping[HotKey, Tensor]
     tails: Mapping[torch.dtype, Tensor]
     ranges: Tensor
     num_items: int
     most_chunks: int
     most_chosen: int
     most_hidden: int
+    most_slots: int
 
     @property
     def num_rows(self) -> int:
@@ -201,8 +228,8 @@ class Tables:
     def signature(self) -> tuple[object, ...]:
         """What a captured step depends on besides the numbers in the tables."""
         sizes = [(key, table.shape[1]) for key, table in self.items.items()]
-        mosts = (self.num_items, self.most_chunks, self.most_chosen, self.most_hidden)
-        return (self.num_rows, *sizes, *self.choices, *self.tails, *mosts)
+        mosts = (self.num_items, self.most_chunks, self.most_chosen, self.most_hidden, self.most_slots)
+        return (self.num_rows, *sizes, *self.choices, *self.hots, *self.tails, *mosts)
 
     def padded(self, num_rows: int) -> Tables:
         """The same with idle rows and items up to round sizes, so that few different steps have to be captured."""
@@ -222,18 +249,21 @@ class Tables:
             self,
             items={key: more_items(table) for key, table in self.items.items()},
             choices={key: filled(table, num_rows, 0, 0) for key, table in self.choices.items()},
+            hots={key: filled(table, num_rows, 0, 0) for key, table in self.hots.items()},
             tails={key: filled(table, num_rows, -1, 2) for key, table in self.tails.items()},
             ranges=ranges,
             num_items=_round(self.num_items, 64),
             most_chunks=_round(self.most_chunks, 1024) if self.choices else 0,
             most_chosen=_round(self.most_chosen, 64) if self.choices else 0,
             most_hidden=_round(self.most_hidden, 16) if self.most_hidden else 0,
+            most_slots=_round(self.most_slots, 64),
         )
 
     def copy_(self, other: Tables) -> None:
         """Take over the numbers of tables of the same signature."""
         self.ranges.copy_(other.ranges, non_blocking=True)
-        own, new = (self.items, self.choices, self.tails), (other.items, other.choices, other.tails)
+        own = (self.items, self.choices, self.hots, self.tails)
+        new = (other.items, other.choices, other.hots, other.tails)
         for mine, theirs in zip(own, new, strict=True):
             for key, table in mine.items():  # type: ignore[attr-defined]
                 table.copy_(theirs[key], non_blocking=True)  # type: ignore[index]
@@ -251,6 +281,7 @@ class Tables:
             self,
             items={key: change(table) for key, table in self.items.items()},
             choices={key: change(table) for key, table in self.choices.items()},
+            hots={key: change(table) for key, table in self.hots.items()},
             tails={key: change(table) for key, table in self.tails.items()},
             ranges=change(self.ranges),
         )
@@ -278,12 +309,14 @@ def step_tables(blocks: Sequence[Block]) -> Tables:
     return Tables(
         items={key: torch.cat(parts, dim=1) for key, parts in items.items()},
         choices=by_row(lambda block: block.choices, [0] * CHOICE_FIELDS),
+        hots=by_row(lambda block: block.hots, [0] * HOT_FIELDS),
         tails=by_row(lambda block: block.tails, [0, 0, -1, 0]),
         ranges=torch.tensor(ranges, dtype=torch.int64),
         num_items=first,
         most_chunks=max(block.most_chunks for block in blocks),
         most_chosen=max(block.most_chosen for block in blocks),
         most_hidden=max(block.most_hidden for block in blocks),
+        most_slots=max(block.most_slots for block in blocks),
     )
 
 

@@ -49,6 +49,10 @@ class StepRunner:
     Args:
         model: the model; rows of keys have its dtype.
         shape: its shape.
+
+    Attributes:
+        hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
+            that had to be fetched; whoever reads them sets them to zero.
     """
 
     def __init__(self, model: Model, shape: ModelShape) -> None:
@@ -63,6 +67,7 @@ class StepRunner:
         self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
         self._like = torch.empty(like, dtype=model.dtype, device=model.device)
+        self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
@@ -130,7 +135,7 @@ class StepRunner:
         """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]. Waits for nothing."""
         ids, positions, lengths = inputs
         frequencies, factor = self.model.fixed_frequencies or (self._like, 1.0)
-        attention = StepAttention(tables, self._shape.num_kv_heads, frequencies, factor)
+        attention = StepAttention(tables, self._shape.num_kv_heads, frequencies, factor, hot_counts=self.hot_counts)
         return self.model.logits(forward_step(self.model, ids, positions, lengths, attention))
 
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:

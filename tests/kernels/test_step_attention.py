@@ -6,10 +6,12 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kvsluice.compression import make_cache
 from kvsluice.compression.recipe import get_recipe, resolve
 from kvsluice.kernels.step_attention import StepAttention, sequence_block, serves, step_tables
 
@@ -46,6 +48,15 @@ def recipe_of(name: str, shape, num_tokens: int):
     resolved = resolve(get_recipe(base, slots), shape, num_tokens, {"tsp_layer": 0, "fastkv_layer": 0, "tsp_rate": 0.3})
     assert resolved.fallback_reason is None, resolved.fallback_reason
     return resolved.recipe
+
+
+class Host:
+    """Pages of host memory without a bound."""
+
+    page_nbytes = 4096
+
+    def take(self, num_pages: int) -> SimpleNamespace:
+        return SimpleNamespace(views=tuple(torch.zeros(4096, dtype=torch.uint8) for _ in range(num_pages)))
 
 
 def both(recipe, prompt):
@@ -144,6 +155,33 @@ def test_groups_and_head_sizes(name, heads, kv_heads, dim, device):
     want = lab.step(one, prompt, 290, 291)
     found = run_step([other], [prompt], [290], shape, device)
     torch.testing.assert_close(found[0], want[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("names", [("sluice",), ("shadowkv", "sluice", "exact")], ids="+".join)
+def test_values_in_host_memory_give_the_same_bits(names, device):
+    """The hot set has two slots a chosen chunk, so chunks come, go and come again; some rows are sealed on the way."""
+    if device.type == "cuda":
+        pytest.skip("the lab's caches lie on the CPU; tests/gpu runs engines")
+    shape = lab.make_shape(heads=4, kv_heads=2, dim=32, layers=2)
+    num_new = 2 if len(names) > 1 else 6
+    prompts = [lab.make_prompt(shape, 420 + 31 * i, num_new, i) for i in range(len(names))]
+    near, far = [], []
+    for name, prompt in zip(names, prompts, strict=True):
+        recipe = recipe_of(name, shape, prompt.num_tokens)
+        encoded, _ = lab.prefill(recipe, prompt)
+        near.append(lab.load(recipe, prompt, encoded))
+        far.append(make_cache(recipe, shape, prompt.num_tokens, lab.rope, Host()))
+        for one in encoded:
+            far[-1].add_layer(one)
+    assert sum(cache.host_nbytes() > 0 for cache in far) == len([name for name in names if name != "exact"])
+    for ahead in range(num_new):
+        positions = [prompt.num_tokens + ahead for prompt in prompts]
+        for cache, at in zip((*near, *far), positions * 2, strict=True):
+            cache.seal(at)
+        want = run_step(near, prompts, positions, shape, device)
+        for found, expected in zip(run_step(far, prompts, positions, shape, device), want, strict=True):
+            assert torch.equal(found, expected)
+    assert [cache.counter.bytes_read for cache in far] == [cache.counter.bytes_read for cache in near]
 
 
 def test_rows_that_lie_elsewhere_than_kernels_look_are_not_served(device):

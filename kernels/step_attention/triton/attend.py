@@ -20,7 +20,8 @@ ROW, BEGIN, END, LIMIT, FIRST, INDEX, PER_HEAD, OUT = (tl.constexpr(i) for i in 
 K0, K1, K2, K_BASIS, V0, V1, V2, V_BASIS = (tl.constexpr(i) for i in range(8, 16))
 # the second of two segments that are laid end to end
 NUM_A, FIRST_B, K0_B, K1_B, K2_B, V0_B, V1_B, V2_B = (tl.constexpr(i) for i in range(16, 24))
-FIELDS: tl.constexpr = tl.constexpr(24)
+IS_HOT: tl.constexpr = tl.constexpr(24)
+FIELDS: tl.constexpr = tl.constexpr(25)
 
 
 @triton.jit
@@ -149,12 +150,28 @@ def _query_halves(q_ptr, row, head, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
     return tl.load(rows, mask=mask, other=0.0), tl.load(rows + HALF, mask=mask, other=0.0)
 
 
+@triton.jit
+def _chosen_rows(item, entries_ptr, places_ptr, place, inside, CHUNK: tl.constexpr, HOT: tl.constexpr):
+    """Rows [N] that the chosen chunks stand for: which of them are in the second segment, where they lie in their
+    segment, and where their values do, which is a slot of the hot set or the same."""
+    keys = tl.load(entries_ptr + place // CHUNK, mask=inside, other=0).to(tl.int64) * CHUNK + place % CHUNK
+    num_a = tl.load(item + NUM_A)
+    later = keys >= num_a
+    local = tl.where(later, keys - num_a, keys)
+    of_values = local
+    if HOT:
+        moved = inside & (later == 0) & (tl.load(item + IS_HOT) != 0)
+        slots = tl.load(places_ptr + place // CHUNK, mask=moved, other=0).to(tl.int64)
+        of_values = tl.where(moved, slots * CHUNK + place % CHUNK, local)
+    return later, local, of_values
+
+
 @triton.jit(do_not_specialize=["most_chosen", "window"])
 def attend_items(
-    items_ptr, q_ptr, positions_ptr, chosen_ptr, counts_ptr, frequencies_ptr, out_ptr, lse_ptr,
+    items_ptr, q_ptr, positions_ptr, chosen_ptr, places_ptr, counts_ptr, frequencies_ptr, out_ptr, lse_ptr,
     scale, rope_factor, most_chosen, window,
     K: tl.constexpr, V: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
-    CHOSEN: tl.constexpr, ROTATES: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
+    CHOSEN: tl.constexpr, HOT: tl.constexpr, ROTATES: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Grid: items, KV heads. Shapes: see the module. K and V say how keys and values are packed, see `tiles`."""
@@ -168,13 +185,12 @@ def attend_items(
         q_low, q_high = _query_halves(q_ptr, row, head, H, BLOCK_M, BLOCK_H)
         for start in range(begin, end, BLOCK_N):
             place = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-            inside, later, local, at = place < end, place < 0, place, place
+            inside, later, local, of_values, at = place < end, place < 0, place, place, place
             if CHOSEN:
-                entries = chosen_ptr + (row * H[NUM_KV_HEADS] + head) * most_chosen + place // CHUNK
-                keys = tl.load(entries, mask=inside, other=0).to(tl.int64) * CHUNK + place % CHUNK
-                num_a = tl.load(item + NUM_A)
-                later = keys >= num_a
-                local = tl.where(later, keys - num_a, keys)
+                entry = (row * H[NUM_KV_HEADS] + head) * most_chosen
+                later, local, of_values = _chosen_rows(
+                    item, chosen_ptr + entry, places_ptr + entry, place, inside, CHUNK, HOT
+                )
             if HAS_WINDOW or ROTATES:
                 at = _positions(item, local, later, head, inside, CHUNK, CHOSEN, H)
             low, high = _key_halves(
@@ -188,7 +204,7 @@ def attend_items(
             scores = product(q_high, tl.trans(high), scores, WIDE) * scale
             scores = tl.where(visible[None, :], scores, float("-inf"))
             tensors, basis = _sources(item, later, V0, V0_B, CHOSEN), tl.load(item + V_BASIS)
-            v = packed_block(tensors, basis, local, head, inside, V, H, 0, H[HEAD_DIM], BLOCK_D, BLOCK_N, WIDE)
+            v = packed_block(tensors, basis, of_values, head, inside, V, H, 0, H[HEAD_DIM], BLOCK_D, BLOCK_N, WIDE)
             peak, total, out = _add_block(peak, total, out, scores, v.to(q_low.dtype), WIDE)
     # an idle item's place is merged all the same: layers have as many as the one with the most
     _store(item, head, peak, total, out, out_ptr, lse_ptr, H, BLOCK_M, BLOCK_D)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...attention_partial.triton import TILE
+from ...hot_set import fetch_chosen
 from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
@@ -56,6 +57,7 @@ def attend(
     frequencies: Tensor,
     rope_factor: float,
     window: int | None,
+    hot_counts: Tensor | None = None,
 ) -> Tensor:
     """See `op.StepAttention.attend`."""
     q = q.contiguous()
@@ -65,12 +67,16 @@ def attend(
     counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
     for choice in tables.choices:
         _choose(tables, choice, layer, q, num_kv_heads, positions, window, chosen, counts)
+    places = torch.empty_like(chosen) if tables.hots else chosen
+    for hot, table in tables.hots.items():
+        fetch_chosen(hot, table[layer], chosen, counts, places, hot_counts, tables.most_slots)
     outs = torch.empty(tables.num_items, num_heads, d, dtype=torch.float32, device=q.device)
     lses = torch.empty(tables.num_items, num_heads, dtype=torch.float32, device=q.device)
     for key, items in tables.items.items():
         _launch_items(
-            key, items[layer], q, num_kv_heads, positions, chosen, counts, frequencies, rope_factor, window, outs, lses
-        )
+            key, items[layer], q, num_kv_heads, positions, (chosen, places, counts), frequencies, rope_factor, window,
+            outs, lses,
+        )  # fmt: skip
     out = torch.empty_like(q)
     with torch.cuda.device_of(q):
         merge_items[(num_rows, num_heads)](
@@ -86,24 +92,23 @@ def _launch_items(
     q: Tensor,
     num_kv_heads: int,
     positions: Tensor,
-    chosen: Tensor,
-    counts: Tensor,
+    choice: tuple[Tensor, Tensor, Tensor],
     frequencies: Tensor,
     rope_factor: float,
     window: int | None,
     outs: Tensor,
     lses: Tensor,
 ) -> None:
-    """Fill the places of the items in `outs` [W, H, d] and `lses` [W, H]."""
+    """Fill the places of the items in `outs` [W, H, d] and `lses` [W, H]. `choice`: chunks, their places, counts."""
     _, num_heads, d = q.shape
     group = num_heads // num_kv_heads
     wide = triton.knobs.runtime.interpret
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
-            items, q, positions, chosen, counts, frequencies, outs, lses,
-            1 / math.sqrt(d), rope_factor, chosen.shape[2], window or 0,
+            items, q, positions, *choice, frequencies, outs, lses,
+            1 / math.sqrt(d), rope_factor, choice[0].shape[2], window or 0,
             K=_layout(key, key.keys, d), V=_layout(key, key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
-            CHOSEN=key.chosen, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
+            CHOSEN=key.chosen, HOT=key.hot, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_D=max(TILE, triton.next_power_of_2(d)),
             BLOCK_H=max(TILE, triton.next_power_of_2(d // 2)), **_block(key, q),
         )  # fmt: skip
