@@ -14,6 +14,7 @@ from .codec_slots import CodecFilling
 from .codecs import owned
 from .host_values import HostReader, HostValues, HotChunks
 from .interfaces import EncodedLayer, Part, ReadCounter
+from .kept_choice import KeptChoice
 from .layout import basis_name, grown_tier, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
 from .placement import host_placement
 from .segment import Kit, Packing, Segment, Tail
@@ -89,6 +90,7 @@ class LayerCache:
         self.grown: Segment | None = None
         self.hot: HotChunks | None = None
         self._host: HostValues | None = None
+        self.kept: KeptChoice | None = None
         self._prepared: Segment | None = None  # the next block of `grown`
         if at.num_sealed:
             positions = tensors.get(Part.POSITIONS, {})
@@ -100,6 +102,10 @@ class LayerCache:
                 rest = owned(rest, torch.int32)
                 self.demoted = self._prompt_segment(1, at.num_demoted, at.num_sinks, tensors, rest, None)
             self._offload(self.base, layer)
+            every = kit.recipe.retrieval.select_every
+            if every > 1:
+                num_chosen = kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens)
+                self.kept = KeptChoice(kit.shape.num_kv_heads, num_chosen, every, self.base.device)
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
         self.tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 
@@ -217,6 +223,7 @@ class LayerCache:
         twin.grown = None if self.grown is None else self.grown.copy()
         twin.tail = self.tail.copy()
         twin.hot = None if self.hot is None else self.hot.cold()
+        twin.kept = None if self.kept is None else self.kept.copy()
         twin._prepared = None
         return twin
 
@@ -233,7 +240,9 @@ class LayerCache:
             yield self._host.pages
 
     def own_tensors(self) -> Iterator[Tensor]:
-        """What this choice appended, its copy of the prompt's tail and its hot set."""
+        """What this choice appended, its copy of the prompt's tail, its hot set and what it chose last."""
+        if self.kept is not None:
+            yield from self.kept.tensors()
         if self.hot is not None:
             yield from self.hot.tensors()
         if self.grown is not None:
@@ -284,6 +293,8 @@ class LayerCache:
         scores = torch.cat([retrieval.score(q, segment.summary) for segment in segments], dim=-1)
         hidden = self._hidden_chunks(positions, segments)
         chosen, valid = retrieval.select(scores, self.kit.shape.num_kv_heads, hidden, self.kit.num_prompt_tokens)
+        if self.kept is not None:
+            chosen, valid = self.kept.settle(positions, chosen, valid)
         readers = (segments[0].key_reader, segments[0].value_reader)
         num_read = chosen.numel() if valid is None else int(valid.sum())
         counter.bytes_read += num_read * sum(reader.chunk_nbytes for reader in readers)

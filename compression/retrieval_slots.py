@@ -20,11 +20,13 @@ class RetrievalFilling(Filling):
         needs_grid: sealed rows must be whole position-aligned chunks, the same for all KV heads.
         chunk: rows a chunk.
         outliers: chunks a KV head that stay exact.
+        select_every: positions that share a choice, the first one's.
     """
 
     needs_grid: ClassVar[bool] = False
     chunk: int = 1
     outliers: int = 0
+    select_every: int = 1
 
     def selected_chunks(self, num_tokens: int) -> int:
         """Chunks that a decode step attends to, a pure function of the prompt's length."""
@@ -60,6 +62,8 @@ class ChunkLandmarks(RetrievalFilling):
         budget_tokens: rows that a decode step attends to, at least.
         budget_rate: the same as a share of the prompt; the larger of both counts.
         landmark_bits: 16 keeps landmarks in bfloat16, 8 in int8 with a float16 scale each.
+        select_every: 1 chooses chunks anew in every decode step; N makes N positions share the choice of the first of
+            them, so that landmarks are read once in N steps.
     """
 
     slot = ("retrieval",)
@@ -71,6 +75,7 @@ class ChunkLandmarks(RetrievalFilling):
     budget_tokens: int = 256
     budget_rate: float = 0.015625
     landmark_bits: int = 16
+    select_every: int = 1
 
     def __post_init__(self) -> None:
         check_choice("recipe.retrieval.chunk", self.chunk, (1, 2, 4, 8, 16))
@@ -78,6 +83,7 @@ class ChunkLandmarks(RetrievalFilling):
         check_int("recipe.retrieval.budget_tokens", self.budget_tokens, 1, 1 << 20)
         check_rate("recipe.retrieval.budget_rate", self.budget_rate)
         check_choice("recipe.retrieval.landmark_bits", self.landmark_bits, (16, 8))
+        check_choice("recipe.retrieval.select_every", self.select_every, (1, 2, 4, 8, 16))
         if self.chunk == 1 and self.outliers:
             # every landmark is its row, so rounding alone would say which describe theirs worst
             raise InvalidRecipe("recipe.retrieval.outliers", shown(self.outliers), "0 where chunk is 1")

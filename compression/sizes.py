@@ -103,7 +103,12 @@ def _own_nbytes(
     capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS
     itemsize = 2 if window.dtype == "bfloat16" or native == "bfloat16" else 4
     hot_nbytes = 0 if place is None else place.hot_nbytes
-    return hot_nbytes + 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
+    kept_nbytes = heads * (4 * recipe.retrieval.selected_chunks(num_tokens) + 8) if _keeps_choice(recipe) else 0
+    return hot_nbytes + kept_nbytes + 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
+
+
+def _keeps_choice(recipe: Recipe) -> bool:
+    return recipe.retrieval.needs_grid and recipe.retrieval.select_every > 1
 
 
 def _nbytes(specs: Specs) -> int:

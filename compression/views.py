@@ -91,4 +91,5 @@ def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
         num_chosen=kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens),
         hidden=layer.outliers.get("chunks"),
         hot=None if layer.hot is None else layer.hot.view(),
+        kept=None if layer.kept is None else layer.kept.view(),
     )

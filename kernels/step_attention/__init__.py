@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .op import StepAttention, serves
-from .packed import Chunks, Layout, Packed, Region, Tail, View
+from .packed import Chunks, Kept, Layout, Packed, Region, Tail, View
 from .tables import Block, Tables, sequence_block, step_tables
 
 __all__ = [
     "Block",
     "Chunks",
+    "Kept",
     "Layout",
     "Packed",
     "Region",

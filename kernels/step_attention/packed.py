@@ -85,6 +85,21 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a layer of a sequence attends to until the next choice is due, see `compression.kept_choice`.
+
+    Attributes:
+        chunks: int32 [Hkv, num_chosen].
+        state: int32 [Hkv, 2], how many of them count, and the position of a row that attended to them or -1.
+        every: positions a block, of which the first row chooses.
+    """
+
+    chunks: Tensor
+    state: Tensor
+    every: int
+
+
+@dataclass(frozen=True)
 class Chunks:
     """Rows of one layer of one sequence of which each query attends to the best chunks.
 
@@ -96,6 +111,7 @@ class Chunks:
         hidden: int32 [O, Hkv], chunks that are not chosen, as they are attended to anyway; or None.
         hot: where the first segment's values lie in host memory: its values are then those of the hot set, [slots *
             chunk, Hkv, …].
+        kept: what was chosen last, where not every row chooses; or None.
     """
 
     segments: tuple[Region, ...]
@@ -104,6 +120,7 @@ class Chunks:
     num_chosen: int
     hidden: Tensor | None = None
     hot: HotView | None = None
+    kept: Kept | None = None
 
     @property
     def num_rows(self) -> int:

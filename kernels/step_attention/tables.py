@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..hot_set import HOT_FIELDS, HotKey, hot_fields
-from .packed import Chunks, Layout, Packed, Region, View
+from .packed import Chunks, Kept, Layout, Packed, Region, View
 
 MIN_SPLIT_KEYS = 256
 MAX_SPLITS = 64
 SPLIT_UNIT = 128
 
-ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 25, 12, 4
+ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 25, 15, 4
 _ROW, _OUT = 0, 7
 Key = TypeVar("Key")
 _IDLE_ITEM = [-1] + [0] * (ITEM_FIELDS - 1)
@@ -192,7 +192,13 @@ def _choice(chunks: Chunks) -> list[int]:
         chunks.num_chosen,
         0 if hidden is None else hidden.data_ptr(),
         0 if hidden is None else len(hidden),
+        *_kept(chunks.kept),
     ]
+
+
+def _kept(kept: Kept | None) -> list[int]:
+    """The fields of what was chosen last."""
+    return [0, 0, 1] if kept is None else [kept.chunks.data_ptr(), kept.state.data_ptr(), kept.every]
 
 
 @dataclass(frozen=True)

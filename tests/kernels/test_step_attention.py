@@ -36,6 +36,7 @@ RECIPES = {
     "pyramidkv": "pyramidkv",
     "shadowkv": "shadowkv:" + CHUNKS + '"landmark_bits": 16}}',
     "sluice": "sluice:" + CHUNKS + '"landmark_bits": 8}}',
+    "sluice-every4": "sluice:" + CHUNKS + '"landmark_bits": 8, "select_every": 4}}',
     "sluice-channel": "sluice-full:" + CHUNKS + '"landmark_bits": 8}, "key_codec": {"kind": "affine", "bits": 4, '
     '"group": 32, "axis": "channel"}}',
     "sluice-lowrank": "sluice-full:" + CHUNKS + '"landmark_bits": 8}, "key_codec": {"kind": "lowrank", "share": 0.5, '
@@ -155,6 +156,21 @@ def test_groups_and_head_sizes(name, heads, kv_heads, dim, device):
     want = lab.step(one, prompt, 290, 291)
     found = run_step([other], [prompt], [290], shape, device)
     torch.testing.assert_close(found[0], want[0], atol=1e-4, rtol=1e-3)
+
+
+def test_steps_that_attend_to_what_an_earlier_one_chose(device):
+    """Steps through the kernels, and the same rows through the reference in one run."""
+    if device.type == "cuda":
+        pytest.skip("the lab's caches lie on the CPU; tests/gpu runs engines")
+    shape = lab.make_shape(heads=4, kv_heads=2, dim=32, layers=2)
+    prompt = lab.make_prompt(shape, 343, 7, 3)
+    one, other = both(recipe_of("sluice-every4", shape, 343), prompt)
+    expected = lab.decode(one, prompt, 343, 350, run=64)
+    for ahead in range(7):
+        other.seal(343 + ahead)
+        found = run_step([other], [prompt], [343 + ahead], shape, device)
+        for layer, rows in enumerate(found):
+            torch.testing.assert_close(rows[0], expected[layer][ahead], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("names", [("sluice",), ("shadowkv", "sluice", "exact")], ids="+".join)

@@ -43,9 +43,11 @@ def test_the_best_chunks_are_chosen(counts, wanted, device):
     table[:, choose.WANTED.value] = torch.tensor(wanted)
     chosen = torch.full((len(counts), HEADS, max(wanted)), -7, dtype=torch.int32, device=device)
     found = torch.full((len(counts), HEADS), -7, dtype=torch.int32, device=device)
+    positions = torch.zeros(len(counts), dtype=torch.int64, device=device)
     choose.choose_chunks[(len(counts), HEADS)](
-        table.to(device), ranks, chosen, found, most, max(wanted), NUM_KV_HEADS=HEADS, BLOCK_C=BLOCK, num_warps=4
-    )
+        table.to(device), positions, ranks, chosen, found, most, max(wanted),
+        NUM_KV_HEADS=HEADS, BLOCK_C=BLOCK, num_warps=4,
+    )  # fmt: skip
     for row, (count, number) in enumerate(zip(counts, wanted, strict=True)):
         for head in range(HEADS):
             best = expected(ranks[row, head, :count], number)

@@ -19,8 +19,17 @@ from .tiles import product
 LANDMARKS, SCALES, COUNT, INDEX, FIRST = (tl.constexpr(i) for i in range(5))
 LANDMARKS_B, SCALES_B, COUNT_B, FIRST_B = (tl.constexpr(i) for i in range(5, 9))
 WANTED, HIDDEN, NUM_HIDDEN = (tl.constexpr(i) for i in range(9, 12))
-CHOICE_FIELDS: tl.constexpr = tl.constexpr(12)
-CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10)
+KEPT, STATE, EVERY = (tl.constexpr(i) for i in range(12, 15))
+CHOICE_FIELDS: tl.constexpr = tl.constexpr(15)
+CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10, 12, 13)
+
+
+@triton.jit
+def _is_kept(at, head, position):
+    """Whether the row attends to what was chosen before: its block of positions has had its choice."""
+    every, state = tl.load(at + EVERY), tl.load(at + STATE)
+    last = tl.load(state.to(tl.pointer_type(tl.int32)) + head * 2 + 1, mask=state != 0, other=-1).to(tl.int64)
+    return (last >= 0) & (last // tl.maximum(every, 1) == position // tl.maximum(every, 1))
 
 
 @triton.jit
@@ -53,6 +62,8 @@ def score_chunks(
     """Grid: rows, KV heads, blocks of chunks. BLOCK_O = 0: no row has hidden chunks."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = table_ptr + row * CHOICE_FIELDS
+    if _is_kept(at, head, tl.load(positions_ptr + row)):
+        return
     count_a = tl.load(at + COUNT)
     count = count_a + tl.load(at + COUNT_B)
     chunk = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -92,7 +103,7 @@ def score_chunks(
 
 @triton.jit(do_not_specialize=["most_chunks", "num_peaks"])
 def rank_chunks(
-    table_ptr, scores_ptr, peaks_ptr, ranks_ptr, most_chunks, num_peaks,
+    table_ptr, positions_ptr, scores_ptr, peaks_ptr, ranks_ptr, most_chunks, num_peaks,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows, KV heads, blocks of chunks."""
@@ -100,7 +111,7 @@ def rank_chunks(
     at = table_ptr + row * CHOICE_FIELDS
     count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
     first = tl.program_id(2) * BLOCK_C
-    if first >= count:
+    if first >= count or _is_kept(at, head, tl.load(positions_ptr + row)):
         return
     chunk = first + tl.arange(0, BLOCK_C)
     best = tl.full([BLOCK_C], -1.0, tl.float32)
@@ -157,7 +168,7 @@ def _least_rank(ranks, count, most_wanted, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
 def choose_chunks(
-    table_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
+    table_ptr, positions_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
     NUM_KV_HEADS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads.
@@ -170,11 +181,21 @@ def choose_chunks(
     most_wanted = tl.load(at + WANTED)
     if most_wanted == 0:
         return
+    chosen, count_at = chosen_ptr + (row * NUM_KV_HEADS + head) * most_chosen, counts_ptr + row * NUM_KV_HEADS + head
+    keeps, position = tl.load(at + KEPT) != 0, tl.load(positions_ptr + row)
+    kept = tl.load(at + KEPT).to(tl.pointer_type(tl.int32)) + head * most_wanted
+    state = tl.load(at + STATE).to(tl.pointer_type(tl.int32)) + head * 2
+    if _is_kept(at, head, position):
+        num_kept = tl.load(state)
+        for start in range(0, num_kept, BLOCK_C):
+            entry = start + tl.arange(0, BLOCK_C)
+            tl.store(chosen + entry, tl.load(kept + entry, mask=entry < num_kept), mask=entry < num_kept)
+        tl.store(count_at, num_kept)
+        return
     count = tl.load(at + COUNT) + tl.load(at + COUNT_B)
     ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * most_chunks).to(tl.pointer_type(tl.int32))
     least, left, wanted = _least_rank(ranks, count, most_wanted, BLOCK_C)
     taken, ties = 0, 0
-    chosen = chosen_ptr + (row * NUM_KV_HEADS + head) * most_chosen
     for start in range(0, count, BLOCK_C):
         chunk = start + tl.arange(0, BLOCK_C)
         bits = tl.load(ranks + chunk, mask=chunk < count, other=-1)
@@ -184,6 +205,9 @@ def choose_chunks(
         take = take & (wanted > 0) & (bits >= 0)
         place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
         tl.store(chosen + place, chunk, mask=take)
+        tl.store(kept + place, chunk, mask=take & keeps)
         taken += tl.sum(take.to(tl.int32), 0)
         ties += tl.sum(tied.to(tl.int32), 0)
-    tl.store(counts_ptr + row * NUM_KV_HEADS + head, wanted)
+    tl.store(count_at, wanted)
+    tl.store(state, wanted, mask=keeps)
+    tl.store(state + 1, position.to(tl.int32), mask=keeps)

@@ -159,12 +159,12 @@ def _choose(
             num_warps=8 if q.dtype == torch.float32 else 4,  # fewer would spill registers
         )  # fmt: skip
         rank_chunks[(num_rows, num_kv_heads, triton.cdiv(most, RANK_CHUNKS))](
-            table, scores, peaks, ranks, most, blocks,
+            table, positions, scores, peaks, ranks, most, blocks,
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
         block = min(CHOOSE_CHUNKS, max(4 * WARP_CHUNKS, triton.next_power_of_2(most)))
         choose_chunks[(num_rows, num_kv_heads)](
-            table, ranks, chosen, counts, most, tables.most_chosen,
+            table, positions, ranks, chosen, counts, most, tables.most_chosen,
             NUM_KV_HEADS=num_kv_heads, BLOCK_C=block, num_warps=block // WARP_CHUNKS,
         )  # fmt: skip
 
