@@ -97,13 +97,12 @@ class ReadCounter:
 
 
 class HeldPages(Protocol):
-    """Pages of host memory; they go back to where they came from when the object is dropped.
+    """Pages of host memory; they go back to where they came from when the object is dropped."""
 
-    Attributes:
-        views: uint8 [page_nbytes] each, pinned where a GPU reads them.
-    """
-
-    views: tuple[Tensor, ...]
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """uint8 [page_nbytes] each, pinned where a GPU reads them."""
+        ...
 
 
 class PageSource(Protocol):

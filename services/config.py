@@ -49,6 +49,9 @@ class ServeConfig(BaseModel):
     max_new_tokens: Positive = Field(4096, description="answer length when a request names none, at most")
     max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
     kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, le=64 * TIB, description="KV cache of each decode worker")
+    kv_offloading_bytes: int = Field(
+        0, ge=0, le=64 * TIB, description="host memory of each decode worker that values may lie in; 0 = none"
+    )
     chunk_tokens: int | None = Field(
         None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"
     )
@@ -91,6 +94,13 @@ class ServeConfig(BaseModel):
     def _finite(cls, value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("must be a finite number")
+        return value
+
+    @field_validator("kv_offloading_bytes")
+    @classmethod
+    def _a_page(cls, value: int) -> int:
+        if 0 < value < MIB:
+            raise ValueError(f"must be 0, or at least {MIB}, one page")
         return value
 
     @property

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...compression import bound_nbytes, make_cache
+from ...compression import bound_nbytes, host_pages, make_cache
 from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.model import Model
 from ...models.sampling import PromptIds, Sampled, SamplerState, sample_rows
 from ..model_shape import model_shape
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, TokensEvent
+from .host_pages import HostPages
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
@@ -47,12 +48,22 @@ class DecodeEngine:
         capacity_bytes: what all caches together may hold.
         max_num_seqs: choices that run in one step.
         max_waiting: requests that may wait for memory.
+        host: host memory that values of prompts lie in where they can; None = all lie on the device.
     """
 
-    def __init__(self, model: Model, capacity_bytes: int, max_num_seqs: int = 64, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        model: Model,
+        capacity_bytes: int,
+        max_num_seqs: int = 64,
+        max_waiting: int = 64,
+        host: HostPages | None = None,
+    ) -> None:
         self.model = model
         self.shape = model_shape(model.config)
-        self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting)
+        self.host = host
+        on_host = None if host is None else PagePool(host.capacity_bytes)
+        self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting, on_host)
         self._runner = StepRunner(model, self.shape)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
@@ -74,6 +85,15 @@ class DecodeEngine:
     @property
     def free_bytes(self) -> int:
         return self.scheduler.pool.free_bytes
+
+    @property
+    def host_capacity_bytes(self) -> int:
+        """Host memory that values may lie in."""
+        return 0 if self.scheduler.host is None else self.scheduler.host.capacity_bytes
+
+    @property
+    def host_free_bytes(self) -> int:
+        return 0 if self.scheduler.host is None else self.scheduler.host.free_bytes
 
     @property
     def has_work(self) -> bool:
@@ -105,14 +125,16 @@ class DecodeEngine:
             raise InvalidRequest("num_prompt_tokens", f"got {request.num_prompt_tokens}", "at least 1")
         request.recipe.check_resolved()
         sampling, itemsize = request.sampling, self.model.dtype.itemsize
+        recipe, num_tokens = request.recipe, request.num_prompt_tokens
+        page_nbytes = None if self.host is None else self.host.page_nbytes
         one, two = (
-            bound_nbytes(
-                request.recipe, self.shape, request.num_prompt_tokens, sampling.max_tokens, num_choices, itemsize
-            )
+            bound_nbytes(recipe, self.shape, num_tokens, sampling.max_tokens, num_choices, itemsize, page_nbytes)
             for num_choices in (1, 2)
         )
-        tail_bytes = two - one
-        return Demand(one - tail_bytes, tail_bytes, sampling.n)
+        tail_bytes, host_bytes = two - one, 0
+        if page_nbytes is not None:
+            host_bytes = page_nbytes * host_pages(recipe, self.shape, num_tokens, itemsize, page_nbytes)
+        return Demand(one - tail_bytes, tail_bytes, sampling.n, host_bytes)
 
     @torch.inference_mode()
     def add_layer(
@@ -212,6 +234,11 @@ class DecodeEngine:
             reserved = sum(size for region, size in sizes.items() if region.request_id == request_id)
             assert run.held_bytes() <= reserved, f"{request_id} holds {run.held_bytes()} of {reserved} bytes"
         assert {region.request_id for region in sizes} <= set(self._runs), "no memory without a request"
+        if self.host is not None:
+            self.host.check_integrity()
+            held = sum(run.host_bytes() for run in self._runs.values())
+            taken = (self.host.num_pages - self.host.num_free) * self.host.page_nbytes
+            assert held == taken, f"requests hold {held} of {taken} bytes of host memory"
 
     def _rope(self, num_prompt_tokens: int) -> Rope:
         return lambda x, positions: self.model.rotate(x, positions, num_prompt_tokens)
@@ -222,7 +249,7 @@ class DecodeEngine:
             request = run.request
             try:
                 rope = self._rope(request.num_prompt_tokens)
-                run.cache = make_cache(request.recipe, self.shape, request.num_prompt_tokens, rope)
+                run.cache = make_cache(request.recipe, self.shape, request.num_prompt_tokens, rope, self.host)
             except Exception as exc:
                 self._fail(request_id, exc)
             else:

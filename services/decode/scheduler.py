@@ -11,9 +11,9 @@ A choice of a RUNNING request runs until `end_choice`. It is *eligible* when its
 replays tokens that were sent before (a replayed token is not sent, so it costs no credit). One that is not eligible is
 paused: it keeps its memory and takes no slot.
 
-Admission is first come, first served by bytes: the head of the queue waits until all that its caches may ever take is
-free, and nothing behind it is let in before it, so a large request is not starved by small ones. A running request
-therefore never lacks memory, and nothing is preempted.
+Admission is first come, first served by bytes, of the device's memory and of the host's: the head of the queue waits
+until all that its caches may ever take is free, and nothing behind it is let in before it, so a large request is not
+starved by small ones. A running request therefore never lacks memory, and nothing is preempted.
 
 Fairness: choices stand in one ring. A step takes the first `max_num_seqs` eligible ones and moves them to the end. An
 eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most eligible choices meanwhile.
@@ -54,11 +54,13 @@ class Demand:
         prompt_bytes: what its choices share.
         tail_bytes: what each choice adds.
         num_choices: how many there are.
+        host_bytes: of host memory, which its choices share.
     """
 
     prompt_bytes: int
     tail_bytes: int
     num_choices: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -84,14 +86,16 @@ class Scheduler:
         pool: the ledger that admission reserves in.
         max_num_seqs: choices that run in one step, at least 1.
         max_waiting: requests that may wait for memory, at least 0.
+        host: the ledger of host memory; None = there is none, and no demand for it.
     """
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int) -> None:
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int, host: PagePool | None = None) -> None:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs: got {max_num_seqs}; allowed: at least 1")
         if max_waiting < 0:
             raise ConfigError(f"max_waiting: got {max_waiting}; allowed: at least 0")
         self.pool = pool
+        self.host = host
         self.max_num_seqs = max_num_seqs
         self.max_waiting = max_waiting
         self._requests: dict[str, _Request] = {}
@@ -137,11 +141,18 @@ class Scheduler:
                 f"{demand.num_choices} x {demand.tail_bytes} for the answers)",
                 f"at most {self.pool.capacity_bytes} bytes; less with a shorter prompt, fewer tokens or choices",
             )
-        must_wait = bool(self._queue) or demand.total_bytes > self.pool.free_bytes
+        if self.host is not None and demand.host_bytes > self.host.capacity_bytes:
+            raise InvalidRequest(
+                "num_prompt_tokens",
+                f"the prompt's values may take {demand.host_bytes} bytes of host memory",
+                f"at most {self.host.capacity_bytes} bytes; less with a shorter prompt",
+            )
+        must_wait = bool(self._queue) or not self._has_room(demand)
         if must_wait and len(self._queue) >= self.max_waiting:
             raise Overloaded(
                 f"{len(self._queue)} requests wait for cache memory, at most {self.max_waiting} may; this one needs "
-                f"{demand.total_bytes} bytes, {self.pool.free_bytes} of {self.pool.capacity_bytes} are free"
+                f"{_shortage(demand.total_bytes, self.pool)}"
+                + ("" if self.host is None else f", and of host memory {_shortage(demand.host_bytes, self.host)}")
             )
         self._requests[request_id] = _Request(demand, credits)
         self._queue.append(request_id)
@@ -152,8 +163,9 @@ class Scheduler:
         while self._queue:
             request_id = self._queue[0]
             request = self._requests[request_id]
-            if not self.pool.reserve(request.demand.regions(request_id)):
+            if not self._has_room(request.demand):
                 break
+            self._reserve(request_id, request.demand)
             self._queue.popleft()
             request.phase = Phase.RECEIVING
             admitted.append(request_id)
@@ -172,11 +184,11 @@ class Scheduler:
         request.replays = dict(replays)
         for index in range(request.demand.num_choices):
             if index in replays:
-                self.pool.retain(Region(request_id))
+                self._retain_prompt(request_id)
                 self._ring.append(Choice(request_id, index))
             else:
                 self.pool.release(Region(request_id, index))
-        self.pool.release(Region(request_id))
+        self._release_prompt(request_id)
         if not replays:
             del self._requests[request_id]
 
@@ -211,7 +223,7 @@ class Scheduler:
         del request.replays[choice.index]
         self._ring.remove(choice)
         self.pool.release(Region(choice.request_id, choice.index))
-        self.pool.release(Region(choice.request_id))
+        self._release_prompt(choice.request_id)
         if request.replays:
             return False
         del self._requests[choice.request_id]
@@ -227,8 +239,9 @@ class Scheduler:
         if request.phase is Phase.WAITING:
             self._queue.remove(request_id)
         else:
-            for region in request.demand.regions(request_id):
-                self.pool.release(region)
+            for index in range(request.demand.num_choices):
+                self.pool.release(Region(request_id, index))
+            self._release_prompt(request_id)
         del self._requests[request_id]
 
     def check_integrity(self) -> None:
@@ -246,6 +259,35 @@ class Scheduler:
             held[Region(choice.request_id)] = demand.prompt_bytes
             held[Region(choice.request_id, choice.index)] = demand.tail_bytes
         assert held == self.pool.regions(), "every region belongs to an admitted request"
+        if self.host is not None:
+            self.host.check_integrity()
+            demands = {r: q.demand for r, q in self._requests.items() if q.phase is not Phase.WAITING}
+            on_host = {Region(r): demand.host_bytes for r, demand in demands.items() if demand.host_bytes}
+            assert on_host == self.host.regions(), "host memory belongs to admitted requests"
+
+    def _has_room(self, demand: Demand) -> bool:
+        """Whether both memories have what a request needs."""
+        on_host = self.host is None or demand.host_bytes <= self.host.free_bytes
+        return on_host and demand.total_bytes <= self.pool.free_bytes
+
+    def _reserve(self, request_id: str, demand: Demand) -> None:
+        reserved = self.pool.reserve(demand.regions(request_id))
+        if self.host is not None and demand.host_bytes:
+            reserved = self.host.reserve({Region(request_id): demand.host_bytes}) and reserved
+        assert reserved, "there was room"
+
+    def _retain_prompt(self, request_id: str) -> None:
+        for pool in self._pools_of(request_id):
+            pool.retain(Region(request_id))
+
+    def _release_prompt(self, request_id: str) -> None:
+        for pool in self._pools_of(request_id):
+            pool.release(Region(request_id))
+
+    def _pools_of(self, request_id: str) -> list[PagePool]:
+        """The ledgers that have a region of a request's prompt."""
+        on_host = self._requests[request_id].demand.host_bytes > 0
+        return [self.pool, self.host] if self.host is not None and on_host else [self.pool]
 
     def _eligible(self, choice: Choice) -> bool:
         request = self._requests[choice.request_id]
@@ -257,3 +299,7 @@ class Scheduler:
             request.replays[choice.index] -= 1
         elif request.credits is not None:
             request.credits -= 1
+
+
+def _shortage(wanted: int, pool: PagePool) -> str:
+    return f"{wanted} bytes, {pool.free_bytes} of {pool.capacity_bytes} are free"

@@ -167,6 +167,11 @@ class RequestRun:
             return caches[0].shared_nbytes() + sum(cache.own_nbytes() for cache in caches)
         return 0 if self.cache is None else self.cache.nbytes()
 
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the request holds now; its choices share them."""
+        caches = [run.cache for run in self.choices.values()] or ([] if self.cache is None else [self.cache])
+        return caches[0].host_nbytes() if caches else 0
+
     def drop_choice(self, index: int) -> None:
         """Let go of a choice's cache and keep its counts."""
         self.resident_bytes = max(self.resident_bytes, self.held_bytes())

@@ -37,6 +37,7 @@ from .engine import (
     OpenedEvent,
     TokensEvent,
 )
+from .host_pages import HostPages
 from .receiver import Receiver
 from .sequence import typed
 
@@ -133,6 +134,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             free_bytes=engine.free_bytes,
             running=engine.num_running,
             waiting=engine.num_waiting,
+            host_capacity_bytes=engine.host_capacity_bytes,
+            host_free_bytes=engine.host_free_bytes,
         )
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
@@ -212,7 +215,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = _decode_request(message)
-            max_bytes = self.engine.demand(request).total_bytes
+            demand = self.engine.demand(request)
+            max_bytes = demand.total_bytes + demand.host_bytes
         except Exception as exc:  # whatever it is, the stream's other requests go on
             session.send(_failed(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
@@ -273,8 +277,9 @@ def make_decode_service(
     on_crash: Callable[[BaseException], None] | None = None,
 ) -> DecodeService:
     """The service as a process of this configuration runs it."""
+    host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
     return DecodeService(
-        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue),
+        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host),
         identity,
         recorder=recorder,
         setup=use_threads(config.torch_threads, config.decode_workers),

@@ -214,6 +214,8 @@ class DecodeLink(Link):
             info.running,
             info.waiting,
             len(self._inboxes),
+            info.host_free_bytes,
+            info.host_capacity_bytes,
         )
 
     def open(self, message: wpb.Open, inbox: Inbox) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecodeLoad:
-    """What is known of a decode worker's load; `ours` counts what its own numbers cannot hold yet."""
+    """What is known of a decode worker's load; `ours` counts what its own numbers cannot hold yet. A worker without
+    host memory for values has a `host_capacity_bytes` of 0."""
 
     worker_id: str
     free_bytes: int
@@ -16,6 +17,16 @@ class DecodeLoad:
     running: int
     waiting: int
     ours: int
+    host_free_bytes: int = 0
+    host_capacity_bytes: int = 0
+
+    @property
+    def free_share(self) -> float:
+        """Of the memory that there is less of."""
+        shares = [self.free_bytes / max(1, self.capacity_bytes)]
+        if self.host_capacity_bytes:
+            shares.append(self.host_free_bytes / self.host_capacity_bytes)
+        return min(shares)
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,8 @@ def pick_decode(loads: Sequence[DecodeLoad]) -> str | None:
         return None
 
     def order(load: DecodeLoad) -> tuple[int, int, float, str]:
-        free = load.free_bytes / max(1, load.capacity_bytes)
         # sixteenths: workers that are about equally full are told apart by how many sequences they run
-        return (load.waiting, -round(free * 16), max(load.ours, load.running), load.worker_id)
+        return (load.waiting, -round(load.free_share * 16), max(load.ours, load.running), load.worker_id)
 
     return min(loads, key=order).worker_id
 

@@ -16,8 +16,8 @@ from kvsluice.services.decode.scheduler import Choice, Demand, Phase, Scheduler
 def build() -> Iterator:
     built: list[Scheduler] = []
 
-    def make(capacity: int = 1000, seqs: int = 4, waiting: int = 8) -> Scheduler:
-        built.append(Scheduler(PagePool(capacity), seqs, waiting))
+    def make(capacity: int = 1000, seqs: int = 4, waiting: int = 8, host: int | None = None) -> Scheduler:
+        built.append(Scheduler(PagePool(capacity), seqs, waiting, None if host is None else PagePool(host)))
         return built[-1]
 
     yield make
@@ -74,6 +74,32 @@ def test_a_full_queue_and_a_request_too_large_are_refused_with_numbers(build) ->
         scheduler.enqueue("d", Demand(100, 10, 3), None)
     with pytest.raises(DuplicateRequest):
         scheduler.enqueue("a", Demand(1, 0, 1), None)
+
+
+def test_admission_takes_both_memories_or_none(build) -> None:
+    scheduler = build(capacity=100, host=50)
+    scheduler.enqueue("a", Demand(10, 5, 2, host_bytes=40), None)
+    scheduler.enqueue("b", Demand(10, 5, 1, host_bytes=20), None)
+    scheduler.enqueue("c", Demand(10, 5, 1), None)
+    assert scheduler.admit() == ["a"], "c needs no host memory, but does not overtake"
+    assert (scheduler.pool.used_bytes, scheduler.host.used_bytes) == (20, 40)
+    scheduler.start("a", {0: 0, 1: 0})
+    scheduler.end_choice(Choice("a", 0))
+    scheduler.check_integrity()
+    assert scheduler.host.used_bytes == 40, "the other choice reads them"
+    scheduler.end_choice(Choice("a", 1))
+    assert scheduler.admit() == ["b", "c"]
+    assert (scheduler.pool.used_bytes, scheduler.host.used_bytes) == (30, 20)
+    scheduler.end_request("b")
+    scheduler.check_integrity()
+    assert scheduler.host.used_bytes == 0
+    with pytest.raises(InvalidRequest, match="51 bytes of host memory; allowed: at most 50 bytes"):
+        scheduler.enqueue("d", Demand(1, 1, 1, host_bytes=51), None)
+    for name in "efgh":
+        scheduler.enqueue(name, Demand(1, 0, 1, host_bytes=50), None)
+    scheduler.max_waiting = 4
+    with pytest.raises(Overloaded, match=r"needs 6 bytes, 85 of 100 are free, and of host memory 9 bytes, 50 of 50"):
+        scheduler.enqueue("i", Demand(5, 1, 1, host_bytes=9), None)
 
 
 def test_a_queue_of_length_zero_still_lets_in_what_fits(build) -> None:
