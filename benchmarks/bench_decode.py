@@ -1,7 +1,8 @@
 """`kvsluice bench decode`: steps of the decode engine over full caches, against transformers' dynamic cache.
 
 Sequences are distinct, each with memory of its own, unless they are asked to share their prompt. The floor is bytes
-over bandwidth: all weights but the embedding's rows once a step, and what attention reads by the caches' own count.
+over bandwidth: all weights but the embedding's rows once a step, and what attention reads by the caches' own count;
+or, where it is later, what was fetched from host memory over the link to the host.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 
 from ..compression import bound_nbytes
-from ..compression.recipe import Recipe, get_recipe
+from ..compression.recipe import ModelShape, Recipe, get_recipe
 from ..evals.results import EXACT, TRANSFORMERS
 from ..services.decode.engine import DecodeEngine, Event
+from ..services.decode.host_pages import HostPages
 from . import baseline
 from .bench_results import Floor, Row
 from .rows import measured
@@ -96,10 +98,12 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     options = bench.options
     # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
     new_tokens = options.warmup + options.steps + 2
-    plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens)
-    engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences)
+    host = None if options.offloading_gib is None else HostPages(int(options.offloading_gib * (1 << 30)), bench.device)
+    plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens, host)
+    engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
     start_sequences(bench, engine, plan, empty.context)
     held = None if rate is None else HeldSelection(rate, options.seed)
+    engine.runner.selection = held
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     samples_s: list[float] = []
@@ -111,8 +115,11 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
         events.extend(told(engine.step()))
 
     with nullcontext() if held is None else force(held):
-        for _ in range(options.warmup + options.steps):
+        for number in range(options.warmup + options.steps):
+            if number == options.warmup:
+                engine.runner.hot_counts.zero_()
             samples_s.append(time_once(bench.device, one))
+        hot = [count / options.steps for count in engine.runner.hot_counts.tolist()]
         while engine.has_work:
             one()
     ended = finished(plan, events, new_tokens)
@@ -121,11 +128,23 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     read = plan.num_sequences * sum(event.bytes_read for event in ended) / sum(event.steps for event in ended)
     row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s))
     figures = _memory_figures(bench, empty.context, new_tokens, resident, plan.reserved_bytes / plan.num_sequences)
-    if held is not None and held.calls and held.hit_rate is not None:
+    if plan.host_bytes:
+        figures["host_bytes"] = plan.host_bytes / plan.num_sequences
+    fetched = hot[1] * chunk_nbytes(recipe, bench.subject.shape, bench.dtype)
+    if hot[0]:
+        figures |= {"fetched_bytes": fetched, "hit_rate": 1 - hot[1] / hot[0]}
+    elif held is not None and held.calls and held.hit_rate is not None:
         figures["hit_rate"] = held.hit_rate
     elif held is not None:
         row = replace(row, conditions={**row.conditions, "hit rate": "not forced: the engine asked for no selection"})
-    return _finished(bench, row, read, figures)
+    return _finished(bench, row, read, figures, fetched)
+
+
+def chunk_nbytes(recipe: Recipe, shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes of values of one chunk of one KV head."""
+    native = str(dtype).removeprefix("torch.")
+    specs = recipe.value_codec.tensor_specs(recipe.retrieval.chunk, 1, shape.head_dim, native)
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def _memory_figures(bench: Bench, context: int, new_tokens: int, resident: float, reserved: float) -> dict[str, float]:
@@ -141,13 +160,14 @@ def _memory_figures(bench: Bench, context: int, new_tokens: int, resident: float
     return figures
 
 
-def _finished(bench: Bench, row: Row, cache_read: float, figures: dict[str, float]) -> Row:
+def _finished(bench: Bench, row: Row, cache_read: float, figures: dict[str, float], fetched: float = 0.0) -> Row:
     assert row.time is not None and row.batch is not None
     weights = bench.model.weights
     tied = weights.head.data_ptr() == weights.embed.data_ptr()
     moved = weights.nbytes - (0 if tied else weights.embed.nbytes) + cache_read
     own = {"tokens_per_s": row.batch / row.time.median_s, "cache_read_bytes": cache_read}
-    return replace(row, floor=Floor.of(bench.limits, moved), figures=own | figures)
+    floor, link = Floor.of(bench.limits, moved), Floor.between(bench.limits, fetched)
+    return replace(row, floor=max(floor, link, key=lambda one: one.floor_s), figures=own | figures)
 
 
 def _transformers_row(bench: Bench, other: Any, context: int) -> Row:

@@ -86,6 +86,8 @@ PARTS: Mapping[str, Part] = {
          Option("share-prompt", "", "all sequences are choices of one prompt and share its memory", flag=True),
          Option("steps", "N", "steps whose median and quartiles are reported", "32"),
          Option("cache-gib", "GIB", "memory for caches; default: 0.9 of what is free on a GPU, 2 on a CPU"),
+         Option("kv-offloading-gib", "GIB", "host memory that values lie in where their recipe reads them in parts; "
+                "default: none"),
          _CHUNK, _BASELINE,
          # the first steps make what later ones reuse
          replace(_WARMUP, help="steps that are not counted", default="8"), *_COMMON),
@@ -115,6 +117,7 @@ class BenchOptions:
         beside: tokens of a prompt that arrives beside the measured ones, or None.
         baseline: whether transformers is measured.
         device, dtype, chunk_tokens, pack_tokens, cache_gib: None = chosen by the device.
+        offloading_gib: host memory for values, or None.
     """
 
     part: str
@@ -134,6 +137,7 @@ class BenchOptions:
     chunk_tokens: int | None
     pack_tokens: int | None
     cache_gib: float | None
+    offloading_gib: float | None
     baseline: bool
     device: str | None
     dtype: str | None
@@ -161,6 +165,7 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
     checked = parse_eval_options({key: text[key] for key in shared if text.get(key)})
     selected = _optional(text.get("selected"), lambda one: _whole("selected", one, 1, 1 << 20))
     cache = _optional(text.get("cache_gib"), lambda one: _number("cache-gib", one, 1e-3, 1 << 14))
+    offloading = _optional(text.get("kv_offloading_gib"), lambda one: _number("kv-offloading-gib", one, 1e-3, 1 << 14))
     return BenchOptions(
         part=part,
         models=_listed("model", text["model"]) if part == "kernels" else (text["model"],),
@@ -179,6 +184,7 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         chunk_tokens=checked.chunk_tokens,
         pack_tokens=_optional(text.get("pack_tokens"), lambda one: _whole("pack-tokens", one, 1, 1 << 20)),
         cache_gib=cache,
+        offloading_gib=offloading,
         baseline=bool(text.get("baseline")) and bool(_one_of("baseline", text["baseline"], (TRANSFORMERS,))),
         device=checked.device if text["device"] else None,
         dtype=checked.dtype,

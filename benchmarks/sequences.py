@@ -21,6 +21,7 @@ from ..services.decode.engine import (
     OpenedEvent,
     TokensEvent,
 )
+from ..services.decode.host_pages import HostPages
 from ..services.prefill.engine import PrefillEngine, PrefillJob
 from .bench_prefill import PACK_TOKENS
 from .options import PREFILL
@@ -79,16 +80,24 @@ class Plan:
     Attributes:
         requests: what to open; one with as many choices as sequences where they share their prompt.
         num_sequences: over all requests.
-        reserved_bytes: of all requests together.
+        reserved_bytes: of all requests together, on the device.
+        host_bytes: of all requests together, in host memory.
     """
 
     requests: tuple[DecodeRequest, ...]
     num_sequences: int
     reserved_bytes: int
+    host_bytes: int
 
 
 def plan_sequences(
-    bench: Bench, capacity_bytes: int, recipe: Recipe, context: int, batch: int | None, new_tokens: int
+    bench: Bench,
+    capacity_bytes: int,
+    recipe: Recipe,
+    context: int,
+    batch: int | None,
+    new_tokens: int,
+    host: HostPages | None = None,
 ) -> Plan:
     """Requests for `batch` sequences, or for the most that the engine's own bounds leave room for.
 
@@ -97,21 +106,37 @@ def plan_sequences(
     """
     sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     request = DecodeRequest("sequence-0", 1, context, recipe, sampling)
-    demand = DecodeEngine(bench.model, capacity_bytes, max_num_seqs=1).demand(request)
-    shared = demand.prompt_bytes if bench.options.share_prompt else 0
+    demand = DecodeEngine(bench.model, capacity_bytes, max_num_seqs=1, host=host).demand(request)
+    is_shared = bench.options.share_prompt
+    shared = demand.prompt_bytes if is_shared else 0
     each = demand.total_bytes - shared
     fitting = max(0, capacity_bytes - shared) // each
-    wanted = fitting if batch is None else batch
+    on_host = _fitting_host(demand.host_bytes, host, is_shared)
+    wanted = min(fitting, on_host or fitting) if batch is None else batch
     if not 1 <= wanted <= fitting:
         raise Overloaded(
             f"{max(wanted, 1)} sequences may take {shared + max(wanted, 1) * each} bytes; {fitting} fit into the "
             f"{capacity_bytes} of --cache-gib"
         )
-    if bench.options.share_prompt:
+    if on_host is not None and wanted > on_host:
+        raise Overloaded(
+            f"{wanted} sequences may take {wanted * demand.host_bytes} bytes of host memory; {on_host} fit into "
+            "--kv-offloading-gib"
+        )
+    host_bytes = demand.host_bytes * (1 if is_shared else wanted)
+    if is_shared:
         requests: tuple[DecodeRequest, ...] = (replace(request, sampling=replace(sampling, n=wanted)),)
     else:
         requests = tuple(replace(request, request_id=f"sequence-{index}") for index in range(wanted))
-    return Plan(requests, wanted, shared + wanted * each)
+    return Plan(requests, wanted, shared + wanted * each, host_bytes)
+
+
+def _fitting_host(each: int, host: HostPages | None, is_shared: bool) -> int | None:
+    """How many sequences host memory has room for; None = as many as one likes."""
+    if host is None or not each:
+        return None
+    prompts = host.capacity_bytes // each
+    return None if is_shared and prompts else prompts
 
 
 def start_sequences(bench: Bench, engine: DecodeEngine, plan: Plan, context: int) -> None:

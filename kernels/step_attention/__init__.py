@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .op import StepAttention, serves
+from .op import Selection, StepAttention, serves
 from .packed import Chunks, Kept, Layout, Packed, Region, Tail, View
 from .tables import Block, Tables, sequence_block, step_tables
 
@@ -13,6 +13,7 @@ __all__ = [
     "Layout",
     "Packed",
     "Region",
+    "Selection",
     "StepAttention",
     "Tables",
     "Tail",

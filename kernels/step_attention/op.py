@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ..dispatch import require
 from .packed import Packed, View
 from .tables import Tables
+
+
+class Selection(Protocol):
+    """Says which chunks a step attends to, in place of those that scored best."""
+
+    def choose(self, layer: int, table: Tensor, chosen: Tensor, counts: Tensor) -> None:
+        """Write over what was chosen. Waits for nothing and brings nothing from the host, so that a step with it can be
+        captured once it has run.
+
+        Args:
+            table: of the layer's choices, int64 [rows, CHOICE_FIELDS]; zeros for rows that it is not asked for.
+            chosen: int32 [rows, Hkv, K], distinct chunks of each row.
+            counts: int32 [rows, Hkv], how many of them count; that many are written.
+        """
+        ...
 
 
 def serves(views: Sequence[View], head_dim: int, fixed_rope: bool = True) -> bool:
@@ -57,6 +73,7 @@ class StepAttention:
         rope_factor: by which cos and sin are multiplied.
         hot_counts: int64 [2], grows by the chunks that were wanted from host memory, and by those of them that were
             not on the device; None = nobody asks.
+        selection: None = what scores best.
     """
 
     def __init__(
@@ -66,12 +83,14 @@ class StepAttention:
         frequencies: Tensor,
         rope_factor: float,
         hot_counts: Tensor | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.tables = tables
         self._num_kv_heads = num_kv_heads
         self._frequencies = frequencies
         self._rope_factor = rope_factor
         self._hot_counts = hot_counts
+        self._selection = selection
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write each row's keys and values [rows, Hkv, d] (k_pre before RoPE) into its sequence's tail.
@@ -96,5 +115,5 @@ class StepAttention:
         require(len(q) == num_rows, f"{len(q)} rows, the tables are for {num_rows}")
         return attend(
             self.tables, layer, q, self._num_kv_heads, positions, self._frequencies, self._rope_factor, window,
-            self._hot_counts,
+            self._hot_counts, self._selection,
         )  # fmt: skip

@@ -49,6 +49,9 @@ class DecodeEngine:
         max_num_seqs: choices that run in one step.
         max_waiting: requests that may wait for memory.
         host: host memory that values of prompts lie in where they can; None = all lie on the device.
+
+    Attributes:
+        runner: runs the steps.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class DecodeEngine:
         self.host = host
         on_host = None if host is None else PagePool(host.capacity_bytes)
         self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting, on_host)
-        self._runner = StepRunner(model, self.shape)
+        self.runner = StepRunner(model, self.shape)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
 
@@ -210,7 +213,7 @@ class DecodeEngine:
     def step(self) -> list[Event]:
         """Let in what fits, run one step of the choices whose turn it is. Returns what happened since the last call."""
         self._admit()
-        self._runner.join()
+        self.runner.join()
         turns = self._prepare(self.scheduler.next_batch())
         if turns:
             try:
@@ -300,8 +303,8 @@ class DecodeEngine:
     def _forward(self, turns: Sequence[_Turn]) -> Tensor:
         """Run one row of each turn. Returns logits float32 [turns, V]."""
         rows = [turn.state.step_row(turn.token_id, turn.position) for turn in turns]
-        logits = self._runner.logits(rows)
-        self._runner.prepare(rows)
+        logits = self.runner.logits(rows)
+        self.runner.prepare(rows)
         return logits
 
     def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:

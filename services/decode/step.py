@@ -19,7 +19,7 @@ from torch import Tensor
 from ...compression.interfaces import SequenceCache
 from ...compression.recipe import ModelShape
 from ...kernels.dispatch import TRITON, runs
-from ...kernels.step_attention import Block, StepAttention, Tables, sequence_block, serves
+from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
 from .captured import CapturedSteps, CudaGraphs
@@ -53,6 +53,7 @@ class StepRunner:
     Attributes:
         hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
             that had to be fetched; whoever reads them sets them to zero.
+        selection: what sequences of a batched step attend to instead of what scores best, for measurements.
     """
 
     def __init__(self, model: Model, shape: ModelShape) -> None:
@@ -68,6 +69,7 @@ class StepRunner:
         like = (1, shape.num_kv_heads, shape.head_dim)
         self._like = torch.empty(like, dtype=model.dtype, device=model.device)
         self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
+        self.selection: Selection | None = None
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
@@ -135,7 +137,9 @@ class StepRunner:
         """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]. Waits for nothing."""
         ids, positions, lengths = inputs
         frequencies, factor = self.model.fixed_frequencies or (self._like, 1.0)
-        attention = StepAttention(tables, self._shape.num_kv_heads, frequencies, factor, hot_counts=self.hot_counts)
+        attention = StepAttention(
+            tables, self._shape.num_kv_heads, frequencies, factor, hot_counts=self.hot_counts, selection=self.selection
+        )
         return self.model.logits(forward_step(self.model, ids, positions, lengths, attention))
 
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...attention_partial.triton import TILE
 from ...hot_set import fetch_chosen
+from ..op import Selection
 from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
@@ -58,6 +59,7 @@ def attend(
     rope_factor: float,
     window: int | None,
     hot_counts: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """See `op.StepAttention.attend`."""
     q = q.contiguous()
@@ -67,6 +69,8 @@ def attend(
     counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
     for choice in tables.choices:
         _choose(tables, choice, layer, q, num_kv_heads, positions, window, chosen, counts)
+        if selection is not None:
+            selection.choose(layer, tables.choices[choice][layer], chosen, counts)
     places = torch.empty_like(chosen) if tables.hots else chosen
     for hot, table in tables.hots.items():
         fetch_chosen(hot, table[layer], chosen, counts, places, hot_counts, tables.most_slots)

@@ -117,7 +117,7 @@ def test_a_share_of_the_chunks_stays(share):
     before = None
     for _ in range(20):
         held.begin_step()
-        places = [held.choose(chosen, 400) for _ in range(3)]
+        places = [held.replaced(chosen, 400) for _ in range(3)]
         assert all(place.shape == chosen.shape and bool((place.diff(dim=-1) > 0).all()) for place in places)
         assert int(max(place.max() for place in places)) < 400
         assert not torch.equal(places[0], places[1])
@@ -136,11 +136,42 @@ def test_more_stays_where_nearly_all_chunks_are_chosen():
     last: set[int] = set()
     for _ in range(4):
         held.begin_step()
-        now = set(held.choose(torch.zeros(1, 1, 30, dtype=torch.int64), 40)[0, 0].tolist())
+        now = set(held.replaced(torch.zeros(1, 1, 30, dtype=torch.int64), 40)[0, 0].tolist())
         if last:
             assert len(now & last) == 20
         last = now
     assert held.hit_rate == pytest.approx(20 / 30)
+
+
+def test_a_batched_step_keeps_the_same_share(monkeypatch):
+    """Rows of another table are left alone, and what is chosen is what sequences one by one would be given."""
+    from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS
+
+    monkeypatch.setattr("kvsluice.benchmarks.selection.held._is_capturing", lambda x: False)
+    held = HeldSelection(0.6, seed=3)
+    table = torch.zeros(3, CHOICE_FIELDS, dtype=torch.int64)
+    table[0, 2], table[0, 9] = 400, 50
+    table[2, 2], table[2, 7], table[2, 9] = 300, 80, 30
+    counts = torch.tensor([[50, 50], [-9, -9], [30, 20]], dtype=torch.int32)
+    last: dict[tuple[int, int], set[int]] = {}
+    for _ in range(5):
+        held.begin_step()
+        for layer in range(2):
+            chosen = torch.full((3, 2, 64), -7, dtype=torch.int32)
+            held.choose(layer, table, chosen, counts)
+            assert (chosen[1] == -7).all()
+            for row, head, count, most in ((0, 0, 50, 400), (0, 1, 50, 400), (2, 0, 30, 380), (2, 1, 20, 380)):
+                now = chosen[row, head].tolist()
+                assert now[count:] == [-7] * (64 - count)
+                assert len(set(now[:count])) == count and 0 <= min(now[:count]) <= max(now[:count]) < most
+                if layer == 0:
+                    if (row, head) in last:
+                        assert len(last[row, head] & set(now[:count])) == round(0.6 * count)
+                    last[row, head] = set(now[:count])
+                else:
+                    assert set(now[:count]) != last[row, head]
+    assert held.hit_rate == pytest.approx(0.6)
+    assert held.calls == 10
 
 
 def test_selections_are_forced_within_the_context_only():

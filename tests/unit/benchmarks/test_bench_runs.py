@@ -10,7 +10,7 @@ from kvsluice.benchmarks import baseline, bench_handoff, bench_kernels, bench_pr
 from kvsluice.benchmarks.bench_results import load
 from kvsluice.benchmarks.tables import print_results
 from kvsluice.compression.recipe import get_recipe
-from kvsluice.kernels.dispatch import REFERENCE
+from kvsluice.kernels.dispatch import REFERENCE, TRITON, forced
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,22 @@ def test_decode_measures_batches_and_hit_rates(bench):
     assert few[0].figures["resident_over_exact"] < 0.8
     assert few[0].batch > most[0].batch
     assert "exact, tokens/s" in few[0].ratios
+
+
+def test_values_in_host_memory_are_fetched_as_often_as_the_hit_rate_says(bench):
+    """Through the batched kernels, under the interpreter."""
+    with forced(TRITON):
+        (row,) = bench(
+            "decode", recipe="sluice-full", selected="64", hit_rate="0.75", kv_offloading_gib="0.01", steps="2"
+        ).rows
+    assert row.conditions["hit rate"] == 0.75
+    # the first steps have filled the hot set, and each one after wants a quarter of its 16 chunks anew
+    assert row.figures["hit_rate"] == pytest.approx(0.75)
+    per_step = 4 * 2 * 16 // 4  # layers, KV heads
+    assert row.figures["fetched_bytes"] == per_step * 4 * (8 + 2 * 2)
+    assert row.figures["host_bytes"] > 0
+    (near,) = bench("decode", recipe="sluice-full", selected="64").rows
+    assert row.figures["resident_bytes"] < near.figures["resident_bytes"]
 
 
 def test_sequences_may_share_their_prompt(bench):

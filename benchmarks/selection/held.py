@@ -1,0 +1,127 @@
+"""Forcing how many of a step's chunks were chosen by the step before.
+
+Keys of random weights attend evenly, so what their queries choose says nothing about how often a real model comes back
+to the same chunks. `HeldSelection` sets that share. A batched step asks it in every layer, inside a captured graph too;
+`force` puts it in the place of what a sequence's retrieval chooses where sequences attend one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STRIDE = 1_073_741_789  # a prime that divides no number of chunks
+
+
+def window(step: int, share: float, count: int, num_chunks: int) -> tuple[int, int]:
+    """Where the chunks of a step begin in an order of all, and how many of them the next step does not take."""
+    moved = math.floor((1 - share) * count + 0.5)
+    return step * moved % num_chunks, moved
+
+
+class HeldSelection:
+    """Keeps a share of the chunks from one step to the next.
+
+    A place (one layer of one sequence) has an order of its chunks for each KV head, and a step takes K of them in a
+    row, (1 - share) K further along than the step before.
+
+    Args:
+        share: of the K chunks that stay, 0 to 1.
+        seed: of the orders.
+
+    Attributes:
+        calls: how often it was asked; 0 = whoever selects does not ask.
+    """
+
+    def __init__(self, share: float, seed: int) -> None:
+        self._share = share
+        self._seed = seed
+        self._place = 0
+        self._step = 0
+        self._on_device: Tensor | None = None  # the step, for kernels
+        self._kept: dict[tuple[str, int], float] = {}
+        self.calls = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share that really stayed, the mean over places: larger than asked for where K is most of the chunks."""
+        return sum(self._kept.values()) / len(self._kept) if self._kept else None
+
+    def begin_step(self) -> None:
+        """A decode step begins; the same places are asked for, in the same order, as in the step before."""
+        self._place = 0
+        if self.calls:
+            self._step += 1
+        if self._on_device is not None:
+            self._on_device += 1
+
+    def choose(self, layer: int, table: Tensor, chosen: Tensor, counts: Tensor) -> None:
+        """See `kernels.step_attention.Selection`."""
+        from .triton import hold
+
+        self.calls += 1
+        if self._on_device is None:
+            with torch.inference_mode(False):  # it grows outside of a step
+                self._on_device = torch.full((), self._step, dtype=torch.int64, device=chosen.device)
+        if ("layer", layer) not in self._kept and not _is_capturing(chosen):
+            self._kept["layer", layer] = self._stays(*_sizes(table, counts))
+        hold(table, chosen, counts, self._on_device, layer, self._seed, self._share, _STRIDE)
+
+    def replaced(self, chosen: Tensor, num_chunks: int) -> Tensor:
+        """chosen [Q, Hkv, K] integers below `num_chunks`, which every row has -> as many others, ascending, alike."""
+        self.calls += 1
+        place, self._place = self._place, self._place + 1
+        num_kv_heads, count = chosen.shape[1:]
+        self._kept.setdefault(("place", place), self._stays(count, num_chunks))
+        first, _ = window(self._step, self._share, count, num_chunks)
+        index = (torch.arange(count, device=chosen.device) + first) % num_chunks
+        heads = torch.arange(num_kv_heads, device=chosen.device)[:, None]
+        begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729
+        order: Tensor = (_STRIDE * index + begin) % num_chunks
+        return order.sort(dim=-1).values.to(chosen.dtype).expand(chosen.shape)
+
+    def _stays(self, count: int, num_chunks: int) -> float:
+        if not count or not num_chunks:
+            return 1.0
+        _, moved = window(0, self._share, count, num_chunks)
+        return (count - moved + max(0, count + moved - num_chunks)) / count
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _sizes(table: Tensor, counts: Tensor) -> tuple[int, int]:
+    """The most chunks that a row of a table of choices has chosen, and has; other rows hold no numbers."""
+    from ...kernels.step_attention.triton.choose import COUNT, COUNT_B, WANTED
+
+    rows = table[:, WANTED.value] > 0
+    if not rows.any():
+        return 0, 0
+    return int(counts[rows].max()), int((table[rows, COUNT.value] + table[rows, COUNT_B.value]).max())
+
+
+@contextmanager
+def force(selection: HeldSelection) -> Iterator[None]:
+    """Within the context sequences that attend one by one attend to the chunks of `selection`. What their retrieval
+    chooses is worked out all the same, and which of the entries are valid stays as that says."""
+    from ...compression.retrieval import Landmarks
+
+    plain: Any = Landmarks.select
+
+    def select(
+        self: Landmarks, scores: Tensor, num_kv_heads: int, hidden: Tensor | None, num_tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        chosen, valid = plain(self, scores, num_kv_heads, hidden, num_tokens)
+        return selection.replaced(chosen, scores.shape[-1]), valid
+
+    Landmarks.select = select  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Landmarks.select = plain  # type: ignore[method-assign]

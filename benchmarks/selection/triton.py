@@ -1,0 +1,42 @@
+"""The chunks of `held.HeldSelection`, for all rows of a step."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...kernels.step_attention.triton.choose import CHOICE_FIELDS, COUNT, COUNT_B, WANTED
+
+
+@triton.jit(do_not_specialize=["place", "seed", "share", "most_chosen"])
+def _hold(
+    table_ptr, chosen_ptr, counts_ptr, step_ptr, place, seed, share, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows, KV heads. See `held.window`."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, pair = table_ptr + row * CHOICE_FIELDS, row * NUM_KV_HEADS + head
+    if tl.load(at + WANTED) == 0:
+        return
+    num_chunks = tl.load(at + COUNT) + tl.load(at + COUNT_B)
+    count = tl.load(counts_ptr + pair)
+    moved = ((1 - share) * count.to(tl.float32) + 0.5).to(tl.int64)
+    index = (tl.load(step_ptr) * moved + tl.arange(0, BLOCK_K)) % num_chunks
+    begin = (pair + 1) * 1_000_003 + place.to(tl.int64) * 7919 + seed * 104_729
+    chunk = (STRIDE * index + begin) % num_chunks
+    entry = tl.arange(0, BLOCK_K)
+    tl.store(chosen_ptr + pair * most_chosen + entry, chunk.to(tl.int32), mask=entry < count)
+
+
+def hold(
+    table: Tensor, chosen: Tensor, counts: Tensor, step: Tensor, place: int, seed: int, share: float, stride: int
+) -> None:
+    """Overwrite the chosen chunks int32 [rows, Hkv, K] of the rows of a table of choices."""
+    num_rows, num_kv_heads, most = chosen.shape
+    with torch.cuda.device_of(chosen):
+        _hold[(num_rows, num_kv_heads)](
+            table, chosen, counts, step, place, seed, share, most,
+            NUM_KV_HEADS=num_kv_heads, STRIDE=stride, BLOCK_K=triton.next_power_of_2(most),
+        )  # fmt: skip
