@@ -12,13 +12,16 @@ from dataclasses import replace
 import torch
 
 from .. import kernels
-from ..kernels.dispatch import REFERENCE, TRITON, forced, has_triton
+from ..kernels.dispatch import REFERENCE, TRITON, forced, has_triton, runs
 from .bench_results import Floor, Row
+from .host_cases import host_cases
 from .kernel_cases import BUILDERS, FOLDERS, Case, Inputs
 from .rows import compared, measured
 from .step_cases import step_cases
 from .subject import Bench, Subject
 from .timing import time_kernel
+
+COMPILED_ONLY = frozenset({"hot_set"})
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -33,14 +36,18 @@ def measure(bench: Bench) -> list[Row]:
             Row(what=f"kernel: {name}", side="-", model=subject.name, not_run="no case is written for it")
             for name in uncovered()
         ]
+        if not runs(TRITON, bench.device):
+            rows += [
+                Row(what=f"kernel: {name}", side="-", model=subject.name, not_run="it runs on a GPU only")
+                for name in sorted(COMPILED_ONLY)
+            ]
     return compared(rows, (REFERENCE,))
 
 
 def uncovered() -> list[str]:
     """Folders of `kernels/` without a case."""
-    return sorted(
-        {one.name for one in pkgutil.iter_modules(kernels.__path__) if one.ispkg} - FOLDERS - {"step_attention"}
-    )
+    covered = FOLDERS | COMPILED_ONLY | {"step_attention"}
+    return sorted({one.name for one in pkgutil.iter_modules(kernels.__path__) if one.ispkg} - covered)
 
 
 def sides(device: torch.device, folder: str) -> tuple[str, ...]:
@@ -53,7 +60,7 @@ def sides(device: torch.device, folder: str) -> tuple[str, ...]:
 def _rows(bench: Bench, subject: Subject, context: int) -> list[Row]:
     given = Inputs(subject.config, context, bench.device, bench.dtype, bench.options.seed)
     rows = []
-    for build in (*BUILDERS, step_cases):
+    for build in (*BUILDERS, step_cases, host_cases):
         for case in build(given):
             for side in sides(bench.device, case.folder):
                 empty = Row(what=f"kernel: {case.name}", side=side, model=subject.name, context=context)
@@ -66,8 +73,9 @@ def _timed(bench: Bench, case: Case, empty: Row) -> Row:
     action = case.reference if empty.side == REFERENCE and case.reference is not None else case.action
     with forced(empty.side):
         time = time_kernel(bench.device, action, options.warmup, options.repeats)
-    floor = Floor.of(bench.limits, case.bytes_moved, case.flops)
-    figures = {"share_of_limit": floor.floor_s / time.median_s, "gb_per_s": case.bytes_moved / time.median_s / 1e9}
+    on_device, link = Floor.of(bench.limits, case.bytes_moved, case.flops), Floor.between(bench.limits, case.link_bytes)
+    floor = max(on_device, link, key=lambda one: one.floor_s)
+    figures = {"share_of_limit": floor.floor_s / time.median_s, "gb_per_s": floor.bytes_moved / time.median_s / 1e9}
     if case.flops:
         figures["tflop_per_s"] = case.flops / time.median_s / 1e12
     return replace(empty, time=time, floor=floor, figures=figures)

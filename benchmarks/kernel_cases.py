@@ -50,6 +50,7 @@ class Case:
         folder: of the operation in `kernels/`.
         flops: of its matrix products.
         reference: what it is compared with, where that is another call and not another implementation.
+        link_bytes: that come from host memory.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     bytes_moved: float
     flops: float = 0.0
     reference: Callable[[], object] | None = None
+    link_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

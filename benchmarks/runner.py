@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KvsluiceError
+from ..evals.results import check_writable
 from . import bench_decode, bench_handoff, bench_kernels, bench_prefill
 from .bench_results import BenchResults, Row, save
 from .options import BenchOptions, argument_parser, parse_options
@@ -47,6 +48,8 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
     Raises:
         KvsluiceError: an option that cannot work, before any weights are made; or a fault of the engines.
     """
+    if options.json is not None:
+        check_writable(options.json)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     subjects = tuple(read_subject(name, options) for name in options.models)

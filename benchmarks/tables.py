@@ -9,6 +9,7 @@ from .bench_results import BenchResults, Row
 
 FILE_WIDTH = 160  # characters a line where no terminal says how many
 MOST_IN_A_LINE = 3  # figures
+TOO_FAST = 0.8  # of a floor: no noise
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _SIZES = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
@@ -56,6 +57,16 @@ def print_results(results: BenchResults) -> None:
     )
     for title in dict.fromkeys(map(_title, results.rows)):
         _print_table(title, [row for row in results.rows if _title(row) == title])
+    beaten = sum(_beats_floor(row) for row in results.rows)
+    if beaten:
+        print(
+            f"{beaten} rows took clearly less than their floor: what they move lies in caches, or the limits were "
+            "measured while something else kept the machine busy; measure again"
+        )
+
+
+def _beats_floor(row: Row) -> bool:
+    return row.time is not None and row.floor is not None and row.time.median_s < TOO_FAST * row.floor.floor_s
 
 
 def _title(row: Row) -> str:

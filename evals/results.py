@@ -19,7 +19,8 @@ Where a run compares with transformers, `cells` and `summary` hold the label `tr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,11 +181,31 @@ def save_json(path: Path, results: Mapping[str, Any]) -> None:
         InvalidRequest: it cannot be written.
     """
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with _refusing(path):
+        _write_beside(path, text).replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that a file of results can be written, before any work.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    with _refusing(path):
+        _write_beside(path, "").unlink()
+
+
+def _write_beside(path: Path, text: str) -> Path:
     beside = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(text, encoding="utf-8")
+    return beside
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        yield
     except OSError as exc:
         raise InvalidRequest("--json", f"cannot write {path}: {exc.strerror}", "a file that can be written") from exc
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvsluice.benchmarks import baseline, step_cases
+from kvsluice.benchmarks import baseline, host_cases, step_cases
 from kvsluice.benchmarks.flops import prompt_flops
 from kvsluice.benchmarks.kernel_cases import Inputs
 from kvsluice.benchmarks.selection import HeldSelection, force
@@ -186,6 +186,30 @@ def test_selections_are_forced_within_the_context_only():
     assert held.calls == 1
     assert torch.equal(retrieval.select(scores, 2, None, 80)[0], plain)
     assert plain.tolist() == [[[18, 19]] * 2]
+
+
+def test_every_call_fetches_all_that_it_wants(monkeypatch):
+    totals = torch.zeros(2, dtype=torch.int64)
+    plain = host_cases.fetch_chosen
+
+    def counted(key, table, chosen, counts, places, none, most_slots):
+        plain(key, table, chosen, counts, places, totals, most_slots)
+
+    monkeypatch.setattr(host_cases, "fetch_chosen", counted)
+    monkeypatch.setattr(host_cases, "folder", lambda op: "hot_set")
+    monkeypatch.setattr(host_cases, "SEQUENCES", 2)
+    given = Inputs(small("llama-3.1-8b").config, 200, CPU, torch.float32, seed=0)
+    assert list(host_cases.host_cases(given)) == [], "there is no kernel on a CPU"
+    with forced(TRITON), torch.inference_mode():
+        cases = list(host_cases.host_cases(given))
+        for case in cases:
+            totals.zero_()
+            for _ in range(6):
+                case.action()
+            assert totals[0] == totals[1] > 0
+            assert case.link_bytes > 0
+    heads, dim = given.config.num_kv_heads, given.config.head_dim
+    assert cases[1].link_bytes == 2 * heads * (200 // 8 // 4) * 8 * dim * 2
 
 
 def test_a_step_over_many_caches_is_compared_with_each_by_itself(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -17,7 +17,7 @@ from kvsluice.benchmarks.bench_results import (
     load,
     save,
 )
-from kvsluice.benchmarks.tables import figure, seconds
+from kvsluice.benchmarks.tables import figure, print_results, seconds
 from kvsluice.benchmarks.timing import summarize
 from kvsluice.errors import InvalidRequest
 from kvsluice.evals.results import EvaluatedRecipe
@@ -64,6 +64,14 @@ def test_what_is_no_results_file_is_refused(tmp_path, spoil):
     path.write_text("{")
     with pytest.raises(InvalidRequest, match="cannot read"):
         load(path)
+
+
+def test_times_below_their_floor_are_pointed_out(capsys):
+    print_results(RESULTS)
+    assert "less than their floor" not in capsys.readouterr().out
+    rows = (replace(RESULTS.rows[0], time=Timing(0.005, 0.005, 0.005, 5)), RESULTS.rows[1])
+    print_results(replace(RESULTS, rows=rows))
+    assert "1 rows took clearly less than their floor" in capsys.readouterr().out
 
 
 def test_quartiles():

@@ -10,6 +10,7 @@ from kvsluice.benchmarks import baseline, bench_handoff, bench_kernels, bench_pr
 from kvsluice.benchmarks.bench_results import load
 from kvsluice.benchmarks.tables import print_results
 from kvsluice.compression.recipe import get_recipe
+from kvsluice.errors import InvalidRequest
 from kvsluice.kernels.dispatch import REFERENCE, TRITON, forced
 
 
@@ -136,6 +137,14 @@ def test_values_in_host_memory_are_fetched_as_often_as_the_hit_rate_says(bench):
     assert row.figures["host_bytes"] > 0
     (near,) = bench("decode", recipe="sluice-full", selected="64").rows
     assert row.figures["resident_bytes"] < near.figures["resident_bytes"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvsluice.benchmarks.runner.measure_limits", None)
+    (tmp_path / "file").touch()
+    for path in ("/proc/nothing/x.json", f"{tmp_path}/file/x.json"):
+        with pytest.raises(InvalidRequest, match=f"--json: cannot write {path}"):
+            bench("decode", json=path)
 
 
 def test_sequences_may_share_their_prompt(bench):
