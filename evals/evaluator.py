@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .options import PYTHON_TEXTS, EvalOptions
 from .processes import check_device
 from .results import EXACT
 from .scoring import Outcome, Scorer
-from .suites import Case, NeedleGrid, Perplexity, Ruler, Suite, Unit
+from .suites import LEAST_CONTEXT, Case, NeedleGrid, Perplexity, Ruler, Suite, Unit
 from .texts import TextMissing, heldout_texts, python_topics, token_ids
 from .workfile import Record
 
@@ -183,7 +183,8 @@ def _check_contexts(options: EvalOptions, suite: Suite, shape: ModelShape) -> No
     most = shape.max_position_embeddings - extra
     for context in options.contexts:
         if context > most:
-            raise InvalidRequest("--context", str(context), f"at most {most}, the model's positions")
+            why = f" less the {extra} that are judged" if extra else ""
+            raise InvalidRequest("--context", str(context), f"at most {most}, the model's positions{why}")
 
 
 def _check_samples(options: EvalOptions, suite: Suite, tasks: Sequence[str]) -> None:
@@ -191,10 +192,16 @@ def _check_samples(options: EvalOptions, suite: Suite, tasks: Sequence[str]) -> 
     if isinstance(suite, Perplexity):
         return
     for unit in suite.units(options.contexts, 1, tasks):
-        try:
-            case = suite.case(unit)
-            num_tokens = len(case.prompt_ids) + len(case.answer_ids)
-        except ValueError:
-            num_tokens = None
-        if num_tokens is None or num_tokens > unit.context:
-            raise InvalidRequest("--context", f"{unit.context} has no room for {unit.task}", "more, or other tasks")
+        if not _has_room(suite, unit):
+            sizes = (LEAST_CONTEXT << step for step in range(8))
+            enough = next((size for size in sizes if _has_room(suite, replace(unit, context=size))), None)
+            allowed = "other tasks" if enough is None else f"more, {enough} are enough; or other tasks"
+            raise InvalidRequest("--context", f"{unit.context} has no room for {unit.task}", allowed)
+
+
+def _has_room(suite: Suite, unit: Unit) -> bool:
+    try:
+        case = suite.case(unit)
+    except ValueError:
+        return False
+    return len(case.prompt_ids) + len(case.answer_ids) <= unit.context

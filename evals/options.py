@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PYTHON_TEXTS = "python"
 MOST_SAMPLES = 10_000
 MOST_PROCESSES = 64
+OF_SUITE = {"depth": "niah", "scored_tokens": "ppl"}  # options of one suite alone
 T = TypeVar("T")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -64,7 +65,8 @@ OPTIONS = (
         "ruler",
     ),
     Option("model", "MODEL", "built-in name, Hugging Face folder or .gguf file", DEFAULT_MODEL),
-    Option("recipe", "A,B", "recipes or presets, with commas between them", EXACT),
+    Option("recipe", "A,B", "recipes or presets, with commas between them; may be given several times", EXACT,
+           several=True),
     Option(
         "variant",
         "LABEL=RECIPE:{SLOTS}",
@@ -140,6 +142,9 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     text: dict[str, Any] = {one.key: one.default for one in OPTIONS}
     text |= {key: value for key, value in given.items() if value is not None}
     suite = _one_of("suite", text["suite"], SUITE_NAMES)
+    for key, own in OF_SUITE.items():
+        if suite != own and given.get(key) is not None:
+            raise InvalidRequest(f"--{key.replace('_', '-')}", f"is of no use to --suite {suite}", f"--suite {own}")
     json_file = Path(text["json"]) if text["json"] else None
     if json_file is not None:
         check_results_file(json_file)
@@ -149,7 +154,7 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     return EvalOptions(
         suite=suite,
         model=text["model"],
-        recipes=_recipes(text["recipe"], given.get("variant") or []),
+        recipes=_recipes(_joined(text["recipe"]), given.get("variant") or []),
         contexts=_apart("context", [_whole("context", one, LEAST_CONTEXT, 1 << 20) for one in contexts]),
         samples=_whole("samples", text["samples"], 1, MOST_SAMPLES),
         seed=_whole("seed", text["seed"], 0, 1 << 32),
@@ -218,6 +223,11 @@ def _checked(option: str, make: Callable[[], Recipe]) -> Recipe:
         return make()
     except InvalidRecipe as exc:
         raise InvalidRequest(f"--{option}", f"{exc.field}: {exc.problem}", exc.allowed) from exc
+
+
+def _joined(names: str | Sequence[str]) -> str:
+    """What was typed at once or several times, as it would be typed at once."""
+    return names if isinstance(names, str) else ",".join(names)
 
 
 def _tasks(suite: str, text: str) -> tuple[str, ...] | None:

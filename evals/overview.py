@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from .results import AVERAGE, TRANSFORMERS, Cell, EvalResults, Summary
 
 FILE_WIDTH = 120  # characters a line where no terminal says how many
+FEW_SAMPLES = 5  # a task
 HEADER = ("recipe", "mean [95 %]", "to exact [95 %]", "shipped", "held", "fell back")
 
 
@@ -41,13 +42,32 @@ def _costs(recipe: str, cells: Sequence[Cell]) -> tuple[str, str, str]:
 def title(results: EvalResults, context: int) -> str:
     """What a table is about."""
     unit = "nats a token, less is better" if results.suite == "ppl" else "share of right answers"
-    return f"{results.suite} at {context} tokens: {unit}; shipped and held as shares of bf16"
+    return (
+        f"{results.suite} at {context} tokens: {unit}; bytes sent (shipped) and kept on decode (held) as shares of the "
+        "bf16 cache's; samples that ran exact instead (fell back)"
+    )
+
+
+def notes(results: EvalResults) -> Iterator[str]:
+    """What must be known of the tables to read them rightly."""
+    cells = results.cells
+    for recipe, context in dict.fromkeys((cell.recipe, cell.context) for cell in cells):
+        own = [cell for cell in cells if (cell.recipe, cell.context) == (recipe, context)]
+        reason = next((cell.fallback_reason for cell in own if cell.fallback_reason), None)
+        if reason is not None:
+            count, samples = sum(cell.fallbacks for cell in own), sum(len(cell.scores) for cell in own)
+            yield f"{recipe} ran exact on {count} of {samples} samples at {context} tokens: {reason}"
+    fewest = min(len(cell.scores) for cell in cells)
+    if fewest < FEW_SAMPLES:
+        yield f"{fewest} samples a task: intervals are too narrow to trust, and one of no width says nothing"
 
 
 def print_overview(results: EvalResults) -> None:
     """A table for every context, and how `exact` compares with transformers where that is known."""
     for context in dict.fromkeys(cell.context for cell in results.cells):
         _print_table(title(results, context), [HEADER, *overview_rows(results, context)])
+    for note in notes(results):
+        print(f"note: {note}")
     if results.against is not None:
         own = results.against
         tokens = "" if own.equal_tokens is None else f", equal tokens on {own.equal_tokens}"

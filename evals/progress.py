@@ -34,12 +34,15 @@ class _Lines:
         if now - self._said >= LINE_EVERY_S or self._done == self._num_samples:
             self._said = now
             left_s = (now - self._began) * (self._num_tokens / self._tokens_done - 1)
-            print(
-                f"eval: {self._done} of {self._num_samples} samples after {now - self._began:.0f} s, "
-                f"about {left_s:.0f} s left",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"{self._done} of {self._num_samples} samples after {now - self._began:.0f} s, "
+                f"about {left_s:.0f} s left"
             )
+
+
+def say(what: str) -> None:
+    """One line of what goes on."""
+    print(f"eval: {what}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -47,7 +50,7 @@ def progress(everything: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Progr
     """Progress over the units that are left. Time is taken to go with a sample's tokens."""
     num_tokens = sum(unit.context for unit in left)
     if len(left) < len(everything):
-        print(f"eval: {len(everything) - len(left)} of {len(everything)} samples are done already", file=sys.stderr)
+        say(f"{len(everything) - len(left)} of {len(everything)} samples are done already")
     if not sys.stderr.isatty():
         yield _Lines(len(left), num_tokens)
         return

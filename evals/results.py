@@ -80,6 +80,7 @@ class Cell:
         resident_bytes: mean bytes of the prompt's cache on decode, before the answer.
         bf16_bytes: mean bytes of the prompt's whole KV cache in bfloat16.
         fallbacks: samples that ran `exact` instead, being too short for the recipe.
+        fallback_reason: of the first of them.
     """
 
     recipe: str
@@ -92,6 +93,7 @@ class Cell:
     resident_bytes: float
     bf16_bytes: float
     fallbacks: int
+    fallback_reason: str | None = None
 
 
 @dataclass(frozen=True)

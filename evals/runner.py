@@ -25,7 +25,7 @@ from .evaluator import Evaluator, Plan, make_plan, read_model
 from .options import EvalOptions, argument_parser, parse_options
 from .overview import print_overview
 from .processes import environment_of
-from .progress import progress
+from .progress import progress, say
 from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
 from .statistics import summarize
 from .suites import Unit
@@ -43,14 +43,18 @@ def run(options: EvalOptions) -> EvalResults:
     """
     if options.against:
         check_reference(options.model)
+    say("reading texts and the tokenizer")
     plan = make_plan(options)
     if options.json is not None:
         check_writable(options.json)
+    say(f"loading {options.model}")
     evaluator = Evaluator(options, plan) if options.processes == 1 else None
     model = _evaluated_model(options, evaluator)
     where = environment_of(options.device, options.processes, options.commit)
     with _kept(options, _identity(options, plan, model, where)) as (done, keep):
         left = [unit for unit in plan.units if unit not in done]
+        if others := len(done.keys() - set(plan.units)):
+            say(f"{others} samples that are done are not among those asked for: they are kept, and left out of results")
         with progress(plan.units, left) as shown:
             for record in _evaluate(options, plan, evaluator, left):
                 keep(record)
@@ -180,6 +184,7 @@ def _cell(label: str, context: int, task: str, depth: float | None, records: Seq
         resident_bytes=fmean(outcome["resident_bytes"] for outcome in outcomes),
         bf16_bytes=fmean(record["bf16_bytes"] for record in records),
         fallbacks=sum(outcome["fallback"] is not None for outcome in outcomes),
+        fallback_reason=next((reason for outcome in outcomes if (reason := outcome["fallback"])), None),
     )
 
 

@@ -85,11 +85,14 @@ def locate(name_or_path: str) -> Checkpoint:
             raise UnsupportedModel(f"{path.name} is not a GGUF file; supported: {supported()}")
         return Checkpoint(path.stem, path, is_gguf=True)
     if name_or_path in SHAPES:
-        raise UnknownModel(f"{name_or_path} is a shape without weights: give a folder, or ask for random weights")
+        raise UnknownModel(
+            f"model: {name_or_path} is a shape without weights; allowed: a folder, or --random-weights where there is "
+            "that option"
+        )
     built_in = ", ".join(BUILTIN_MODELS)
     shapes = ", ".join(name for name in SHAPES if name not in BUILTIN_MODELS)
     raise UnknownModel(
-        f"unknown model {path.name[:128]!r}: neither a folder, a .gguf file nor a built-in name ({built_in}); "
+        f"model: unknown model {path.name[:128]!r}; allowed: a folder, a .gguf file or a built-in name ({built_in}); "
         f"with random weights also {shapes}"
     )
 

@@ -1,11 +1,14 @@
 """Puts what was measured of the recipes into README.md, docs/recipes.md and docs/recipes/, and draws docs/images/.
 
 The numbers come from benchmarks/results/{ruler,niah,ppl,peer_kvpress}*.json, the tables of slots from the recipes
-themselves. What was not measured says so. With --check it only says whether pages and images hold all that.
+themselves. What was not measured says so. With --check it only says whether pages and images hold all that. With
+--results and --out it makes a page and images of other files that `kvsluice eval` wrote, and leaves the project's
+alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvsluice.errors import KvsluiceError
 from kvsluice.evals import recipe_slots, recipe_tables, simulation
 from kvsluice.evals.pages import block, filled
 from kvsluice.evals.recipe_tables import NOT_MEASURED
@@ -146,17 +150,66 @@ def _variants_command() -> str:
     return " \\\n".join([head, *lines, f"  --json {RESULTS}/ruler_variants.json"])
 
 
-def main(root: Path = ROOT) -> int:
-    made = wanted(root)
-    if "--check" in sys.argv[1:]:
-        found = faults(root, made)
-        print("\n".join(found), end="\n" if found else "")
-        return int(bool(found))
+def own_report(paths: Sequence[Path]) -> dict[Path, str]:
+    """A page of files of results, and its images, by path below the folder that they are written to.
+
+    Raises:
+        InvalidRequest: a file is no results file.
+    """
+    page, made = ["# Measured by `kvsluice eval`"], {}
+    for path in paths:
+        run = Run(path.stem, load(path))
+        page.append(f"## {path.name}")
+        if run.results.suite == "ppl":
+            page.append(recipe_tables.perplexity(run))
+            continue
+        is_ruler = run.results.suite == "ruler"
+        made[Path(f"{run.name}.svg")] = recipe_tables.bytes_plot(run) if is_ruler else recipe_tables.needle_plot(run)
+        page.append(_image(run, "."))
+        tables = (recipe_tables.averages, recipe_tables.task_scores) if is_ruler else (recipe_tables.found_needles,)
+        page += [one(run) for one in tables]
+    return made | {Path("report.md"): "\n\n".join(page) + "\n"}
+
+
+def _write(root: Path, made: dict[Path, str]) -> None:
+    """Write what differs, and say which files those are."""
     for path, text in made.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
+        if not (root / path).is_file() or (root / path).read_text() != text:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text)
+            print(f"written: {root / path}")
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split()))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where pages are behind")
+    parser.add_argument("--results", nargs="+", type=Path, metavar="FILE", help="files of `kvsluice eval`")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page of --results goes")
+    options = parser.parse_args(given)
+    if (options.results is None) != (options.out is None) or (options.check and options.out):
+        parser.error("--results and --out belong together, and not to --check")
+    return options
+
+
+def main(root: Path = ROOT) -> int:
+    options = _arguments(sys.argv[1:])
+    try:
+        if options.out is not None:
+            _write(options.out, own_report(options.results))
+            return 0
+        made = wanted(root)
+        if options.check:
+            found = faults(root, made)
+            print("\n".join(found), end="\n" if found else "")
+            return int(bool(found))
+    except KvsluiceError as exc:
+        print(f"recipe_report: {exc.message}", file=sys.stderr)
+        return 1
+    _write(root, made)
     for path in stale_images(root, made):
         path.unlink()
+        print(f"removed: {path}")
     return 0
 
 

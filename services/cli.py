@@ -172,7 +172,7 @@ def generate(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes and presets."""
+    """List the recipes and presets; docs/recipes.md says what each does, costs and loses."""
     from ..compression.recipe import PRESETS, recipe_names
 
     for name in recipe_names():

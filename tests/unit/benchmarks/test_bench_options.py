@@ -71,8 +71,11 @@ def test_what_cannot_be_is_refused_by_name(part, given, said):
     ("given", "said"),
     [
         ({"context": "256", "recipe": "sluice"}, "--context: sluice would run exact, as 256 tokens"),
-        ({"model": "/nowhere"}, "unknown model 'nowhere'"),
-        ({"model": "llama-3.1-8b", "random_weights": None}, "llama-3.1-8b is a shape without weights"),
+        ({"model": "/nowhere"}, "model: unknown model 'nowhere'"),
+        (
+            {"model": "llama-3.1-8b", "random_weights": None},
+            "model: llama-3.1-8b is a shape without weights; allowed: a folder, or --random-weights",
+        ),
         ({"device": "cuda:99"}, "--device: cuda:99; allowed: cpu, or one of"),
         (
             {"variant": ['a=fastkv:{"propagation":{"kind":"tsp","layer":9,"rate":0.2,"window":8}}']},

@@ -56,8 +56,14 @@ def test_recipes_presets_and_variants_have_labels():
         ({"recipe": "kivi", "variant": ["exact=kivi:{}"]}, "--variant: 'exact' is taken"),
         ({"task": "vt,nope"}, "--task: 'nope'; allowed: niah_single_1, "),
         ({"suite": "niah", "task": "vt"}, "--task: 'vt'; allowed: needle"),
-        ({"depth": "0,1.5"}, "--depth: '1.5'; allowed: numbers from 0 to 1"),
-        ({"depth": "nan"}, "--depth: 'nan'"),
+        ({"suite": "niah", "depth": "0,1.5"}, "--depth: '1.5'; allowed: numbers from 0 to 1"),
+        ({"suite": "niah", "depth": "nan"}, "--depth: 'nan'"),
+        ({"depth": "0.5"}, "--depth: is of no use to --suite ruler; allowed: --suite niah"),
+        (
+            {"suite": "niah", "scored_tokens": "9"},
+            "--scored-tokens: is of no use to --suite niah; allowed: --suite ppl",
+        ),
+        ({"recipe": ["exact", "kivi,exact"]}, "--recipe: 'exact,kivi,exact'; allowed: values that differ"),
         ({"device": "tpu"}, "--device: 'tpu'; allowed: cpu, cuda"),
         ({"dtype": "int8"}, "--dtype: 'int8'; allowed: float32, bfloat16, float16"),
         ({"json": "results.txt"}, "--json: 'results.txt'; allowed: a file whose name ends in .json"),
@@ -74,9 +80,9 @@ def test_what_cannot_be_is_refused_by_name(given, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"context": "5000"}, "--context: 5000; allowed: at most 4055, the model's positions"),
+        ({"context": "5000"}, "--context: 5000; allowed: at most 4055, the model's positions less the 41"),
         ({"suite": "ruler", "context": "300", "task": "niah_multikey_3"}, "--context: 300 has no room for niah_mul"),
-        ({"suite": "niah", "context": "300"}, "--context: 300 has no room for needle; allowed: more"),
+        ({"suite": "niah", "context": "300"}, "--context: 300 has no room for needle; allowed: more, 512 are"),
         ({"task": "novel"}, "--task: 'novel'; allowed: bible, python, debian"),
         ({"recipe": "kivi", "against": "transformers"}, "--against: needs a recipe to compare with; allowed: exact"),
         (
@@ -84,13 +90,17 @@ def test_what_cannot_be_is_refused_by_name(given, said):
             "--recipe a: recipe.propagation",
         ),
         ({"texts": "/nowhere"}, "--texts: /nowhere/usr/bin/bible is missing; run scripts/fetch_texts.sh /nowhere"),
-        ({"model": "/nowhere"}, "unknown model 'nowhere'"),
+        ({"model": "/nowhere"}, "model: unknown model 'nowhere'; allowed: a folder"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(options, given, said):
     with pytest.raises(KvsluiceError) as refused:
         make_plan(options(**given))
     assert refused.value.message.startswith(said)
+
+
+def test_recipes_may_be_named_at_once_or_one_by_one():
+    assert list(parse_options({"recipe": ["exact,kivi", "sluice"]}).recipes) == ["exact", "kivi", "sluice"]
 
 
 def test_a_text_must_be_longer_than_a_sample(options, tmp_path):

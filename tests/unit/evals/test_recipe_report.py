@@ -14,7 +14,6 @@ from types import ModuleType
 import pytest
 
 from kvsluice.compression.recipe import PRESETS, Recipe, fill, get_recipe, recipe_names
-from kvsluice.errors import InvalidRequest
 from kvsluice.evals import recipe_slots, recipe_tables, simulation
 from kvsluice.evals.recorded import Run
 from kvsluice.evals.results import Agreement, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
@@ -255,6 +254,30 @@ def explain(root: Path, labels: list[str]) -> None:
     )
 
 
+def test_files_of_ones_own_become_a_page_of_their_own(tree, tmp_path, monkeypatch, capsys):
+    files = []
+    for suite in ("ruler", "niah", "ppl"):
+        files.append(tmp_path / f"my-{suite}.json")
+        save(files[-1], results(suite))
+    before = (tree / report.README).read_text()
+    out = tmp_path / "out"
+    assert make(tree, monkeypatch, "--results", *map(str, files), "--out", str(out)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["my-niah.svg", "my-ruler.svg", "report.md"]
+    page = (out / "report.md").read_text()
+    assert "![scores against bytes shipped](./my-ruler.svg)" in page
+    assert "## my-ppl.json" in page
+    assert "`snapkv`" in page
+    assert (tree / report.README).read_text() == before
+    assert f"written: {out / 'report.md'}" in capsys.readouterr().out
+
+
+def test_a_file_that_is_none_is_named_in_one_line(tree, tmp_path, monkeypatch, capsys):
+    (tree / report.RESULTS / "ruler_x.json").write_text('{"broken": 1}')
+    assert make(tree, monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ruler_x.json holds something else" in said
+
+
 def test_pages_without_results_say_so(tree, monkeypatch):
     assert make(tree, monkeypatch) == 0
     assert make(tree, monkeypatch, "--check") == 0
@@ -297,12 +320,6 @@ def test_images_of_results_that_are_gone_go_too(tree, monkeypatch, capsys):
     assert "docs/images/niah.svg shows results that are no more" in capsys.readouterr().out
     make(tree, monkeypatch)
     assert not (tree / report.IMAGES / "niah.svg").exists()
-
-
-def test_a_broken_file_is_refused(tree, monkeypatch):
-    (tree / report.RESULTS / "ruler.json").write_text("{}")
-    with pytest.raises(InvalidRequest, match=r"ruler\.json"):
-        make(tree, monkeypatch)
 
 
 def test_the_pages_hold_what_results_and_recipes_say():

@@ -240,6 +240,25 @@ def test_cells_are_in_order_whatever_the_records_order():
     ]
 
 
+def test_what_must_be_known_of_a_table_is_said(options, capsys):
+    results = run(options(suite="niah", recipe="exact,sluice", context="600", depth="0.5", samples="1"))
+    (cell,) = [cell for cell in results.cells if cell.recipe == "sluice"]
+    assert (cell.fallbacks, bool(cell.fallback_reason)) == (1, True)
+    print_overview(results)
+    shown = capsys.readouterr()
+    assert f"note: sluice ran exact on 1 of 1 samples at 600 tokens: {cell.fallback_reason}" in shown.out
+    assert "note: 1 samples a task: intervals are too narrow to trust" in shown.out
+    assert shown.err.startswith("eval: reading texts and the tokenizer\neval: loading ")
+
+
+def test_fewer_samples_than_are_done_are_said_to_be_left_out(options, capsys):
+    run(options(suite="niah", recipe="exact", context="600", depth="0,1", samples="2"))
+    capsys.readouterr()
+    results = run(options(suite="niah", recipe="exact", context="600", depth="0,1", samples="1"))
+    assert [len(cell.scores) for cell in results.cells] == [1, 1]
+    assert "2 samples that are done are not among those asked for" in capsys.readouterr().err
+
+
 def test_transformers_stands_beside_the_recipes(options, capsys):
     results = run(options(against="transformers", recipe="exact", samples="1"))
     assert (results.against.samples, results.against.equal_scores, results.against.equal_tokens) == (3, 3, None)
