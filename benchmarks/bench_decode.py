@@ -103,7 +103,7 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
     start_sequences(bench, engine, plan, empty.context)
     held = None if rate is None else HeldSelection(rate, options.seed)
-    engine.runner.selection = held
+    engine.runner.computation.selection = held
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     samples_s: list[float] = []
@@ -117,9 +117,9 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     with nullcontext() if held is None else force(held):
         for number in range(options.warmup + options.steps):
             if number == options.warmup:
-                engine.runner.hot_counts.zero_()
+                engine.runner.computation.hot_counts.zero_()
             samples_s.append(time_once(bench.device, one))
-        hot = [count / options.steps for count in engine.runner.hot_counts.tolist()]
+        hot = [count / options.steps for count in engine.runner.computation.hot_counts.tolist()]
         while engine.has_work:
             one()
     ended = finished(plan, events, new_tokens)

@@ -201,8 +201,9 @@ class LayerCache:
     def prepare_seal(self) -> bool:
         """Pack the block that is sealed next, if its rows are all here and nobody has. Returns whether it did.
 
-        The tail keeps the rows until they are sealed, so nothing that is attended to changes."""
-        if self._prepared is not None or self.tail.num_rows < self.kit.recipe.block:
+        The tail keeps the rows until they are sealed, so nothing that is attended to changes. The tail's last row may
+        be one that the device is still writing, so it is never part of the block."""
+        if self._prepared is not None or self.tail.num_rows <= self.kit.recipe.block:
             return False
         self._prepared = self._packed_block()
         return True

@@ -309,11 +309,12 @@ def step_tables(blocks: Sequence[Block]) -> Tables:
 
     def by_row(pick: Callable[[Block], Mapping], idle: list[int]) -> dict:  # type: ignore[type-arg]
         nothing = torch.tensor(idle, dtype=torch.int64).expand(num_layers, 1, len(idle))
-        keys = dict.fromkeys(key for block in blocks for key in pick(block))
+        # in an order of their own, so that the order of sequences makes no other shape
+        keys = sorted({key for block in blocks for key in pick(block)}, key=repr)
         return {key: torch.cat([pick(block).get(key, nothing) for block in blocks], dim=1) for key in keys}
 
     return Tables(
-        items={key: torch.cat(parts, dim=1) for key, parts in items.items()},
+        items={key: torch.cat(items[key], dim=1) for key in sorted(items, key=repr)},
         choices=by_row(lambda block: block.choices, [0] * CHOICE_FIELDS),
         hots=by_row(lambda block: block.hots, [0] * HOT_FIELDS),
         tails=by_row(lambda block: block.tails, [0, 0, -1, 0]),

@@ -6,8 +6,11 @@ when they have changed. Rows are filled up with idle ones to a round number, so 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import gc
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +18,20 @@ import torch
 from torch import Tensor
 
 from ...kernels.step_attention import Block, Tables, step_tables
+from ..telemetry import where
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-MAX_GRAPHS = 16
+MAX_GRAPHS = 64
+MAX_SEEN = 4096  # shapes that are remembered
+MAX_FAILURES = 3  # of a shape to be captured
+
+logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor, Tables], Tensor]
 """inputs int64 [n, rows] and tables, both on the device -> logits [rows, V]."""
+
+Signature = tuple[object, ...]
+"""Of tables: what a captured step depends on besides their numbers."""
 
 
 class Graphs(Protocol):
@@ -44,12 +55,34 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize(self._device)
-        # other threads of the process may go on taking memory meanwhile
-        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), capture:
-            result = work()
+        with torch.cuda.device(self._device), _no_collection():
+            # not `torch.cuda.graph`, which gives all cached memory back to the driver before every capture
+            main, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self._device)
+            with torch.cuda.stream(side):
+                # other threads of the process may go on taking memory meanwhile
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture is void, which ending it says too
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            main.wait_stream(side)
         return graph.replay, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What the collector would free may not be freed while a step is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass
@@ -80,7 +113,9 @@ class CapturedSteps:
         self._device = device
         self._graphs = graphs
         self._max_graphs = max_graphs
-        self._known: OrderedDict[tuple[object, ...], _Captured | None] = OrderedDict()
+        self._captured: OrderedDict[Signature, _Captured] = OrderedDict()
+        self._seen: set[Signature] = set()
+        self._failures: Counter[Signature] = Counter()
         self._last: tuple[tuple[Block, ...], Tables] | None = None
 
     def run(self, inputs: Tensor, blocks: Sequence[Block]) -> Tensor:
@@ -94,13 +129,9 @@ class CapturedSteps:
         tables = self._tables(own)
         padded = torch.zeros(inputs.shape[0], tables.num_rows, dtype=torch.int64)
         padded[:, :num_rows] = inputs
-        key = tables.signature
-        if self._graphs is None or key not in self._known:
-            # the first step of a shape compiles kernels and takes workspaces, which a capture must not
-            self._remember(key, None)
+        step = self._step(tables, padded, own)
+        if step is None:
             return self._compute(padded.to(self._device), tables.to(self._device))[:num_rows]
-        step = self._known[key] or self._capture(padded, tables, own)
-        self._remember(key, step)
         step.inputs.copy_(padded, non_blocking=True)
         if not _same(step.blocks, own):
             step.tables.copy_(tables)
@@ -116,11 +147,29 @@ class CapturedSteps:
         self._last = (blocks, tables)
         return tables
 
-    def _remember(self, key: tuple[object, ...], step: _Captured | None) -> None:
-        self._known[key] = step
-        self._known.move_to_end(key)
-        while len(self._known) > self._max_graphs:
-            self._known.popitem(last=False)
+    def _step(self, tables: Tables, inputs: Tensor, blocks: tuple[Block, ...]) -> _Captured | None:
+        """The captured step of the tables' shape; None where it is not to be captured, or not yet: the first step of a
+        shape compiles kernels and takes workspaces, which a capture must not."""
+        key = tables.signature
+        if self._graphs is None or self._failures[key] == MAX_FAILURES:
+            return None
+        if key not in self._seen:
+            if len(self._seen) >= MAX_SEEN:
+                self._seen = set(self._captured)
+            self._seen.add(key)
+            return None
+        if key not in self._captured:
+            try:
+                self._captured[key] = self._capture(inputs, tables, blocks)
+            except Exception as exc:  # nothing of the step has run, so it is computed
+                self._failures[key] += 1
+                logger.warning("a step of %d rows was not captured: %s", tables.num_rows, where(exc))
+                return None
+        self._captured.move_to_end(key)
+        while len(self._captured) > self._max_graphs:
+            forgotten, _ = self._captured.popitem(last=False)
+            self._seen.discard(forgotten)
+        return self._captured[key]
 
     def _capture(self, inputs: Tensor, tables: Tables, blocks: tuple[Block, ...]) -> _Captured:
         assert self._graphs is not None

@@ -244,7 +244,8 @@ class DecodeEngine:
             assert held == taken, f"requests hold {held} of {taken} bytes of host memory"
 
     def _rope(self, num_prompt_tokens: int) -> Rope:
-        return lambda x, positions: self.model.rotate(x, positions, num_prompt_tokens)
+        model = self.model  # not the engine, which holds the caches that hold this
+        return lambda x, positions: model.rotate(x, positions, num_prompt_tokens)
 
     def _admit(self) -> None:
         for request_id in self.scheduler.admit():

@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -22,7 +23,10 @@ from ...kernels.dispatch import TRITON, runs
 from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
+from ..telemetry import where
 from .captured import CapturedSteps, CudaGraphs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,32 @@ class StepRow:
     guarded: AttendCache
 
 
+class StepComputation:
+    """What one step of many sequences computes; nothing in it waits for the device.
+
+    Attributes:
+        hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
+            that had to be fetched; whoever reads them sets them to zero.
+        selection: what sequences attend to instead of what scores best, for measurements.
+    """
+
+    def __init__(self, model: Model, shape: ModelShape) -> None:
+        self._model = model
+        self._num_kv_heads = shape.num_kv_heads
+        no_frequencies = torch.empty(0, device=model.device)  # without fixed ones no keys are rotated by kernels
+        self._frequencies, self._factor = model.fixed_frequencies or (no_frequencies, 1.0)
+        self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
+        self.selection: Selection | None = None
+
+    def __call__(self, inputs: Tensor, tables: Tables) -> Tensor:
+        """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]."""
+        ids, positions, lengths = inputs
+        attention = StepAttention(
+            tables, self._num_kv_heads, self._frequencies, self._factor, self.hot_counts, self.selection
+        )
+        return self._model.logits(forward_step(self._model, ids, positions, lengths, attention))
+
+
 class StepRunner:
     """Runs steps.
 
@@ -51,9 +81,7 @@ class StepRunner:
         shape: its shape.
 
     Attributes:
-        hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
-            that had to be fetched; whoever reads them sets them to zero.
-        selection: what sequences of a batched step attend to instead of what scores best, for measurements.
+        computation: of the batched steps.
     """
 
     def __init__(self, model: Model, shape: ModelShape) -> None:
@@ -61,15 +89,14 @@ class StepRunner:
         self._shape = shape
         self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
         graphs = CudaGraphs(model.device) if model.device.type == "cuda" else None
-        self._steps = CapturedSteps(self._compute, model.device, graphs)
-        # a block is ready to be packed some dozens of steps before it is due, so a few layers a step are enough
-        self._most_layers = -(-shape.num_layers // 16)
+        self.computation = StepComputation(model, shape)
+        self._steps = CapturedSteps(self.computation, model.device, graphs)
+        # a block is ready to be packed some dozens of steps before it is due; evenly spread, no step is held up
+        self._most_layers = -(-shape.num_layers // 32)
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
         self._like = torch.empty(like, dtype=model.dtype, device=model.device)
-        self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
-        self.selection: Selection | None = None
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
@@ -99,7 +126,10 @@ class StepRunner:
             # work that came before the step may still read memory that packing takes
             self._side.wait_event(self._before)
             for row in rows:
-                row.cache.prepare_seal(row.last_position, self._most_layers)
+                try:
+                    row.cache.prepare_seal(row.last_position, self._most_layers)
+                except Exception as exc:  # sealing packs what is not there yet, and the step has succeeded
+                    logger.warning("nothing was packed ahead: %s", where(exc))
 
     def join(self) -> None:
         """Let what comes next on the device find what was packed ahead; call it before anything is sealed."""
@@ -132,15 +162,6 @@ class StepRunner:
         for row in rows:
             row.cache.advance(1)
         return logits
-
-    def _compute(self, inputs: Tensor, tables: Tables) -> Tensor:
-        """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]. Waits for nothing."""
-        ids, positions, lengths = inputs
-        frequencies, factor = self.model.fixed_frequencies or (self._like, 1.0)
-        attention = StepAttention(
-            tables, self._shape.num_kv_heads, frequencies, factor, hot_counts=self.hot_counts, selection=self.selection
-        )
-        return self.model.logits(forward_step(self.model, ids, positions, lengths, attention))
 
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:
         """Ids, positions and lengths of prompts, int64 [3, rows], on the host."""

@@ -85,17 +85,14 @@ def test_a_batch_says_what_its_sequences_say_one_by_one(name, model, monkeypatch
         assert same_share(own, other) >= (1.0 if "sluice" not in name and name != "shadowkv" else 0.5)
 
 
-def test_steps_are_captured_and_replayed_without_waiting(model, monkeypatch):
+def test_steps_are_captured_and_replayed_without_waiting(model, monkeypatch, without_waiting):
     replays, graph = [], torch.cuda.CUDAGraph
 
     class Watched(graph):
         def replay(self):
             replays.append(1)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with without_waiting():
                 super().replay()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(captured_module.torch.cuda, "CUDAGraph", Watched)
     requests = [(random_prompt(700, i), recipe, GREEDY) for i, recipe in enumerate(RECIPES.values())]

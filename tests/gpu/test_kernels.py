@@ -154,7 +154,7 @@ def test_choosing_among_the_chunks_of_a_long_prompt(n, share_hidden):
     assert torch.equal(alone[0], got[1])
 
 
-def test_scoring_and_choosing_wait_for_nothing():
+def test_scoring_and_choosing_wait_for_nothing(without_waiting):
     q, codes, scale = random(2, 32, 128, dtype=BF16), random(32768, 8, 128).to(torch.int8), random(32768, 8, dtype=F16)
     hidden = torch.zeros(1, 8, 32768, dtype=torch.bool, device="cuda")
 
@@ -163,14 +163,11 @@ def test_scoring_and_choosing_wait_for_nothing():
             return select_chunks(score_landmarks(q, codes, scale), 8, 256, hidden)
 
     want, _ = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         got, _ = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, want)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.inference_mode(), torch.cuda.graph(graph):
         captured, _ = step()
     captured.zero_()
     graph.replay()

@@ -93,12 +93,13 @@ def test_a_gpu_encodes_beside_the_engine(model):
 
 
 def test_memory_comes_back(model):
-    run(model, "sluice", (6000,), None)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    run(model, "sluice", (6000,), None)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before
+    held = []
+    for _ in range(2):
+        run(model, "sluice", (6000,), None)
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream, which no engine gives back
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] <= held[0]
 
 
 def test_attention_can_be_planned_ahead(model):

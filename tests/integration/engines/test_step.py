@@ -21,14 +21,14 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 def kernels(monkeypatch) -> Iterator[Callable[[], int]]:
     """Steps take the batched path, as on a GPU. Gives how many did."""
     taken = []
-    compute = step_module.StepRunner._compute
+    compute = step_module.StepComputation.__call__
 
     def counted(self, inputs, tables):
         taken.append(tables.num_rows)
         return compute(self, inputs, tables)
 
     monkeypatch.setattr(step_module, "runs", lambda name, device: name == TRITON)
-    monkeypatch.setattr(step_module.StepRunner, "_compute", counted)
+    monkeypatch.setattr(step_module.StepComputation, "__call__", counted)
     yield lambda: len(taken)
 
 

@@ -33,6 +33,21 @@ def test_exact_ends_keep_their_dtype_whatever_the_prompt_leaves(
     assert torch.allclose(outs[1][-1], expected, atol=2e-2 if dtype == "bfloat16" else 2e-5)
 
 
+def test_the_last_row_is_never_packed_ahead(lab):
+    """A device may still be writing it."""
+    shape = lab.make_shape()
+    prompt = lab.make_prompt(shape, 704, 64)
+    recipe = resolve(get_recipe("fp8"), shape, 704, lab.PROFILE).recipe
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache = lab.load(recipe, prompt, encoded)
+    assert recipe.window.local == 0 and recipe.block == 32
+    for position in range(704, 736):
+        lab.step(cache, prompt, position, position + 1)
+        assert cache.prepare_seal(768, 99) == 0
+    lab.step(cache, prompt, 736, 737)  # late, so that there is a row behind the block
+    assert cache.prepare_seal(768, 99) == shape.num_layers
+
+
 @pytest.mark.parametrize("name", ["kivi", "sluice", "lowrank", "mikv", "streaming", "exact"])
 def test_a_block_that_is_packed_ahead_is_the_one_that_is_sealed(lab, name):
     shape = lab.make_shape()

@@ -92,19 +92,43 @@ def test_another_shape_is_another_step(bench):
 
 def test_only_the_shapes_used_last_are_kept(bench):
     shapes = [[block(1)], [block(1), block(2)], [block(1, chunks=8)], [block(1, items=40)]]
-    for blocks in shapes * 2:
+    for blocks in [*shapes, *shapes]:
         bench.run(list(range(len(blocks))), blocks)
-    assert bench.replays.captures == 0, "each was forgotten before it came back"
+    assert bench.replays.captures == 4, "shapes that were only seen push none out"
+    bench.run([1], shapes[0])
+    assert (bench.replays.captures, bench.replays.replays) == (4, 4), "the first was forgotten"
+    bench.run([1], shapes[3])
+    assert bench.replays.captures == 4
+    bench.run([1], shapes[0])
+    assert bench.replays.captures == 5
 
 
-def test_a_step_that_fails_to_be_captured_is_tried_again(bench, monkeypatch):
-    blocks = [block(3)]
+def test_a_step_that_fails_to_be_captured_is_computed_and_tried_again_a_few_times(bench, monkeypatch, caplog):
+    blocks, tries = [block(3)], []
+
+    def fail(work):
+        tries.append(work)
+        raise RuntimeError("a secret")
+
     bench.run([1], blocks)
     with monkeypatch.context() as broken:
-        broken.setattr(bench.replays, "capture", lambda work: (_ for _ in ()).throw(RuntimeError("out of memory")))
-        with pytest.raises(RuntimeError, match="out of memory"):
-            bench.run([1], blocks)
+        broken.setattr(bench.replays, "capture", fail)
+        assert bench.run([1], blocks) == wanted([1], [3])
     assert bench.run([2], blocks) == wanted([2], [3])
+    assert bench.replays.captures == 1
+    monkeypatch.setattr(bench.replays, "capture", fail)
+    for step in range(6):
+        assert bench.run([step], [block(4, items=40)]) == wanted([step], [4])
+    assert len(tries) == 1 + 3
+    assert "was not captured: RuntimeError" in caplog.text and "secret" not in caplog.text
+
+
+def test_the_order_of_sequences_makes_no_other_shape(bench):
+    a, b = block(7), block(8, chunks=8)
+    b.items[AttendKey(DENSE, DENSE, 4, True, False)] = torch.full((NUM_LAYERS, 1, ITEM_FIELDS), 8)
+    for blocks in ([a, b], [b, a], [a, b]):
+        bench.run([1, 2], blocks)
+    assert bench.replays.captures == 1
 
 
 def test_without_graphs_every_step_is_computed():
