@@ -20,12 +20,11 @@ from ..compression import bound_nbytes
 from ..compression.recipe import ModelShape, Recipe, get_recipe
 from ..evals.results import EXACT, TRANSFORMERS
 from ..services.decode.engine import DecodeEngine, Event
-from ..services.decode.host_pages import HostPages
 from . import baseline
 from .bench_results import Floor, Row
 from .rows import measured
 from .selection import HeldSelection, force
-from .sequences import cache_bytes, finished, plan_sequences, start_sequences, told
+from .sequences import Plan, cache_bytes, finished, plan_sequences, start_sequences, told
 from .subject import Bench
 from .timing import release, summarize, time_once
 
@@ -98,7 +97,7 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     options = bench.options
     # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
     new_tokens = options.warmup + options.steps + 2
-    host = None if options.offloading_gib is None else HostPages(int(options.offloading_gib * (1 << 30)), bench.device)
+    host = bench.host_pages
     plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens, host)
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
     start_sequences(bench, engine, plan, empty.context)
@@ -127,9 +126,9 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     resident = sum(event.resident_bytes for event in ended) / plan.num_sequences
     read = plan.num_sequences * sum(event.bytes_read for event in ended) / sum(event.steps for event in ended)
     row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s))
-    figures = _memory_figures(bench, empty.context, new_tokens, resident, plan.reserved_bytes / plan.num_sequences)
-    if plan.host_bytes:
-        figures["host_bytes"] = plan.host_bytes / plan.num_sequences
+    # sealing comes once in some dozens of steps: a median does not see it, tokens a second must
+    figures = {"mean_s": sum(samples_s) / len(samples_s)}
+    figures |= _memory_figures(bench, empty.context, new_tokens, resident, plan)
     fetched = hot[1] * chunk_nbytes(recipe, bench.subject.shape, bench.dtype)
     if hot[0]:
         figures |= {"fetched_bytes": fetched, "hit_rate": 1 - hot[1] / hot[0]}
@@ -147,14 +146,16 @@ def chunk_nbytes(recipe: Recipe, shape: ModelShape, dtype: torch.dtype) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _memory_figures(bench: Bench, context: int, new_tokens: int, resident: float, reserved: float) -> dict[str, float]:
+def _memory_figures(bench: Bench, context: int, new_tokens: int, resident: float, plan: Plan) -> dict[str, float]:
     itemsize = bench.dtype.itemsize
     exact = bound_nbytes(get_recipe(EXACT), bench.subject.shape, context, new_tokens, 1, itemsize)
     figures = {
         "resident_bytes": resident,
-        "reserved_bytes": reserved,
+        "reserved_bytes": plan.reserved_bytes / plan.num_sequences,
         "resident_over_exact": resident / exact,
     }
+    if plan.host_bytes:
+        figures["host_bytes"] = plan.host_bytes / plan.num_sequences
     if bench.device.type == "cuda":
         figures["peak_bytes"] = float(torch.cuda.max_memory_allocated(bench.device))
     return figures
@@ -165,7 +166,8 @@ def _finished(bench: Bench, row: Row, cache_read: float, figures: dict[str, floa
     weights = bench.model.weights
     tied = weights.head.data_ptr() == weights.embed.data_ptr()
     moved = weights.nbytes - (0 if tied else weights.embed.nbytes) + cache_read
-    own = {"tokens_per_s": row.batch / row.time.median_s, "cache_read_bytes": cache_read}
+    mean_s = figures.get("mean_s", row.time.median_s)
+    own = {"tokens_per_s": row.batch / mean_s, "cache_read_bytes": cache_read}
     floor, link = Floor.of(bench.limits, moved), Floor.between(bench.limits, fetched)
     return replace(row, floor=max(floor, link, key=lambda one: one.floor_s), figures=own | figures)
 

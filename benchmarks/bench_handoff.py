@@ -191,6 +191,7 @@ class Handoff:
         for index in range(options.warmup + options.repeats):
             action = prepare()
             took_s = time_once(self.bench.device, action)
+            del action  # an engine may hang on it, with caches that the next one needs the room of
             if index >= options.warmup:
                 samples_s.append(took_s)
         return summarize(samples_s)

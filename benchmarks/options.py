@@ -84,7 +84,8 @@ PARTS: Mapping[str, Part] = {
          _KV, Option("hit-rate", "D,D", "share of the chosen chunks that stay chosen from one step to the next, for "
                      "recipes that select chunks; default: whatever the queries choose"),
          Option("share-prompt", "", "all sequences are choices of one prompt and share its memory", flag=True),
-         Option("steps", "N", "steps whose median and quartiles are reported", "32"),
+         Option("steps", "N", "steps whose median and quartiles are reported, and whose mean gives tokens a second; a "
+                "multiple of what a recipe seals at once", "32"),
          Option("cache-gib", "GIB", "memory for caches; default: 0.9 of what is free on a GPU, 2 on a CPU"),
          Option("kv-offloading-gib", "GIB", "host memory that values lie in where their recipe reads them in parts; "
                 "default: none"),

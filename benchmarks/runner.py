@@ -9,6 +9,7 @@ Everything that is compared is measured in one run on one device. See docs/bench
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -40,6 +41,11 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "handoff": bench_handoff.measure,
     "kernels": bench_kernels.measure,
 }
+
+
+# whole caches come and go: with segments of fixed size a sixth of the memory can end up between them; it is read when
+# the device is first used
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults:

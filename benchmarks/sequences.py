@@ -42,14 +42,24 @@ class _Collector(DiscardingSink):
         self._take(encoded)
 
 
-def fill_layers(bench: Bench, recipe: Recipe, context: int, index: int, take: Callable[[EncodedLayer], None]) -> None:
+def fill_layers(
+    bench: Bench,
+    recipe: Recipe,
+    context: int,
+    index: int,
+    take: Callable[[EncodedLayer], None],
+    engine: PrefillEngine | None = None,
+) -> None:
     """Hand over every encoded layer of prompt number `index`, drawn at random or made by prefill.
+
+    Args:
+        engine: of prefill, so that many prompts share one.
 
     Raises:
         KvsluiceError: prefill failed.
     """
     if bench.options.kv == PREFILL:
-        engine = PrefillEngine(bench.model, bench.chunk_tokens, max(bench.chunk_tokens, PACK_TOKENS))
+        engine = engine or prefill_engine(bench)
         sink = _Collector(take)
         sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         engine.submit(PrefillJob("filled", 1, bench.prompt(context, index), recipe, sampling), sink)
@@ -62,6 +72,11 @@ def fill_layers(bench: Bench, recipe: Recipe, context: int, index: int, take: Ca
     layers = SyntheticLayers(recipe, bench.subject.shape, context, bench.dtype, generator)
     for layer in range(bench.subject.shape.num_layers):
         take(layers.layer(layer))
+
+
+def prefill_engine(bench: Bench) -> PrefillEngine:
+    """An engine that fills caches."""
+    return PrefillEngine(bench.model, bench.chunk_tokens, max(bench.chunk_tokens, PACK_TOKENS))
 
 
 def cache_bytes(bench: Bench) -> int:
@@ -146,12 +161,13 @@ def start_sequences(bench: Bench, engine: DecodeEngine, plan: Plan, context: int
     opened = [event for event in told(engine.step()) if isinstance(event, OpenedEvent)]
     if len(opened) < len(plan.requests):
         raise InternalError(f"{len(opened)} of {len(plan.requests)} sequences were let in")
+    prefill = prefill_engine(bench) if bench.options.kv == PREFILL else None
     for index, request in enumerate(plan.requests):
 
         def take(encoded: EncodedLayer, request_id: str = request.request_id) -> None:
             engine.add_layer(request_id, encoded)
 
-        fill_layers(bench, request.recipe, context, index, take)
+        fill_layers(bench, request.recipe, context, index, take, prefill)
     for index, request in enumerate(plan.requests):
         emitted = [EmittedChoice((choice % bench.subject.config.vocab_size,)) for choice in range(request.sampling.n)]
         engine.commit(request.request_id, bench.prompt(context, index), emitted)

@@ -19,6 +19,7 @@ from ..models.config import SHAPES, ModelConfig
 from ..models.loader import load_config, load_model
 from ..models.model import Model
 from ..models.profiles import load_profile
+from ..services.decode.host_pages import HostPages
 from ..services.model_shape import model_shape
 from .bench_results import BenchModel, Limits, Row
 from .options import BenchOptions
@@ -76,6 +77,12 @@ class Bench:
             random_weights=options.random_weights,
             seed=options.seed,
         )
+
+    @cached_property
+    def host_pages(self) -> HostPages | None:
+        """Host memory for values, where it is asked for; made once, as its pages come back."""
+        gib = self.options.offloading_gib
+        return None if gib is None else HostPages(int(gib * (1 << 30)), self.device)
 
     @property
     def chunk_tokens(self) -> int:

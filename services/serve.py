@@ -21,6 +21,8 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # workers that take no GPU keep the environment's choice of devices
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # caches come and go: with segments of fixed size much of the memory can end up between them
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # idle threads of one worker must not spin while another one computes
     "OMP_WAIT_POLICY": "PASSIVE",
 }
