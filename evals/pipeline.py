@@ -29,6 +29,7 @@ from ..services.decode.engine import (
     OpenedEvent,
     TokensEvent,
 )
+from ..services.decode.host_pages import HostPages
 from ..services.framing import FramePacker, LayerAssembler
 from ..services.prefill.engine import PrefillEngine, PrefillJob
 from ..services.staging import make_host_copies
@@ -141,7 +142,7 @@ class LocalPipeline:
     Args:
         profile: calibrated settings of the model, as recipes are resolved with.
         chunk_tokens, max_pack_tokens: of the prefill engine.
-        capacity_bytes, max_num_seqs, max_waiting: of the decode engine.
+        capacity_bytes, max_num_seqs, max_waiting, host: of the decode engine.
     """
 
     def __init__(
@@ -154,11 +155,12 @@ class LocalPipeline:
         capacity_bytes: int = 8 << 30,
         max_num_seqs: int = 64,
         max_waiting: int = 1024,
+        host: HostPages | None = None,
     ) -> None:
         self.model = model
         self.profile = dict(profile or {})
         self.prefill = PrefillEngine(model, chunk_tokens, max_pack_tokens)
-        self.decode = DecodeEngine(model, capacity_bytes, max_num_seqs, max_waiting)
+        self.decode = DecodeEngine(model, capacity_bytes, max_num_seqs, max_waiting, host)
         self._calls = 0
         self._copies = make_host_copies(model.device)
 
@@ -227,7 +229,7 @@ class LocalPipeline:
             recipe_fingerprint=RecipeFingerprint(resolved.recipe.fingerprint),
         )
         packer = FramePacker(ident, len(prompt_ids), copies=self._copies)
-        max_bytes = self.decode.demand(request).total_bytes
+        max_bytes = self.decode.demand(request).most_bytes
         call = _Call(self.decode, job, resolved, packer, LayerAssembler(ident, self.shape.num_layers, max_bytes))
         self.decode.open(request)
         try:

@@ -66,6 +66,11 @@ class Demand:
     def total_bytes(self) -> int:
         return self.prompt_bytes + self.tail_bytes * self.num_choices
 
+    @property
+    def most_bytes(self) -> int:
+        """Of all that arrives, wherever it lies then."""
+        return self.total_bytes + self.host_bytes
+
     def regions(self, request_id: str) -> dict[Region, int]:
         tails = {Region(request_id, index): self.tail_bytes for index in range(self.num_choices)}
         return {Region(request_id): self.prompt_bytes} | tails

@@ -215,8 +215,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = _decode_request(message)
-            demand = self.engine.demand(request)
-            max_bytes = demand.total_bytes + demand.host_bytes
+            max_bytes = self.engine.demand(request).most_bytes
         except Exception as exc:  # whatever it is, the stream's other requests go on
             session.send(_failed(message.request_id, message.epoch, typed(exc, message.request_id)))
             return

@@ -12,6 +12,7 @@ from kvsluice.models.loader import load_model
 from kvsluice.models.sampling import SamplingParams
 from kvsluice.services.decode import captured as captured_module
 from kvsluice.services.decode import step as step_module
+from kvsluice.services.decode.host_pages import HostPages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,10 +59,11 @@ def random_prompt(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(2, VOCAB, (length,), generator=generator).tolist())
 
 
-def answers(model, requests) -> list[list[list[int]]]:
-    pipeline = LocalPipeline(model, PROFILE)
+def answers(model, requests, host=None) -> list[list[list[int]]]:
+    pipeline = LocalPipeline(model, PROFILE, host=host)
     done = [one.token_ids for one in pipeline.generate_many(requests)]
     pipeline.check_integrity()
+    answers.hot_counts = pipeline.decode.runner.computation.hot_counts.tolist()
     return done
 
 
@@ -98,6 +100,20 @@ def test_steps_are_captured_and_replayed_without_waiting(model, monkeypatch, wit
     requests = [(random_prompt(700, i), recipe, GREEDY) for i, recipe in enumerate(RECIPES.values())]
     answers(model, requests)
     assert len(replays) > 20
+
+
+@pytest.mark.parametrize("name", ["sluice", "shadowkv", "sluice-lowrank"])
+def test_values_in_host_memory_give_the_same_tokens(name, model):
+    """Bits are the same, so tokens are; the hot set sees chunks come, go and come again, in captured steps too."""
+    recipe = get_recipe("shadowkv", SMALL.replace("8}}", "16}}")) if name == "shadowkv" else RECIPES[name]
+    requests = [(random_prompt(1900 + 131 * i, i), recipe, GREEDY) for i in range(3)]
+    host = HostPages(64 << 20, model.device, 1 << 16)
+    expected = answers(model, requests)
+    assert answers.hot_counts == [0, 0]
+    assert answers(model, requests, host) == expected
+    wanted, fetched = answers.hot_counts
+    assert 0 < fetched < wanted
+    assert host.num_free == host.num_pages
 
 
 def test_a_batch_is_what_its_members_are_alone(model):

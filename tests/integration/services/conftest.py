@@ -312,6 +312,7 @@ class RealFleet:
                 self.gateway.num_requests == 0
                 and self.prefill.num_requests == 0
                 and self.decode.free_bytes == self.decode.capacity_bytes
+                and self.decode.host_free_bytes == self.decode.host_capacity_bytes
             )
         )
         self.decode.check_integrity()

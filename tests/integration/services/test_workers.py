@@ -34,6 +34,20 @@ def monolithic(model, ids: list[int], num_tokens: int) -> tuple[int, ...]:
     return tuple(out)
 
 
+async def test_answers_are_the_same_with_values_in_host_memory(make_real_fleet):
+    """Layers are sent whole and part of each then lies on the host; what a request may take of it bounds admission."""
+    slots = {"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_tokens": 16, "budget_rate": 0.01}}
+    options = {"recipe": "sluice-full", "slots": slots, "temperature": 1.0, "seed": 3, "max_tokens": 20, "n": 2}
+    near, far = await make_real_fleet(), await make_real_fleet(kv_offloading_bytes=64 << 20)
+    wanted, found = [await fleet.client.generate(prompt(2500), **options) for fleet in (near, far)]
+    assert [choice.token_ids for choice in found.choices] == [choice.token_ids for choice in wanted.choices]
+    assert found.recipe.fallback_reason == ""
+    assert found.recipe.resident_bytes < wanted.recipe.resident_bytes
+    await far.until_idle()
+    assert far.decode.host.num_free == far.decode.host.num_pages == 64
+    assert far.decode.scheduler.host.high_water_bytes > 0
+
+
 async def test_exact_equals_a_monolithic_run_singly_and_together(real_fleet):
     prompts = [prompt(length, seed=length) for length in (3, 40, 130, 257)]
     options = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "recipe": "exact"}
