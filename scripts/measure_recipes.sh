@@ -1,7 +1,8 @@
 #!/bin/sh
 # Measures what recipes do to answers: every results file that docs/recipes.md and README.md take their numbers from.
 # Takes a GPU half an hour; stopped, it goes on where it was. Names of parts run those alone: see the list at the end.
-# DEVICE=cpu, SAMPLES=2 tries it out; OUT is where the files go, PROCESSES how many share the GPUs that are visible.
+# OUT is where the files go, PROCESSES how many share the GPUs that are visible, RECIPES and CONTEXT what is measured
+# instead of all, so that DEVICE=cpu SAMPLES=1 RECIPES=exact,kivi CONTEXT=1024 OUT=/tmp/try … ppl tries it out.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -9,7 +10,7 @@ python=${PYTHON:-.venv/bin/python}
 device=${DEVICE:-cuda}
 samples=${SAMPLES:-50}
 out=${OUT:-benchmarks/results}
-recipes=exact,fastkv,shadowkv,sluice,sluice-full,lowrank,snapkv,kivi,kivi-2bit,mikv,pyramidkv,quantized-pruning,fp8,streaming,xkv,xkv-kv
+recipes=${RECIPES:-exact,fastkv,shadowkv,sluice,sluice-full,lowrank,snapkv,kivi,kivi-2bit,mikv,pyramidkv,quantized-pruning,fp8,streaming,xkv,xkv-kv}
 
 processes=8
 [ "$device" = cpu ] && processes=1
@@ -24,20 +25,20 @@ evaluate() {
 
 chunks() {
   printf '{"retrieval": {"kind": "chunks", "chunk": %s, "outliers": 0, "budget_tokens": %s, "budget_rate": %s, ' "$1" "$2" "$3"
-  printf '"landmark_bits": 8}}'
+  printf '"landmark_bits": 8, "select_every": %s}}' "${4:-1}"
 }
 
 # every recipe, every task, two lengths, beside transformers
-part_ruler() { evaluate ruler --recipe $recipes --context 8192,16384 --samples "$samples" --against transformers; }
+part_ruler() { evaluate ruler --recipe $recipes --context "${CONTEXT:-8192,16384}" --samples "$samples" --against transformers; }
 
 # the same in full precision, where `exact` and transformers must agree sample by sample
 part_float32() {
-  evaluate ruler_float32 --recipe exact --context 8192 --samples "$samples" --dtype float32 --against transformers
+  evaluate ruler_float32 --recipe exact --context "${CONTEXT:-8192}" --samples "$samples" --dtype float32 --against transformers
 }
 
 # single parts of recipes, as an early simulation had them
 part_simulation() {
-  evaluate ruler_variants --recipe exact --context 8192 --samples "$samples" \
+  evaluate ruler_variants --recipe exact --context "${CONTEXT:-8192}" --samples "$samples" \
     --variant 'tsp-alone=exact:{"propagation": {"kind": "tsp", "rate": 0.2, "window": 8, "kernel": 7}}' \
     --variant 'chunks-8=exact:{"retrieval": {"kind": "chunks", "chunk": 8, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}' \
     --variant 'chunks-4=exact:{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}'
@@ -46,26 +47,27 @@ part_simulation() {
 # how much a step has to read, in chunks of what size, and what packing costs beside it
 part_retrieval() {
   exact_rows='{"key_codec": {"kind": "dense"}, "value_codec": {"kind": "dense"}}'
-  evaluate ruler_retrieval --recipe exact,sluice-full,shadowkv --context 8192 --samples "$(((samples + 1) / 2))" \
+  evaluate ruler_retrieval --recipe exact,sluice-full,shadowkv --context "${CONTEXT:-8192}" --samples "$(((samples + 1) / 2))" \
     --variant "rows-3=sluice-full:$(chunks 4 256 0.03)" --variant "rows-6=sluice-full:$(chunks 4 256 0.06)" \
     --variant "rows-25=sluice-full:$(chunks 4 256 0.25)" --variant "pairs-6=sluice-full:$(chunks 2 256 0.06)" \
     --variant 'packed=sluice-full:{"retrieval": {"kind": "all"}}' --variant "unpacked=sluice-full:$exact_rows" \
+    --variant "every-4=sluice-full:$(chunks 4 1024 0.06 4)" \
     --variant 'shadowkv-6=shadowkv:{"retrieval": {"kind": "chunks", "budget_rate": 0.06}}' \
     --variant 'shadowkv-half-rank=shadowkv:{"key_codec": {"kind": "lowrank", "share": 0.5}}'
 }
 
 # the depths of a sample share its text, so what narrows the intervals is samples: six at six depths, not three at eleven
 part_niah() {
-  evaluate niah --suite niah --recipe $recipes --context 4096,8192,16384,32768 --samples "$(((samples + 8) / 9))" \
+  evaluate niah --suite niah --recipe $recipes --context "${CONTEXT:-4096,8192,16384,32768}" --samples "$(((samples + 8) / 9))" \
     --depth 0,0.2,0.4,0.6,0.8,1
 }
 
-part_ppl() { evaluate ppl --suite ppl --recipe $recipes --context 4096,16384 --samples "$(((samples + 6) / 7))"; }
+part_ppl() { evaluate ppl --suite ppl --recipe $recipes --context "${CONTEXT:-4096,16384}" --samples "$(((samples + 6) / 7))"; }
 
 # needs kvpress: see benchmarks/README.md
 part_peers() {
   # shellcheck disable=SC2086
-  "$python" -P -m kvsluice.benchmarks.peer_kvpress $common --context 8192 --samples "$samples" \
+  "$python" -P -m kvsluice.benchmarks.peer_kvpress $common --context "${CONTEXT:-8192}" --samples "$samples" \
     --json "$out/peer_kvpress.json"
 }
 

@@ -7,6 +7,7 @@ the views that it was built from.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -23,6 +24,7 @@ SPLIT_UNIT = 128
 
 ITEM_FIELDS, CHOICE_FIELDS, TAIL_FIELDS = 25, 15, 4
 _ROW, _OUT = 0, 7
+_MOSTS = ("most_chunks", "most_chosen", "most_hidden", "most_slots")
 Key = TypeVar("Key")
 _IDLE_ITEM = [-1] + [0] * (ITEM_FIELDS - 1)
 
@@ -75,6 +77,12 @@ class Block:
     most_chosen: int = 0
     most_hidden: int = 0
     most_slots: int = 0
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What says where in a step's tables the numbers of a row go."""
+        sizes = tuple((key, table.shape[1]) for key, table in self.items.items())
+        return (sizes, tuple(self.choices), tuple(self.hots), tuple(self.tails), self.num_items)
 
 
 def split_rows(num_rows: int) -> int:
@@ -202,6 +210,21 @@ def _kept(kept: Kept | None) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the numbers of one row are in a step's tables.
+
+    Attributes:
+        first: its first partial result.
+        starts: its first item in every table of items.
+        shape: of its block.
+    """
+
+    first: int
+    starts: Mapping[AttendKey, int]
+    shape: tuple[object, ...]
+
+
+@dataclass(frozen=True)
 class Tables:
     """The tables of one step.
 
@@ -213,6 +236,7 @@ class Tables:
         ranges: int64 [rows, 2], every row's first partial result and how many it has.
         num_items: partial results of a layer.
         most_chunks, most_chosen, most_hidden, most_slots: of any row.
+        places: of every row that is not idle.
     """
 
     items: Mapping[AttendKey, Tensor]
@@ -225,10 +249,36 @@ class Tables:
     most_chosen: int
     most_hidden: int
     most_slots: int
+    places: tuple[Place, ...]
 
     @property
     def num_rows(self) -> int:
         return len(self.ranges)
+
+    def put(self, row: int, block: Block) -> bool:
+        """Write another block in a row's place. False where it has another shape or needs more room."""
+        place = self.places[row]
+        mosts = ((getattr(self, name), getattr(block, name)) for name in _MOSTS)
+        if block.shape != place.shape or any(own < new for own, new in mosts):
+            return False
+        for key, table in block.items.items():
+            start = place.starts[key]
+            self.items[key][:, start : start + table.shape[1]] = _placed(table, row, place.first)
+        for own, new in ((self.choices, block.choices), (self.hots, block.hots), (self.tails, block.tails)):
+            for name, numbers in new.items():  # type: ignore[attr-defined]
+                own[name][:, row] = numbers[:, 0]  # type: ignore[index]
+        return True
+
+    def copy_rows(self, other: Tables, rows: Sequence[int]) -> None:
+        """Take over the numbers of some rows of tables that have the same places."""
+        for row in rows:
+            place = self.places[row]
+            for key, count in place.shape[0]:  # type: ignore[attr-defined]
+                span = slice(place.starts[key], place.starts[key] + count)
+                self.items[key][:, span].copy_(other.items[key][:, span], non_blocking=True)
+            for mine, theirs in ((self.choices, other.choices), (self.hots, other.hots), (self.tails, other.tails)):
+                for name, table in mine.items():  # type: ignore[attr-defined]
+                    table[:, row].copy_(theirs[name][:, row], non_blocking=True)  # type: ignore[index]
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -295,14 +345,14 @@ class Tables:
 
 def step_tables(blocks: Sequence[Block]) -> Tables:
     """The tables of a step whose row i belongs to the sequence of blocks[i]."""
-    first, ranges = 0, []
+    first, ranges, places = 0, [], []
     items: dict[AttendKey, list[Tensor]] = {}
+    sizes: Counter[AttendKey] = Counter()
     for row, block in enumerate(blocks):
+        places.append(Place(first, {key: sizes[key] for key in block.items}, block.shape))
         for key, table in block.items.items():
-            own = table.clone()
-            own[:, :, _ROW] = torch.where(own[:, :, _ROW] < 0, -1, row)
-            own[:, :, _OUT] += first
-            items.setdefault(key, []).append(own)
+            items.setdefault(key, []).append(_placed(table, row, first))
+            sizes[key] += table.shape[1]
         ranges.append((first, block.num_items))
         first += block.num_items
     num_layers = next(iter(blocks[0].tails.values())).shape[0]
@@ -324,7 +374,16 @@ def step_tables(blocks: Sequence[Block]) -> Tables:
         most_chosen=max(block.most_chosen for block in blocks),
         most_hidden=max(block.most_hidden for block in blocks),
         most_slots=max(block.most_slots for block in blocks),
+        places=tuple(places),
     )
+
+
+def _placed(table: Tensor, row: int, first: int) -> Tensor:
+    """A block's items for a row whose partial results begin at `first`."""
+    own = table.clone()
+    own[:, :, _ROW] = torch.where(own[:, :, _ROW] < 0, -1, row)
+    own[:, :, _OUT] += first
+    return own
 
 
 def _round(size: int, least: int) -> int:

@@ -11,7 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -133,19 +133,31 @@ class CapturedSteps:
         if step is None:
             return self._compute(padded.to(self._device), tables.to(self._device))[:num_rows]
         step.inputs.copy_(padded, non_blocking=True)
-        if not _same(step.blocks, own):
-            step.tables.copy_(tables)
-            step.blocks = own
+        self._fill(step, tables, own)
         step.replay()
         return step.logits[:num_rows]
 
     def _tables(self, blocks: tuple[Block, ...]) -> Tables:
-        """Padded tables on the host, made anew only when a block has changed."""
-        if self._last is not None and _same(self._last[0], blocks):
-            return self._last[1]
+        """Padded tables on the host: those of the step before, with the rows written over whose blocks are others. They
+        are made anew only where sequences come, go or change places, or a block has another shape."""
+        if self._last is not None:
+            before, tables = self._last
+            if len(before) == len(blocks) and all(tables.put(row, blocks[row]) for row in _others(before, blocks)):
+                self._last = (blocks, tables)
+                return tables
         tables = step_tables(blocks).padded(_bucket(len(blocks)))
         self._last = (blocks, tables)
         return tables
+
+    @staticmethod
+    def _fill(step: _Captured, tables: Tables, blocks: tuple[Block, ...]) -> None:
+        """Bring a captured step's tables up to date."""
+        if step.tables.places == tables.places:
+            step.tables.copy_rows(tables, _others(step.blocks, blocks))
+        else:
+            step.tables.copy_(tables)
+            step.tables = replace(step.tables, places=tables.places)
+        step.blocks = blocks
 
     def _step(self, tables: Tables, inputs: Tensor, blocks: tuple[Block, ...]) -> _Captured | None:
         """The captured step of the tables' shape; None where it is not to be captured, or not yet: the first step of a
@@ -182,5 +194,6 @@ def _bucket(num_rows: int) -> int:
     return next((size for size in ROW_BUCKETS if size >= num_rows), -(-num_rows // 64) * 64)
 
 
-def _same(a: tuple[Block, ...], b: tuple[Block, ...]) -> bool:
-    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
+def _others(a: tuple[Block, ...], b: tuple[Block, ...]) -> list[int]:
+    """Rows whose blocks are not the same, of as many."""
+    return [row for row, (one, other) in enumerate(zip(a, b, strict=True)) if one is not other]

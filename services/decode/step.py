@@ -118,8 +118,13 @@ class StepRunner:
         return torch.cat((joined, single))[order]
 
     def prepare(self, rows: Sequence[StepRow]) -> None:
-        """Pack ahead what the sequences will seal, on a stream of its own, while the device runs the step: call it
-        before anything waits for the logits."""
+        """Do while the device runs the step what later ones need; call it before anything waits for the logits."""
+        self._pack_ahead(rows)
+        if runs(TRITON, self.model.device):
+            self._look_ahead(rows)
+
+    def _pack_ahead(self, rows: Sequence[StepRow]) -> None:
+        """Pack what the sequences will seal, on a stream of its own."""
         if self._side is None or self._before is None:
             return
         with torch.cuda.device(self.model.device), torch.cuda.stream(self._side):
@@ -130,6 +135,16 @@ class StepRunner:
                     row.cache.prepare_seal(row.last_position, self._most_layers)
                 except Exception as exc:  # sealing packs what is not there yet, and the step has succeeded
                     logger.warning("nothing was packed ahead: %s", where(exc))
+
+    def _look_ahead(self, rows: Sequence[StepRow]) -> None:
+        """Make room for the next rows, and tables of what that moves. Tails that are sealed from do not grow for long,
+        and what is packed ahead reads them still."""
+        for row in rows:
+            if row.position < row.last_position and not row.cache.recipe.window.seal_block:
+                try:
+                    self._block(row.cache)
+                except Exception as exc:  # the next step meets it again
+                    logger.warning("no room was made ahead: %s", where(exc))
 
     def join(self) -> None:
         """Let what comes next on the device find what was packed ahead; call it before anything is sealed."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsluice.kernels.step_attention import Block, Layout, Tables
+from kvsluice.kernels.step_attention import Block, Layout, Tables, step_tables
 from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS, ITEM_FIELDS, TAIL_FIELDS, AttendKey, ChoiceKey
 from kvsluice.services.decode.captured import CapturedSteps
 
@@ -81,6 +81,29 @@ def test_tables_follow_rows_that_move_and_sequences_that_come_and_go(bench):
         ids = list(range(3, 3 + len(blocks)))
         assert bench.run(ids, blocks) == wanted(ids, numbers)
     assert bench.replays.captures == 1, "three and four rows are one shape"
+
+
+def test_tables_that_are_written_over_are_those_made_anew():
+    """Blocks of two recipes, replaced by others of the same shape or of another one, in any order."""
+    steps, made = CapturedSteps(compute, CPU, None), []
+    number = 1
+    blocks = [block(1), block(2, chunks=8), block(3), block(4, chunks=8)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        row, kind = (int(torch.randint(4, (), generator=generator)) for _ in range(2))
+        number += 1
+        items, chunks = (2, 0) if row % 2 == 0 else (2, 8)
+        blocks[row] = block(number, items=3 if kind == 0 else items, chunks=2000 if kind == 1 and chunks else chunks)
+        tables = steps._tables(tuple(blocks))
+        wanted_tables = step_tables(blocks).padded(4)
+        for kind_of_table in ("items", "choices", "tails"):
+            found, want = getattr(tables, kind_of_table), getattr(wanted_tables, kind_of_table)
+            assert found.keys() == want.keys()
+            assert all(torch.equal(found[key], want[key]) for key in want)
+        assert torch.equal(tables.ranges, wanted_tables.ranges)
+        assert tables.most_chunks >= wanted_tables.most_chunks
+        made.append(tables)
+    assert 1 < len({id(tables) for tables in made}) < 50, "most are written over"
 
 
 def test_another_shape_is_another_step(bench):
