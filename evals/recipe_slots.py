@@ -40,7 +40,8 @@ def slots_table(name: str) -> str:
     shares = ", ".join(f"{share} of {context:,}" for context, share in zip(CONTEXTS, shipped_shares(name), strict=True))
     return (
         f"{table(('slot', 'filling', 'numbers'), rows, numbers_from=3)}\n\nOther slots are those of `exact`. "
-        f"Bytes on the wire ÷ bf16, from the layout, for {DEFAULT_MODEL} and prompts in tokens: {shares}."
+        f"Bytes on the wire ÷ bf16, from the layout, for {DEFAULT_MODEL} and prompts in tokens: {shares}. "
+        f"There it runs on prompts of {least_tokens(name):,} tokens and more; shorter ones run `exact`."
     )
 
 
@@ -69,6 +70,16 @@ def shipped_shares(name: str, contexts: Sequence[int] = CONTEXTS) -> list[str]:
         share = encoded_nbytes(resolved.recipe, shape, context, BF16_BYTES) / shape.bf16_kv_bytes(context)
         found.append("runs `exact`" if resolved.fallback_reason else f"{share:.3f}")
     return found
+
+
+@cache
+def least_tokens(name: str) -> int:
+    """From how many tokens on every prompt of the default model is long enough for a recipe."""
+    recipe, shape = get_recipe(name), default_shape()
+    profile = load_profile(DEFAULT_MODEL, shape)
+    too_short = [n for n in range(1, CONTEXTS[0] + 1) if resolve(recipe, shape, n, profile).fallback_reason is not None]
+    assert CONTEXTS[0] not in too_short, "the shortest context of the tables is long enough"
+    return max(too_short, default=0) + 1
 
 
 def changed_since(results: EvalResults) -> list[str]:
