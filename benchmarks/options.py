@@ -40,7 +40,8 @@ _COMMON = (
 _REPEATS = Option("repeats", "N", "repetitions whose median and quartiles are reported", "5")
 _WEIGHTS = Option("random-weights", "", "draw weights of the model's shape instead of reading any", flag=True)
 _RECIPES = (
-    Option("recipe", "A,B", "recipes or presets, with commas between them", EXACT),
+    Option("recipe", "A,B", "recipes or presets, with commas between them; may be given several times", EXACT,
+           several=True),
     Option("variant", "LABEL=RECIPE:{SLOTS}", "a recipe with other slots, as JSON, under a label of its own; may be "
            "given several times", several=True),
     Option("selected", "N", "tokens that a decode step attends to per KV head, for recipes that select chunks; "
