@@ -86,8 +86,8 @@ def locate(name_or_path: str) -> Checkpoint:
         return Checkpoint(path.stem, path, is_gguf=True)
     if name_or_path in SHAPES:
         raise UnknownModel(
-            f"model: {name_or_path} is a shape without weights; allowed: a folder, or --random-weights where there is "
-            "that option"
+            f"model: {name_or_path} is a shape without weights; allowed: a folder, or random weights "
+            "(--random-weights) where a command takes them"
         )
     built_in = ", ".join(BUILTIN_MODELS)
     shapes = ", ".join(name for name in SHAPES if name not in BUILTIN_MODELS)

@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused_by_name(part, given, said):
         ({"model": "/nowhere"}, "model: unknown model 'nowhere'"),
         (
             {"model": "llama-3.1-8b", "random_weights": None},
-            "model: llama-3.1-8b is a shape without weights; allowed: a folder, or --random-weights",
+            "model: llama-3.1-8b is a shape without weights; allowed: a folder, or random weights (--random-weights)",
         ),
         ({"device": "cuda:99"}, "--device: cuda:99; allowed: cpu, or one of"),
         (
