@@ -1,6 +1,9 @@
-"""Judges answers through the engines that serve: one prefill, real frames, one pass of all answer rows over the cache.
+"""Judges answers through the engines that serve: one prefill, frames, one pass of all answer rows over the cache.
 
     prompt ──PrefillEngine──> layers ──frames──> cache ──forward_rows(all answer rows)──> predicted tokens
+
+The first sample of each recipe goes through real frames. Frames lose nothing, so later ones are handed over as they
+are, and the bytes of their frames are counted by the layout; on the first sample both must agree.
 
 An answer is right iff every one of its tokens is the likeliest, given those before it; that is so iff greedy generation
 says exactly the answer. So no token has to be generated: prefill's own first token is held against the answer's first,
@@ -28,7 +31,7 @@ from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, 
 from ..models.forward import Rows, forward_rows
 from ..models.model import Model
 from ..models.sampling import Sampled, SamplingParams
-from ..services.framing import FramePacker, LayerAssembler
+from ..services.framing import FrameMeter, FramePacker, LayerAssembler
 from ..services.model_shape import model_shape
 from ..services.prefill.engine import PrefillEngine, PrefillJob
 from ..services.staging import make_host_copies
@@ -62,12 +65,47 @@ class Outcome:
     predicted: tuple[int, ...]
 
 
+class _Wire:
+    """Layers into frames and out of them, onto the device that they came from.
+
+    Attributes:
+        num_bytes: of the frames.
+    """
+
+    def __init__(self, packer: FramePacker, assembler: LayerAssembler, device: torch.device) -> None:
+        self._packer, self._assembler, self._device = packer, assembler, device
+        self.num_bytes = 0
+
+    def add(self, encoded: EncodedLayer) -> list[EncodedLayer]:
+        """The layers that are whole once this one has gone in."""
+        return self._received(self._packer.add(encoded))
+
+    def flush(self) -> list[EncodedLayer]:
+        """The rest."""
+        return self._received(self._packer.flush())
+
+    def _received(self, frames: list[bytes]) -> list[EncodedLayer]:
+        layers = []
+        for frame in frames:
+            self.num_bytes += len(frame)
+            layers += self._assembler.add(frame)
+        return [
+            EncodedLayer(one.layer, {part: self._moved(group) for part, group in one.tensors.items()}) for one in layers
+        ]
+
+    def _moved(self, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device) for name, tensor in group.items()}
+
+
 @dataclass
 class _Sequence:
     """One sample under one recipe on its way; the sink of its prefill.
 
     Attributes:
+        meter: counts the frames' bytes.
+        wire: what layers really go through, or None.
         answer: int64 [a], the answer on the model's device.
+        layers: that have arrived.
         num_done: answer tokens that were put in.
         judged: one tensor a pass: predicted ids int64 [q], or under `nll` nats float32 [q].
     """
@@ -75,11 +113,12 @@ class _Sequence:
     case: Case
     resolved: Resolved
     cache: SequenceCache
-    packer: FramePacker
-    assembler: LayerAssembler
+    meter: FrameMeter
+    wire: _Wire | None
     answer: Tensor
     payload_bytes: int = 0
     resident_bytes: int = 0
+    layers: set[int] = field(default_factory=set)
     first_token: int | None = None
     error: KvsluiceError | None = None
     num_done: int = 0
@@ -93,28 +132,25 @@ class _Sequence:
         """Nothing to do: layers are handed over by call."""
 
     def on_layer(self, encoded: EncodedLayer) -> None:
-        self._receive(self.packer.add(encoded))
+        self.payload_bytes += self.meter.measure(encoded)
+        self._arrive([encoded] if self.wire is None else self.wire.add(encoded))
 
     def on_first_tokens(self, sampled: list[Sampled]) -> None:
         self.first_token = sampled[0].token_id
 
     def on_done(self) -> None:
-        self._receive(self.packer.flush())
+        self.payload_bytes += self.meter.measure_rest()
+        if self.wire is not None:
+            self._arrive(self.wire.flush())
         self.resident_bytes = self.cache.nbytes()
 
     def on_error(self, error: KvsluiceError) -> None:
         self.error = error
 
-    def _receive(self, frames: list[bytes]) -> None:
-        device = self.answer.device
-        for frame in frames:
-            self.payload_bytes += len(frame)
-            for encoded in self.assembler.add(frame):
-                moved = {
-                    part: {name: tensor.to(device) for name, tensor in group.items()}
-                    for part, group in encoded.tensors.items()
-                }
-                self.cache.add_layer(EncodedLayer(encoded.layer, moved))
+    def _arrive(self, layers: Sequence[EncodedLayer]) -> None:
+        for encoded in layers:
+            self.layers.add(encoded.layer)
+            self.cache.add_layer(encoded)
 
     @property
     def num_left(self) -> int:
@@ -140,7 +176,7 @@ class _Sequence:
 
 
 class Scorer:
-    """Judges samples under recipes; holds no state between calls.
+    """Judges samples under recipes; of calls before it knows which recipes have gone through frames, and no more.
 
     Args:
         profile: calibrated settings of the model, as recipes are resolved with.
@@ -161,6 +197,7 @@ class Scorer:
         self.shape: ModelShape = model_shape(model.config)
         self._profile = dict(profile)
         self._recipes = dict(recipes)
+        self._sent: set[str] = set()
         self._counter = count()
         self._copies = make_host_copies(model.device)
         self._prefill = PrefillEngine(model, chunk_tokens, CHUNKS_A_PACK * chunk_tokens)
@@ -172,13 +209,14 @@ class Scorer:
         Raises:
             KvsluiceError: whatever the engines refuse or fail with, or what they would: logits that are not finite.
         """
-        sequences = [{label: self._open(case, recipe) for label, recipe in self._recipes.items()} for case in cases]
+        sequences = [{label: self._open(case, label) for label in self._recipes} for case in cases]
         everything = [sequence for row in sequences for sequence in row.values()]
         self._run_prefill(everything)
         self._run_answers(everything)
         return [{label: _outcome(label, sequence) for label, sequence in row.items()} for row in sequences]
 
-    def _open(self, case: Case, recipe: Recipe) -> _Sequence:
+    def _open(self, case: Case, label: str) -> _Sequence:
+        recipe = self._recipes[label]
         # ids of one length, as every frame's header holds it
         request_id = f"eval-{next(self._counter):09d}"
         model, num_tokens, num_new = self.model, len(case.prompt_ids), len(case.answer_ids) + 1
@@ -191,12 +229,17 @@ class Scorer:
             recipe_fingerprint=RecipeFingerprint(resolved.recipe.fingerprint),
         )
         max_bytes = bound_nbytes(resolved.recipe, self.shape, num_tokens, num_new, 1, model.dtype.itemsize)
+        wire = None
+        if resolved.recipe.fingerprint not in self._sent:
+            self._sent.add(resolved.recipe.fingerprint)
+            packer = FramePacker(ident, num_tokens, copies=self._copies)
+            wire = _Wire(packer, LayerAssembler(ident, self.shape.num_layers, max_bytes), model.device)
         sequence = _Sequence(
             case,
             resolved,
             make_cache(resolved.recipe, self.shape, num_tokens, lambda x, at: model.rotate(x, at, num_tokens)),
-            FramePacker(ident, num_tokens, copies=self._copies),
-            LayerAssembler(ident, self.shape.num_layers, max_bytes),
+            FrameMeter(ident, num_tokens),
+            wire,
             torch.tensor(case.answer_ids, dtype=torch.int64, device=model.device),
         )
         # the first token must not end the request, or its last layer would not be encoded
@@ -211,8 +254,12 @@ class Scorer:
         for sequence in sequences:
             if sequence.error is not None:
                 raise sequence.error
-            if sequence.assembler.missing() or sequence.first_token is None:
-                raise InternalError(f"layers {sequence.assembler.missing()[:8]} never arrived")
+            missing = sorted(set(range(self.shape.num_layers)) - sequence.layers)
+            if missing or sequence.first_token is None:
+                raise InternalError(f"layers {missing[:8]} never arrived")
+            sent = sequence.payload_bytes if sequence.wire is None else sequence.wire.num_bytes
+            if sent != sequence.payload_bytes:
+                raise InternalError(f"frames of {sent} bytes were counted as {sequence.payload_bytes}")
 
     def _run_answers(self, sequences: Sequence[_Sequence]) -> None:
         longest = max((len(one.case.prompt_ids) + len(one.case.answer_ids) for one in sequences), default=0)

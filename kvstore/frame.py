@@ -128,6 +128,11 @@ class TensorSlice:
     def row_nbytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
+    @property
+    def nbytes(self) -> int:
+        """Of the slice."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -174,15 +179,38 @@ def encode_frame(
     Raises:
         ValueError: a decoder with these limits would refuse the frame; the message says why.
     """
-    header = _header(ident, tokens, tensors)
+    raw, offsets, _ = _planned(ident, tokens, tensors, limits)
     body: list[bytes | memoryview] = []
     end = 0
-    for spec, tensor in zip(header.tensors, tensors, strict=True):
-        if tensor.data.nbytes != math.prod(tensor.shape) * tensor.dtype.itemsize:
+    for offset, tensor in zip(offsets, tensors, strict=True):
+        if tensor.data.nbytes != tensor.nbytes:
             raise ValueError(f"tensor {tensor.name!r}: {tensor.data.nbytes} bytes do not fill the shape {tensor.shape}")
+        body += [bytes(offset - end), tensor.data]
+        end = offset + tensor.data.nbytes
+    header_end = PREFIX_BYTES + len(raw)
+    return seal(MAGIC, raw, bytes(aligned(header_end, PAYLOAD_ALIGN) - header_end), *body)
+
+
+def frame_nbytes(
+    ident: FrameIdent,
+    tokens: tuple[int, int],
+    tensors: Sequence[TensorSlice],
+    limits: FrameLimits = DEFAULT_LIMITS,
+) -> int:
+    """Bytes of the frame that `encode_frame` would make; the tensors need no data. Raises what it would."""
+    raw, _, payload_bytes = _planned(ident, tokens, tensors, limits)
+    return aligned(PREFIX_BYTES + len(raw), PAYLOAD_ALIGN) + payload_bytes + TRAILER_BYTES
+
+
+def _planned(
+    ident: FrameIdent, tokens: tuple[int, int], tensors: Sequence[TensorSlice], limits: FrameLimits
+) -> tuple[bytes, list[int], int]:
+    """The header, where each tensor begins in the payload, and the payload's bytes."""
+    header, offsets, end = _header(ident, tokens, tensors), [], 0
+    for spec, tensor in zip(header.tensors, tensors, strict=True):
         spec.offset = aligned(end)
-        body += [bytes(spec.offset - end), tensor.data]
-        end = spec.offset + tensor.data.nbytes
+        offsets.append(spec.offset)
+        end = spec.offset + tensor.nbytes
     header.payload_bytes = end
     try:
         _check_header(header, limits)
@@ -191,8 +219,7 @@ def encode_frame(
     raw = header.SerializeToString(deterministic=True)
     if len(raw) > limits.max_header_bytes:
         raise ValueError(f"cannot be encoded: {Fault.HEADER_BOUND.value}")
-    header_end = PREFIX_BYTES + len(raw)
-    return seal(MAGIC, raw, bytes(aligned(header_end, PAYLOAD_ALIGN) - header_end), *body)
+    return raw, offsets, end
 
 
 def _header(ident: FrameIdent, tokens: tuple[int, int], tensors: Sequence[TensorSlice]) -> frame_pb2.FrameHeader:

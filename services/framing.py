@@ -29,11 +29,12 @@ from ..kvstore.frame import (
     aligned,
     decode_frame,
     encode_frame,
+    frame_nbytes,
 )
 from ..kvstore.identity import FrameIdent
 from .staging import Event, HostCopies, PlainCopies
 
-__all__ = ["FrameIdent", "FramePacker", "LayerAssembler", "layer_frames"]
+__all__ = ["FrameIdent", "FrameMeter", "FramePacker", "LayerAssembler", "layer_frames"]
 
 TARGET_PAYLOAD_BYTES = 1024 * 1024
 PACK_BYTES = 256 * 1024
@@ -203,6 +204,32 @@ class FramePacker:
             for group, data in zip(groups, fetched, strict=True):
                 slices = [item.with_data(part) for item, part in zip(group, data, strict=True)]
                 yield encode_frame(self._ident, self._tokens, slices, self._limits)
+
+
+class FrameMeter(FramePacker):
+    """Counts the bytes of a packer's frames and makes none: nothing is copied and nothing comes to the host."""
+
+    def measure(self, encoded: EncodedLayer) -> int:
+        """Bytes of the frames that `add` would return."""
+        tensors = layer_tensors(encoded)
+        if sum(item.num_bytes for item in tensors) >= self._pack:
+            return self.measure_rest() + self._measured(self._groups(tensors))
+        self._waiting += tensors
+        waiting_bytes = sum(item.num_bytes for item in self._waiting)
+        if self._first or waiting_bytes >= self._pack or len(self._waiting) >= MAX_PACKED_TENSORS:
+            return self.measure_rest()
+        return 0
+
+    def measure_rest(self) -> int:
+        """Bytes of the frames that `flush` would return."""
+        self._first = False
+        waiting, self._waiting = self._waiting, []
+        return self._measured(_fill(waiting, self._target))
+
+    def _measured(self, groups: Iterable[list[Sending]]) -> int:
+        return sum(
+            frame_nbytes(self._ident, self._tokens, [item.spec for item in group], self._limits) for group in groups
+        )
 
 
 def _fill(tensors: list[Sending], target_payload_bytes: int) -> Iterator[list[Sending]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvsluice.compression.interfaces import EncodedLayer, Part
 from kvsluice.kvstore.frame import DEFAULT_LIMITS, Kind, decode_frame
 from kvsluice.services import framing
-from kvsluice.services.framing import FrameIdent, FramePacker, LayerAssembler, layer_frames, layer_tensors
+from kvsluice.services.framing import FrameIdent, FrameMeter, FramePacker, LayerAssembler, layer_frames, layer_tensors
 from kvsluice.services.staging import PlainCopies, tensor_bytes
 
 IDENT = FrameIdent(request_id="req-1", epoch=3, tenant="acme", model_fingerprint="ab" * 16, recipe_fingerprint="cd")
@@ -109,6 +109,18 @@ def test_layers_come_back_whatever_the_split_and_the_order(data, num_layers, siz
     got = assemble(frames, num_layers, sum(encoded.nbytes() for encoded in layers))
     for sent in layers:
         assert_same(got[sent.layer], sent)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_layers=st.integers(1, 6), sizes=st.sampled_from([(64, 64), (512, 100), (1 << 20, 1 << 18)]))
+def test_bytes_are_counted_as_frames_would_have_them(data, num_layers, sizes):
+    layers = data.draw(encoded_layers(num_layers))
+    packer, meter = (
+        kind(IDENT, 7, target_payload_bytes=sizes[0], pack_bytes=sizes[1]) for kind in (FramePacker, FrameMeter)
+    )
+    for encoded in layers:
+        assert meter.measure(encoded) == sum(map(len, packer.add(encoded)))
+    assert meter.measure_rest() == sum(map(len, packer.flush()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

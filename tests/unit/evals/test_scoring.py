@@ -17,6 +17,7 @@ from kvsluice.evals.suites import Case, NeedleGrid, Perplexity, Ruler, Unit
 from kvsluice.models.checkpoint import DEFAULT_MODEL
 from kvsluice.models.profiles import load_profile
 from kvsluice.models.sampling import SamplingParams
+from kvsluice.services.framing import FrameMeter
 from kvsluice.services.model_shape import model_shape
 
 
@@ -91,6 +92,19 @@ def test_right_and_wrong_answers_both_occur(outcomes):
 def test_samples_and_recipes_that_run_together_score_as_alone(longctx, profile, cases, outcomes):
     alone = Scorer(longctx, profile, {"sluice": RECIPES["sluice"]}).score(cases[2:])
     assert alone[0]["sluice"] == outcomes[2]["sluice"]
+
+
+def test_layers_that_go_through_no_frames_give_the_same(longctx, profile, cases):
+    """The first sample of a recipe goes through frames, later ones do not."""
+    scorer = Scorer(longctx, profile, RECIPES)
+    first, second = scorer.score(cases[:1]), scorer.score(cases[:1])
+    assert first == second
+
+
+def test_a_meter_that_disagrees_with_frames_is_told(longctx, profile, cases, monkeypatch):
+    monkeypatch.setattr(FrameMeter, "measure_rest", lambda self: 1)
+    with pytest.raises(InternalError, match=r"frames of \d+ bytes were counted as \d+"):
+        Scorer(longctx, profile, {"exact": RECIPES["exact"]}).score(cases[:1])
 
 
 def test_bytes_are_those_of_the_cache(longctx, cases, outcomes):
