@@ -7,7 +7,6 @@ to the same chunks. `HeldSelection` sets that share. A batched step asks it in e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +17,9 @@ from torch import Tensor
 _STRIDE = 1_073_741_789  # a prime that divides no number of chunks
 
 
-def window(step: int, share: float, count: int, num_chunks: int) -> tuple[int, int]:
+def window(step: int, moved_millis: int, count: int, num_chunks: int) -> tuple[int, int]:
     """Where the chunks of a step begin in an order of all, and how many of them the next step does not take."""
-    moved = math.floor((1 - share) * count + 0.5)
+    moved = (count * moved_millis + 500) // 1000
     return step * moved % num_chunks, moved
 
 
@@ -28,10 +27,10 @@ class HeldSelection:
     """Keeps a share of the chunks from one step to the next.
 
     A place (one layer of one sequence) has an order of its chunks for each KV head, and a step takes K of them in a
-    row, (1 - share) K further along than the step before.
+    row, (1 - share) K further along than the step before. They do not ascend, which no kernel needs.
 
     Args:
-        share: of the K chunks that stay, 0 to 1.
+        share: of the K chunks that stay, 0 to 1, in thousandths.
         seed: of the orders.
 
     Attributes:
@@ -39,7 +38,7 @@ class HeldSelection:
     """
 
     def __init__(self, share: float, seed: int) -> None:
-        self._share = share
+        self._moved_millis = 1000 - round(1000 * share)
         self._seed = seed
         self._place = 0
         self._step = 0
@@ -70,7 +69,7 @@ class HeldSelection:
                 self._on_device = torch.full((), self._step, dtype=torch.int64, device=chosen.device)
         if ("layer", layer) not in self._kept and not _is_capturing(chosen):
             self._kept["layer", layer] = self._stays(*_sizes(table, counts))
-        hold(table, chosen, counts, self._on_device, layer, self._seed, self._share, _STRIDE)
+        hold(table, chosen, counts, self._on_device, layer, self._seed, self._moved_millis, _STRIDE)
 
     def replaced(self, chosen: Tensor, num_chunks: int) -> Tensor:
         """chosen [Q, Hkv, K] integers below `num_chunks`, which every row has -> as many others, ascending, alike."""
@@ -78,7 +77,7 @@ class HeldSelection:
         place, self._place = self._place, self._place + 1
         num_kv_heads, count = chosen.shape[1:]
         self._kept.setdefault(("place", place), self._stays(count, num_chunks))
-        first, _ = window(self._step, self._share, count, num_chunks)
+        first, _ = window(self._step, self._moved_millis, count, num_chunks)
         index = (torch.arange(count, device=chosen.device) + first) % num_chunks
         heads = torch.arange(num_kv_heads, device=chosen.device)[:, None]
         begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729
@@ -88,7 +87,7 @@ class HeldSelection:
     def _stays(self, count: int, num_chunks: int) -> float:
         if not count or not num_chunks:
             return 1.0
-        _, moved = window(0, self._share, count, num_chunks)
+        _, moved = window(0, self._moved_millis, count, num_chunks)
         return (count - moved + max(0, count + moved - num_chunks)) / count
 
 
@@ -97,13 +96,15 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def _sizes(table: Tensor, counts: Tensor) -> tuple[int, int]:
-    """The most chunks that a row of a table of choices has chosen, and has; other rows hold no numbers."""
+    """The most chunks that a row of a table of choices has chosen, and that its prompt has; other rows hold no
+    numbers."""
     from ...kernels.step_attention.triton.choose import COUNT, COUNT_B, WANTED
 
     rows = table[:, WANTED.value] > 0
     if not rows.any():
         return 0, 0
-    return int(counts[rows].max()), int((table[rows, COUNT.value] + table[rows, COUNT_B.value]).max())
+    chosen, prompt = int(counts[rows].max()), int(table[rows, COUNT.value].max())
+    return chosen, prompt if prompt >= chosen else prompt + int(table[rows, COUNT_B.value].max())
 
 
 @contextmanager
