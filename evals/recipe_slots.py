@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from ..compression.filling import SLOT_NAMES, filling_kinds
 from ..compression.recipe import ModelShape, Recipe, fill, get_recipe, recipe_names, resolve
@@ -80,6 +81,34 @@ def least_tokens(name: str) -> int:
     too_short = [n for n in range(1, CONTEXTS[0] + 1) if resolve(recipe, shape, n, profile).fallback_reason is not None]
     assert CONTEXTS[0] not in too_short, "the shortest context of the tables is long enough"
     return max(too_short, default=0) + 1
+
+
+def variants_table(results: EvalResults) -> str:
+    """What each variant that ran has other than the recipe that it varies; "" where none ran."""
+    rows = []
+    for label, one in results.recipes.items():
+        if label == one.name:
+            continue
+        base = one.name.removesuffix("-custom")
+        plain = results.recipes[base].slots if base in results.recipes else _slots(base)
+        changes = [_change(slot, plain[slot], one.slots[slot]) for slot in SLOT_NAMES if one.slots[slot] != plain[slot]]
+        rows.append((f"`{label}`", f"`{base}`", "; ".join(changes)))
+    return table(("variant", "of", "with"), rows, numbers_from=3) if rows else ""
+
+
+def _change(slot: str, plain: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """A slot in words: the numbers that differ, or another filling with all of its numbers."""
+    same = plain["kind"] == own["kind"]
+    numbers = [f"{name} = {_shown(own[name])}" for name in own if name != "kind" and own[name] != plain.get(name)]
+    return " ".join([f"`{slot}`", *([] if same else [f"`{own['kind']}`"]), ", ".join(numbers)]).rstrip()
+
+
+@cache
+def _slots(name: str) -> Mapping[str, Any]:
+    """The slots of a recipe, filled in for the default model."""
+    shape = default_shape()
+    slots: Mapping[str, Any] = json.loads(fill(get_recipe(name), shape, load_profile(DEFAULT_MODEL, shape)).to_json())
+    return slots
 
 
 def changed_since(results: EvalResults) -> list[str]:

@@ -88,7 +88,7 @@ def averages(run: Run) -> str:
                 (f"`{row.recipe}`", mean(row), difference(row), f"{shipped:.3f}", f"{held:.3f}", f"`{print_of}`")
             )
         parts += [f"**{context:,} tokens**", table(header, rows), run.fallbacks(context)]
-    return _paragraphs(*parts, _agreement(run), _changed(run), origin(run))
+    return _paragraphs(*parts, recipe_slots.variants_table(run.results), _agreement(run), _changed(run), origin(run))
 
 
 def _agreement(run: Run) -> str:

@@ -32,6 +32,12 @@ PAGES = Path("docs") / "recipes"
 IMAGES = Path("docs") / "images"
 DRAWN = ("ruler", "niah")  # suites that have an image a file
 MAIN = "ruler"  # the file that README.md shows
+TITLES = {
+    MAIN: "Every recipe",
+    "ruler_float32": "In full precision, beside transformers",
+    "ruler_retrieval": "How much a step reads, and what packing costs beside it",
+    "ruler_variants": "Single parts, as an early simulation had them",
+}
 EXPLANATIONS = "explanations"
 
 
@@ -65,7 +71,7 @@ def read(root: Path) -> Measurements:
 
 def images(found: Measurements) -> dict[Path, str]:
     """Every image by its path."""
-    drawn = {IMAGES / f"{run.name}.svg": recipe_tables.bytes_plot(run) for run in found.ruler}
+    drawn = {IMAGES / f"{run.name}.svg": recipe_tables.bytes_plot(run) for run in found.ruler if _worth_drawing(run)}
     return drawn | {IMAGES / f"{run.name}.svg": recipe_tables.needle_plot(run) for run in found.niah}
 
 
@@ -86,8 +92,8 @@ def library_blocks(found: Measurements) -> dict[str, str]:
     return {
         "shipped": recipe_slots.shipped_table(),
         "fillings": recipe_slots.fillings_table(),
-        "accuracy": each([f"{_image(run, 'images')}\n\n{recipe_tables.averages(run)}" for run in found.ruler]),
-        "tasks": each([recipe_tables.task_scores(run) for run in found.ruler]),
+        "accuracy": each([f"{_title(run)}{_drawn(run)}{recipe_tables.averages(run)}" for run in found.ruler]),
+        "tasks": each([f"{_title(run)}{recipe_tables.task_scores(run)}" for run in found.ruler]),
         "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
         "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
         "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),
@@ -142,6 +148,19 @@ def faults(root: Path, made: dict[Path, str]) -> list[str]:
 def _image(run: Run, folder: str) -> str:
     what = "scores against bytes shipped" if run.results.suite == "ruler" else "needles found by depth and length"
     return f"![{what}]({folder}/{run.name}.svg)"
+
+
+def _worth_drawing(run: Run) -> bool:
+    """A single recipe makes no plot."""
+    return len(run.results.recipes) > 1
+
+
+def _drawn(run: Run) -> str:
+    return f"{_image(run, 'images')}\n\n" if _worth_drawing(run) else ""
+
+
+def _title(run: Run) -> str:
+    return f"### {TITLES.get(run.name, f'`{run.name}.json`')}\n\n"
 
 
 def _variants_command() -> str:

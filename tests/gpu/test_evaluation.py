@@ -44,7 +44,7 @@ def scored(folder, device: str, cases: list[Case]) -> list[dict[str, Outcome]]:
 
 
 def test_a_gpu_predicts_what_a_cpu_does(folder):
-    ids = tuple(torch.randint(2, VOCAB, (2 * CHUNK_TOKENS + 60,), generator=torch.Generator().manual_seed(1)).tolist())
+    ids = tuple(torch.randint(2, VOCAB, (3 * CHUNK_TOKENS + 60,), generator=torch.Generator().manual_seed(1)).tolist())
     cases = [Case(ids[:-num_answer], ids[-num_answer:], "share") for num_answer in (20, 60)]
     for own, other in zip(scored(folder, "cpu", cases), scored(folder, "cuda", cases), strict=True):
         assert own["exact"].predicted == other["exact"].predicted

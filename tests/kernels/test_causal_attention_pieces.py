@@ -31,7 +31,7 @@ class Library:
         scores = torch.einsum("chd,mhd->hcm", q.double(), wide_k) / q.shape[-1] ** 0.5
         if causal:
             assert len(q) == len(k)
-            scores.masked_fill_(torch.ones(len(q), len(k)).triu(1).bool(), float("-inf"))
+            scores.masked_fill_(torch.ones(len(q), len(k), device=q.device).triu(1).bool(), float("-inf"))
         out = torch.einsum("hcm,mhd->chd", scores.softmax(-1), wide_v)
         return out.to(q.dtype), scores.logsumexp(-1).float()
 

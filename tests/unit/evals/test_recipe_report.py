@@ -143,7 +143,23 @@ def test_the_readme_shows_the_main_file_or_none(tree, monkeypatch):
     save(tree / report.RESULTS / "ruler_float32.json", results(labels=("exact",)))
     assert make(tree, monkeypatch) == 0
     assert "Not measured yet." in (tree / report.README).read_text()
-    assert "ruler_float32.svg" in (tree / report.LIBRARY).read_text()
+    assert "### In full precision, beside transformers" in (tree / report.LIBRARY).read_text()
+    assert not (tree / report.IMAGES).exists(), "a single recipe makes no plot"
+
+
+def test_what_a_variant_changes_is_told():
+    found = results(labels=("exact", "snapkv", "chunks-4"))
+    assert rows_of(recipe_slots.variants_table(found))[2:] == [
+        [
+            "`chunks-4`",
+            "`exact`",
+            "`retrieval` `chunks` budget_rate = 0.06, budget_tokens = 256, chunk = 4, landmark_bits = 16, "
+            "outliers = 0, select_every = 1; `window` local = 32",
+        ]
+    ]
+    alone = results(labels=("chunks-4",))
+    assert recipe_slots.variants_table(alone) == recipe_slots.variants_table(found), "the recipe need not have run"
+    assert recipe_slots.variants_table(results()) == ""
 
 
 def test_tasks_stand_beside_the_average(run):
