@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,11 +25,13 @@ from .bench_results import Floor, Row
 from .rows import measured
 from .selection import HeldSelection, force
 from .sequences import Plan, cache_bytes, finished, plan_sequences, start_sequences, told
+from .step_profile import profile
 from .subject import Bench
 from .timing import release, summarize, time_once
 
 STEP = "decode step"
 SHARED = "shared prompt"
+PROFILED_STEPS = 8
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -96,7 +98,7 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     assert empty.context is not None
     options = bench.options
     # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
-    new_tokens = options.warmup + options.steps + 2
+    new_tokens = options.warmup + options.steps + (PROFILED_STEPS if options.profile else 0) + 2
     host = bench.host_pages
     plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens, host)
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
@@ -105,27 +107,12 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     engine.runner.computation.selection = held
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    samples_s: list[float] = []
-    events: list[Event] = []
-
-    def one() -> None:
-        if held is not None:
-            held.begin_step()
-        events.extend(told(engine.step()))
-
     with nullcontext() if held is None else force(held):
-        for number in range(options.warmup + options.steps):
-            if number == options.warmup:
-                engine.runner.computation.hot_counts.zero_()
-            samples_s.append(time_once(bench.device, one))
-        hot = [count / options.steps for count in engine.runner.computation.hot_counts.tolist()]
-        while engine.has_work:
-            one()
-    ended = finished(plan, events, new_tokens)
-    samples_s = samples_s[options.warmup :]
+        steps = _run_steps(bench, engine, held)
+    ended, samples_s, hot = finished(plan, steps.events, new_tokens), steps.samples_s, steps.hot
     resident = sum(event.resident_bytes for event in ended) / plan.num_sequences
     read = plan.num_sequences * sum(event.bytes_read for event in ended) / sum(event.steps for event in ended)
-    row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s))
+    row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s), parts=steps.parts)
     # sealing comes once in some dozens of steps: a median does not see it, tokens a second must
     figures = {"mean_s": sum(samples_s) / len(samples_s)}
     figures |= _memory_figures(bench, empty.context, new_tokens, resident, plan)
@@ -137,6 +124,49 @@ def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None
     elif held is not None:
         row = replace(row, conditions={**row.conditions, "hit rate": "not forced: the engine asked for no selection"})
     return _finished(bench, row, read, figures, fetched)
+
+
+@dataclass
+class _Steps:
+    """What running all sequences to their end gave.
+
+    Attributes:
+        events: of all steps.
+        samples_s: of each timed step.
+        hot: chunks that a timed step wanted of host memory, and that it fetched.
+        parts: seconds of a step by kind of work, where they were asked for.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    samples_s: list[float] = field(default_factory=list)
+    hot: list[float] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def _run_steps(bench: Bench, engine: DecodeEngine, held: HeldSelection | None) -> _Steps:
+    steps, options, computation = _Steps(), bench.options, engine.runner.computation
+
+    def one() -> None:
+        if held is not None:
+            held.begin_step()
+        steps.events.extend(told(engine.step()))
+
+    def some() -> None:
+        for _ in range(PROFILED_STEPS):
+            one()
+
+    for _ in range(options.warmup):
+        one()
+    computation.hot_counts.zero_()
+    for _ in range(options.steps):
+        steps.samples_s.append(time_once(bench.device, one))
+    steps.hot = [count / options.steps for count in computation.hot_counts.tolist()]
+    if options.profile:
+        parts = profile(bench.device, some)
+        steps.parts = {kind: seconds / PROFILED_STEPS for kind, seconds in parts.items()}
+    while engine.has_work:
+        one()
+    return steps
 
 
 def chunk_nbytes(recipe: Recipe, shape: ModelShape, dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ from .bench_results import Floor, Row
 from .flops import prompt_flops
 from .prefill_memory import DiscardingSink
 from .rows import compared, measured
+from .step_profile import profile
 from .subject import Bench
 from .timing import peak_bytes, summarize, synchronize, time_wall
 
@@ -248,6 +249,8 @@ def _time_engine(bench: Bench, recipe: Recipe, empty: Row) -> Row:
         run.run(prompts)
     passes = run.passes
     row = replace(empty, time=summarize(passes.first_token_s))
+    if bench.options.profile:
+        row = replace(row, parts=profile(bench.device, partial(run.run, prompts)))
     figures = {
         "mean_first_token_s": summarize(passes.mean_first_token_s).median_s,
         "all_encoded_s": summarize(passes.done_s).median_s,

@@ -131,6 +131,7 @@ class Row:
         floor: None where no limit applies.
         figures: further numbers; units are in their names.
         ratios: other side -> how many times faster this row is.
+        parts: kind of work -> seconds of the device in one repetition, where they were recorded.
     """
 
     what: str
@@ -145,6 +146,7 @@ class Row:
     floor: Floor | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     ratios: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

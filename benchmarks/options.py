@@ -50,6 +50,8 @@ _RECIPES = (
 _CONTEXT = Option("context", "N,N", "tokens of a prompt", "8192")
 _CHUNK = Option("chunk-tokens", "N", "prompt rows of a work item; default: 8192 on a GPU, 512 on a CPU")
 _BASELINE = Option("baseline", TRANSFORMERS, "also measure stock transformers with the same weights")
+_PROFILE = Option("profile", "", "also record on which kinds of work a GPU spends its time, in further repetitions",
+                  flag=True)  # fmt: skip
 _KV = Option("kv", f"{SYNTHETIC}|{PREFILL}", "what caches hold: numbers drawn at random in the recipe's format, or "
              "what prefill makes of random prompts", SYNTHETIC)  # fmt: skip
 
@@ -76,7 +78,7 @@ PARTS: Mapping[str, Part] = {
          Option("copy-out", "", "copy every encoded layer to the host, as sending it would", flag=True),
          _CHUNK,
          Option("pack-tokens", "N", "prompt rows of a step; default: 2048, or a work item's where that is more"),
-         _BASELINE, _REPEATS, _WARMUP, *_COMMON),
+         _BASELINE, _PROFILE, _REPEATS, _WARMUP, *_COMMON),
     ),
     "decode": Part(
         "Steps of the decode engine over compressed caches, against transformers.",
@@ -90,7 +92,7 @@ PARTS: Mapping[str, Part] = {
          Option("cache-gib", "GIB", "memory for caches; default: 0.9 of what is free on a GPU, 2 on a CPU"),
          Option("kv-offloading-gib", "GIB", "host memory that values lie in where their recipe reads them in parts; "
                 "default: none"),
-         _CHUNK, _BASELINE,
+         _CHUNK, _BASELINE, _PROFILE,
          # the first steps make what later ones reuse
          replace(_WARMUP, help="steps that are not counted", default="8"), *_COMMON),
     ),
@@ -118,6 +120,7 @@ class BenchOptions:
         hit_rates: None = not forced.
         beside: tokens of a prompt that arrives beside the measured ones, or None.
         baseline: whether transformers is measured.
+        profile: whether times by kind of work are recorded; of a GPU only.
         device, dtype, chunk_tokens, pack_tokens, cache_gib: None = chosen by the device.
         offloading_gib: host memory for values, or None.
     """
@@ -141,6 +144,7 @@ class BenchOptions:
     cache_gib: float | None
     offloading_gib: float | None
     baseline: bool
+    profile: bool
     device: str | None
     dtype: str | None
     seed: int
@@ -188,6 +192,7 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         cache_gib=cache,
         offloading_gib=offloading,
         baseline=bool(text.get("baseline")) and bool(_one_of("baseline", text["baseline"], (TRANSFORMERS,))),
+        profile=bool(text.get("profile")),
         device=checked.device if text["device"] else None,
         dtype=checked.dtype,
         seed=checked.seed,

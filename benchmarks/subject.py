@@ -106,11 +106,13 @@ def choose_device(options: BenchOptions) -> torch.device:
     """The device asked for, or a GPU where there is one.
 
     Raises:
-        InvalidRequest: there is no such device.
+        InvalidRequest: there is no such device, or it cannot do what is asked for.
     """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest("--device", options.device or "cuda", f"cpu, or one of {torch.cuda.device_count()} GPUs")
+    if options.profile and device.type != "cuda":
+        raise InvalidRequest("--profile", f"with --device {device}", "a GPU, which records what it runs")
     return device
 
 

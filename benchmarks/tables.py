@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .bench_results import BenchResults, Row
 
@@ -57,12 +58,29 @@ def print_results(results: BenchResults) -> None:
     )
     for title in dict.fromkeys(map(_title, results.rows)):
         _print_table(title, [row for row in results.rows if _title(row) == title])
+    for row in results.rows:
+        if row.parts:
+            _print_cells(f"{_title(row)}: {_name(row)}, by kind of work", list(part_rows(row)))
     beaten = sum(_beats_floor(row) for row in results.rows)
     if beaten:
         print(
             f"{beaten} rows took clearly less than their floor: what they move lies in caches, or the limits were "
             "measured while something else kept the machine busy; measure again"
         )
+
+
+def part_rows(row: Row) -> Iterator[tuple[str, ...]]:
+    """A header, and a line for each kind of work of one row."""
+    yield ("kind of work", "time", "share")
+    total_s = sum(row.parts.values())
+    for kind, part_s in row.parts.items():
+        yield (kind, seconds(part_s), f"{part_s / total_s:.1%}")
+
+
+def _name(row: Row) -> str:
+    """What tells a row from others of its title."""
+    numbers = f"{_count(row.batch)} × {_count(row.context)}"
+    return ", ".join([row.side, numbers, *_conditions(row)])
 
 
 def _beats_floor(row: Row) -> bool:
@@ -82,23 +100,34 @@ def _count(value: int | None) -> str:
 
 
 def _print_table(heading: str, rows: Sequence[Row]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:  # a bare machine
-        shown = _columns(table_rows(rows))
+    # many figures of a row stand below each other, where cells may have lines
+    many = any(len(row.figures) > MOST_IN_A_LINE for row in rows) and _rich() is not None
+    _print_cells(heading, _columns(table_rows(rows, "\n" if many else ", ")))
+
+
+def _print_cells(heading: str, shown: Sequence[tuple[str, ...]]) -> None:
+    rich = _rich()
+    if rich is None:
         widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in shown)
         print(heading, *(line.rstrip() for line in lines), sep="\n")
         return
-    # many figures of a row stand below each other
-    shown = _columns(table_rows(rows, "\n" if any(len(row.figures) > MOST_IN_A_LINE for row in rows) else ", "))
-    table = Table(title=heading)
+    table = rich.table.Table(title=heading)
     for name in shown[0]:
         table.add_column(name)
     for row in shown[1:]:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+    rich.console.Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+
+
+def _rich() -> Any:
+    """The terminal's library; None on a bare machine."""
+    try:
+        import rich.console
+        import rich.table
+    except ImportError:
+        return None
+    return rich
 
 
 def _columns(rows: Iterator[tuple[str, ...]]) -> list[tuple[str, ...]]:

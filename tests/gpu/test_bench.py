@@ -27,6 +27,7 @@ def test_captured_steps_fetch_as_often_as_the_hit_rate_says(share):
         "kv_offloading_gib": "0.25",
         "cache_gib": "2",
         "steps": "48",  # past a seal
+        "profile": True,
         "warmup": "8",
         "device": "cuda",
     }
@@ -34,3 +35,5 @@ def test_captured_steps_fetch_as_often_as_the_hit_rate_says(share):
     assert row.not_run is None
     assert row.figures["hit_rate"] == pytest.approx(share, abs=0.02)
     assert row.figures["fetched_bytes"] > 0
+    assert {"step_attention.attend", "hot_set", "matrix products"} <= row.parts.keys()
+    assert 0 < sum(row.parts.values()) < 10 * row.time.median_s

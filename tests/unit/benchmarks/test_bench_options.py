@@ -78,6 +78,10 @@ def test_what_cannot_be_is_refused_by_name(part, given, said):
         ),
         ({"device": "cuda:99"}, "--device: cuda:99; allowed: cpu, or one of"),
         (
+            {"device": "cpu", "profile": True},
+            "--profile: with --device cpu; allowed: a GPU, which records what it runs",
+        ),
+        (
             {"variant": ['a=fastkv:{"propagation":{"kind":"tsp","layer":9,"rate":0.2,"window":8}}']},
             "--recipe a: recipe.propagation",
         ),

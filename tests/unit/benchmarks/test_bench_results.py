@@ -74,6 +74,14 @@ def test_times_below_their_floor_are_pointed_out(capsys):
     assert "1 rows took clearly less than their floor" in capsys.readouterr().out
 
 
+def test_kinds_of_work_are_a_table_of_their_own(capsys):
+    row = replace(RESULTS.rows[0], parts={"matrix products": 0.003, "step_attention.attend": 0.001})
+    print_results(replace(RESULTS, rows=(row,)))
+    shown = capsys.readouterr().out
+    assert "by kind of work" in shown
+    assert "75.0%" in shown and "25.0%" in shown and "3 ms" in shown
+
+
 def test_quartiles():
     assert summarize([3.0]) == Timing(3.0, 3.0, 3.0, 1)
     assert summarize([4.0, 1.0, 3.0, 2.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
