@@ -31,6 +31,7 @@ acceptance: setup
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py
 	@$(BIN)/python scripts/recipe_report.py
+	@$(BIN)/python scripts/performance_report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

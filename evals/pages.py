@@ -1,8 +1,10 @@
-"""Pages of Markdown with blocks that a program fills: `<!-- NAME -->`, what it made, `<!-- end NAME -->`."""
+"""Pages of Markdown with blocks that a program fills: `<!-- NAME -->`, what it made, `<!-- end NAME -->`; and the
+files that such programs keep up to date."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 
 def filled(page: str, blocks: Mapping[str, str], where: str) -> str:
@@ -34,6 +36,29 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: in
     """A Markdown table; columns from `numbers_from` on are set to the right."""
     rules = ["---" if place < numbers_from else "---:" for place in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *rows))
+
+
+def apart(root: Path, made: Mapping[Path, str]) -> list[Path]:
+    """Files that hold something else than they should.
+
+    Args:
+        made: path below `root` to text; "" where no file should be.
+    """
+    return [
+        path for path, text in made.items() if ((root / path).read_text() if (root / path).exists() else "") != text
+    ]
+
+
+def write(root: Path, made: Mapping[Path, str]) -> None:
+    """Write or remove what differs, and say which files those are."""
+    for path in apart(root, made):
+        if made[path]:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(made[path])
+            print(f"written: {root / path}")
+        else:
+            (root / path).unlink()
+            print(f"removed: {root / path}")
 
 
 def _begin(name: str) -> str:

@@ -5,21 +5,19 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart, and ever
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from .svg import LABEL_SIZE, as_text, drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 POINTS_PER_INCH = 72.0
-LABEL_SIZE = 8.0  # points; letters are about 0.56 of it wide
 MARKER_RADIUS = 4.0
 LABEL_GAPS = (7.0, 16.0, 27.0, 40.0)
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -67,7 +65,7 @@ def accuracy_against_bytes(points: Sequence[Point], families: Sequence[str], tit
         families: all that points may belong to, at most six; each has its colour and mark by its place here.
     """
     contexts = sorted({point.context for point in points})
-    with _drawing():
+    with drawing():
         from matplotlib.figure import Figure
 
         width, panel, top, bottom = 9.0, 3.9, 0.75, 0.6
@@ -90,7 +88,7 @@ def accuracy_against_bytes(points: Sequence[Point], families: Sequence[str], tit
             columnspacing=1.2,
         )
         figure.suptitle(title, x=0.07, y=1 - 0.07 / height, ha="left", va="top", fontsize=10)
-        return _svg(figure)
+        return as_text(figure)
 
 
 def needle_maps(scores: Mapping[tuple[str, int, float], float], labels: Sequence[str], title: str) -> str:
@@ -104,7 +102,7 @@ def needle_maps(scores: Mapping[tuple[str, int, float], float], labels: Sequence
     depths = sorted({depth for _, _, depth in scores})
     columns = min(4, len(labels))
     rows = -(-len(labels) // columns)
-    with _drawing():
+    with drawing():
         from matplotlib.figure import Figure
 
         width, height, top, bottom = 9.0, 1.55 * rows + 1.1, 0.65, 0.5
@@ -131,31 +129,7 @@ def needle_maps(scores: Mapping[tuple[str, int, float], float], labels: Sequence
         figure.supxlabel("tokens in the prompt", fontsize=9, y=0.06 / height)
         figure.supylabel("depth of the needle", fontsize=9, x=0.004)
         figure.suptitle(title, x=0.075, y=1 - 0.07 / height, ha="left", va="top", fontsize=10)
-        return _svg(figure)
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Settings under which the same numbers give the same file, and letters stay letters."""
-    import matplotlib
-
-    settings: Any = {
-        "svg.hashsalt": "kvsluice",
-        "svg.fonttype": "none",
-        "font.family": "DejaVu Sans",
-        "font.size": LABEL_SIZE,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    # a user's own matplotlibrc must not show
-    with matplotlib.rc_context(rc={**matplotlib.rcParamsDefault, **settings}):
-        yield
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+        return as_text(figure)
 
 
 def _bytes_panel(axes: Axes, shown: Sequence[Point], everything: Sequence[Point], families: Sequence[str]) -> None:

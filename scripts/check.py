@@ -96,6 +96,7 @@ STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
     "generated code": lambda: run(sys.executable, ROOT / "scripts" / "generate_protos.py", "--check"),
     "README's numbers": lambda: run(sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"),
     "recipes' numbers": lambda: run(sys.executable, ROOT / "scripts" / "recipe_report.py", "--check"),
+    "speeds": lambda: run(sys.executable, ROOT / "scripts" / "performance_report.py", "--check"),
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from kvsluice.errors import KvsluiceError
 from kvsluice.evals import recipe_slots, recipe_tables, simulation
-from kvsluice.evals.pages import block, filled
+from kvsluice.evals.pages import apart, block, filled, write
 from kvsluice.evals.recipe_tables import NOT_MEASURED
 from kvsluice.evals.recorded import Run
 from kvsluice.evals.results import load
@@ -112,7 +112,7 @@ def page_blocks(page: str, found: Measurements) -> dict[str, str]:
 
 
 def wanted(root: Path) -> dict[Path, str]:
-    """Every file that this script writes, as it should be.
+    """Every file that this script writes, as it should be; "" for images of results that are no more.
 
     Raises:
         ValueError: a page lacks a block.
@@ -121,23 +121,18 @@ def wanted(root: Path) -> dict[Path, str]:
     pages = {README: readme_blocks(found), LIBRARY: library_blocks(found)}
     for path in sorted((root / PAGES).glob("*.md")):
         pages[path.relative_to(root)] = page_blocks(path.read_text(), found)
-    return images(found) | {path: filled((root / path).read_text(), made, str(path)) for path, made in pages.items()}
-
-
-def stale_images(root: Path, made: dict[Path, str]) -> list[Path]:
-    """Images of results that are no more."""
-    drawn = [path for suite in DRAWN for path in (root / IMAGES).glob(f"{suite}*.svg")]
-    return [path for path in sorted(drawn) if path.relative_to(root) not in made]
+    drawn = [path.relative_to(root) for suite in DRAWN for path in (root / IMAGES).glob(f"{suite}*.svg")]
+    made = dict.fromkeys(sorted(drawn), "") | images(found)
+    return made | {path: filled((root / path).read_text(), blocks, str(path)) for path, blocks in pages.items()}
 
 
 def faults(root: Path, made: dict[Path, str]) -> list[str]:
     """What differs from what the results say, and what is not explained."""
-    apart = [path for path, text in made.items() if not (root / path).is_file() or (root / path).read_text() != text]
-    stale = [path.relative_to(root) for path in stale_images(root, made)]
+    behind = apart(root, made)
     explanations = block(made[LIBRARY], EXPLANATIONS, str(LIBRARY))
     return [
-        *(f"{path} does not hold what benchmarks/results says; run `make readme`" for path in apart),
-        *(f"{path} shows results that are no more; run `make readme`" for path in stale),
+        *(f"{path} does not hold what benchmarks/results says; run `make readme`" for path in behind if made[path]),
+        *(f"{path} shows results that are no more; run `make readme`" for path in behind if not made[path]),
         *(
             f"{LIBRARY} does not explain the difference to the simulation for {label}: write an item `- **{label}**: …`"
             for label in simulation.unexplained(read(root).ruler, explanations)
@@ -190,15 +185,6 @@ def own_report(paths: Sequence[Path]) -> dict[Path, str]:
     return made | {Path("report.md"): "\n\n".join(page) + "\n"}
 
 
-def _write(root: Path, made: dict[Path, str]) -> None:
-    """Write what differs, and say which files those are."""
-    for path, text in made.items():
-        if not (root / path).is_file() or (root / path).read_text() != text:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(text)
-            print(f"written: {root / path}")
-
-
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split()))
@@ -215,7 +201,7 @@ def main(root: Path = ROOT) -> int:
     options = _arguments(sys.argv[1:])
     try:
         if options.out is not None:
-            _write(options.out, own_report(options.results))
+            write(options.out, own_report(options.results))
             return 0
         made = wanted(root)
         if options.check:
@@ -225,10 +211,7 @@ def main(root: Path = ROOT) -> int:
     except KvsluiceError as exc:
         print(f"recipe_report: {exc.message}", file=sys.stderr)
         return 1
-    _write(root, made)
-    for path in stale_images(root, made):
-        path.unlink()
-        print(f"removed: {path}")
+    write(root, made)
     return 0
 
 

@@ -1,0 +1,66 @@
+"""Puts what `kvsluice bench` measured on a GPU into docs/performance.md and draws docs/images/. The numbers come from
+benchmarks/results/bench_*.json. What was not measured says so. With --check it only says whether page and images hold
+all that."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from kvsluice.benchmarks import performance
+from kvsluice.benchmarks.bench_decode import STEP
+from kvsluice.benchmarks.bench_prefill import FIRST_TOKEN
+from kvsluice.benchmarks.bench_results import load
+from kvsluice.benchmarks.performance import File
+from kvsluice.errors import KvsluiceError
+from kvsluice.evals.pages import apart, filled, write
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path("docs") / "performance.md"
+RESULTS = Path("benchmarks") / "results"
+PLOTS = {
+    "step parts": (STEP, Path("docs/images/bench_step.svg")),
+    "prompt parts": (FIRST_TOKEN, Path("docs/images/bench_prompt.svg")),
+}
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """The page and its images as they should be, by path; "" for an image that should not be there.
+
+    Raises:
+        InvalidRequest: a file of results is none.
+        ValueError: the page lacks a block.
+    """
+    files = [File(path.stem, load(path)) for path in sorted((root / RESULTS).glob("bench_*.json"))]
+    blocks = {
+        "origins": performance.origins(files),
+        "goals": performance.goals_table(files),
+        "prefill": performance.prefill_table(files),
+        "decode": performance.decode_table(files),
+        "kernels": performance.kernels_table(files),
+    }
+    made = {}
+    for name, (what, path) in PLOTS.items():
+        made[path] = performance.parts_plot(files, what)
+        link = f"![kinds of work]({path.relative_to(PAGE.parent)})"
+        blocks[name] = link if made[path] else performance.NOT_MEASURED
+    return made | {PAGE: filled((root / PAGE).read_text(), blocks, str(PAGE))}
+
+
+def main(root: Path = ROOT) -> int:
+    try:
+        made = wanted(root)
+    except KvsluiceError as exc:
+        print(f"performance_report: {exc.message}", file=sys.stderr)
+        return 1
+    if sys.argv[1:] == ["--check"]:
+        behind = apart(root, made)
+        for path in behind:
+            print(f"{path} does not hold what benchmarks/results says; run `make readme`")
+        return int(bool(behind))
+    write(root, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
