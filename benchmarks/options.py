@@ -100,6 +100,18 @@ PARTS: Mapping[str, Part] = {
         "Encoded layers to frames, to layers again, into a decode cache; bytes against bf16.",
         (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV, _CHUNK, _REPEATS, _WARMUP, *_COMMON),
     ),
+    "service": Part(
+        "Streams of a running service, as its clients see them, against the decode engine alone.",
+        (replace(_MODEL, help="the model that is served; its shape alone is read"),
+         replace(_WEIGHTS, help="let the results say that the service has random weights"),
+         Option("address", "HOST:PORT", "where the service listens", "127.0.0.1:8033"), *_RECIPES, _CONTEXT,
+         Option("batch", "N,N", "streams at once", "1"),
+         Option("steps", "N", "tokens of each stream that are counted", "256"),
+         Option("new-tokens", "N", "tokens that each request may have; streams are cancelled when enough are counted",
+                "2048"),
+         Option("against", "FILE", "results of bench decode; rows of the same recipe, context and batch are compared"),
+         replace(_WARMUP, help="tokens of each stream that are not counted", default="8"), *_COMMON),
+    ),
     "kernels": Part(
         "Every operation of kernels/ at a model's shapes, against its torch reference and the device's limits.",
         (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP,
@@ -119,6 +131,8 @@ class BenchOptions:
         batches: None = the most that fit.
         hit_rates: None = not forced.
         beside: tokens of a prompt that arrives beside the measured ones, or None.
+        address, new_tokens: of a running service, and how many tokens its answers may have.
+        against: results of the decode engine alone to compare with, or None.
         baseline: whether transformers is measured.
         profile: whether times by kind of work are recorded; of a GPU only.
         device, dtype, chunk_tokens, pack_tokens, cache_gib: None = chosen by the device.
@@ -143,6 +157,9 @@ class BenchOptions:
     pack_tokens: int | None
     cache_gib: float | None
     offloading_gib: float | None
+    address: str
+    new_tokens: int
+    against: Path | None
     baseline: bool
     profile: bool
     device: str | None
@@ -191,6 +208,9 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         pack_tokens=_optional(text.get("pack_tokens"), lambda one: _whole("pack-tokens", one, 1, 1 << 20)),
         cache_gib=cache,
         offloading_gib=offloading,
+        address=text.get("address", ""),
+        new_tokens=_whole("new-tokens", text.get("new_tokens", "1"), 1, 1 << 20),
+        against=_optional(text.get("against"), Path),
         baseline=bool(text.get("baseline")) and bool(_one_of("baseline", text["baseline"], (TRANSFORMERS,))),
         profile=bool(text.get("profile")),
         device=checked.device if text["device"] else None,

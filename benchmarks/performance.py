@@ -12,6 +12,7 @@ from ..kernels.dispatch import REFERENCE
 from .bench_decode import STEP
 from .bench_prefill import BESIDE, FIRST_TOKEN
 from .bench_results import BenchResults, Row
+from .bench_service import BENCH, STREAMS
 from .goals import GOALS, GPU, MODEL
 from .tables import figure, seconds
 
@@ -118,6 +119,22 @@ def decode_table(files: Sequence[File]) -> str:
              figure("resident_bytes", row.figures["resident_bytes"]), "" if over is None else f"{over:.3f}",
              "" if fetched is None else figure("fetched_bytes", fetched))
         )  # fmt: skip
+    return _table(header, lines)
+
+
+def service_table(files: Sequence[File]) -> str:
+    """What clients of the whole service see."""
+    header = ("streams × tokens", "side", "tokens/s", "÷ decode engine alone", "token, median", "token, p99",
+              "first token, mean", "first token, last")  # fmt: skip
+    lines: list[tuple[str, ...]] = []
+    for row in _rows(files, STREAMS):
+        count = f"{row.batch} × {row.context:,}"
+        if row.time is None:
+            lines.append((count, _side(row), "not run", "", "", "", "", row.not_run or ""))
+            continue
+        waits = [seconds(row.figures[name]) for name in ("token_p99_s", "mean_first_token_s", "last_first_token_s")]
+        own = (f"{row.figures['tokens_per_s']:,.0f}", _times(row.ratios.get(BENCH)), seconds(row.time.median_s))
+        lines.append((count, _side(row), *own, *waits))
     return _table(header, lines)
 
 

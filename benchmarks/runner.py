@@ -16,9 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import KvsluiceError
 from ..evals.results import check_writable
-from . import bench_decode, bench_handoff, bench_kernels, bench_prefill
+from . import bench_decode, bench_handoff, bench_kernels, bench_prefill, bench_service
 from .bench_results import BenchResults, Row, save
 from .options import BenchOptions, argument_parser, parse_options
 from .progress import Progress
@@ -40,6 +42,7 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "decode": bench_decode.measure,
     "handoff": bench_handoff.measure,
     "kernels": bench_kernels.measure,
+    "service": bench_service.measure,
 }
 
 
@@ -56,6 +59,8 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
     """
     if options.json is not None:
         check_writable(options.json)
+    if options.against is not None:
+        bench_service.check_against(options.against)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     subjects = tuple(read_subject(name, options) for name in options.models)
@@ -69,7 +74,9 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
         if options.json is not None:
             save(options.json, _results(bench, kept))
 
-    bench = Bench(options, subjects, device, dtype, measure_limits(device, dtype), progress, keep)
+    # a service's GPU is its own
+    limits = measure_limits(torch.device("cpu") if options.part == "service" else device, dtype)
+    bench = Bench(options, subjects, device, dtype, limits, progress, keep)
     results = _results(bench, MEASURES[options.part](bench))
     if options.json is not None:
         save(options.json, results)

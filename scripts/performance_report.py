@@ -37,6 +37,7 @@ def wanted(root: Path) -> dict[Path, str]:
         "goals": performance.goals_table(files),
         "prefill": performance.prefill_table(files),
         "decode": performance.decode_table(files),
+        "service": performance.service_table(files),
         "kernels": performance.kernels_table(files),
     }
     made = {}

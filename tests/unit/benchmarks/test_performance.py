@@ -15,6 +15,7 @@ from kvsluice.benchmarks import performance
 from kvsluice.benchmarks.bench_decode import STEP
 from kvsluice.benchmarks.bench_prefill import BESIDE, FIRST_TOKEN
 from kvsluice.benchmarks.bench_results import BenchModel, BenchResults, Floor, Limits, Row, Timing, save
+from kvsluice.benchmarks.bench_service import BENCH, STREAMS
 from kvsluice.benchmarks.goals import GOALS, HUNDRED_K, LONG, MODEL
 from kvsluice.benchmarks.performance import File
 
@@ -92,6 +93,12 @@ def test_tables_show_what_ran_and_what_did_not():
     text = performance.prefill_table([file_of(first("exact", 10.5), beside, part="prefill")])
     assert "| 130,000 | exact `55555555` | 10.5 s | 7.14 s | 1.47 |  | 600 | 1.86 GiB |" in text
     assert "of 1,024 tokens beside one of 131,072 under `sluice` has its first token after 200 ms, alone after" in text
+
+    figures = {"tokens_per_s": 950.0, "token_p99_s": 0.05, "mean_first_token_s": 10.0, "last_first_token_s": 30.0}
+    streams = Row(STREAMS, "sluice", MODEL, None, 32_768, 32, {}, timed(0.03), None, None, figures, {BENCH: 0.95})
+    text = performance.service_table([file_of(streams, part="service")])
+    assert "| 32 × 32,768 | sluice | 950 | 0.95 | 30 ms | 50 ms | 10 s | 30 s |" in text
+    assert goal_lines(file_of(streams))["tokens/s through gRPC over the decode engine's own"][-2:] == ["0.95", "goal"]
 
     kernel = Row("kernel: rope", "triton", MODEL, None, 8192, None, {}, timed(2e-5), None, Floor.of(LIMITS, 3e7), {},
                  {"reference": 4.0})  # fmt: skip
