@@ -55,6 +55,8 @@ def _qwen(
 
 SHAPES: dict[str, ModelConfig] = {
     "llama-3-8b": _llama3(32, 4096, 14336, 32, None, max_position_embeddings=8192),
+    # Gradient's continuation to a million tokens, on which ShadowKV was evaluated
+    "llama-3-8b-1m": _llama3(32, 4096, 14336, 32, None, rope_theta=3580165449.0, max_position_embeddings=1048576),
     "llama-3.1-8b": _llama3(32, 4096, 14336, 32, _LLAMA_3_1),
     "llama-3.1-70b": _llama3(80, 8192, 28672, 64, _LLAMA_3_1),
     "llama-3.2-1b": _llama3(16, 2048, 8192, 32, _LLAMA_3_2, head_dim=64, tie_word_embeddings=True),
