@@ -7,9 +7,9 @@ or, where it is later, what was fetched from host memory over the link to the ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -22,7 +22,7 @@ from ..evals.results import EXACT, TRANSFORMERS
 from ..services.decode.engine import DecodeEngine, Event
 from . import baseline
 from .bench_results import Floor, Row
-from .rows import measured
+from .rows import all_measured, measured
 from .selection import HeldSelection, force
 from .sequences import Plan, cache_bytes, finished, plan_sequences, start_sequences, told
 from .step_profile import profile
@@ -37,29 +37,20 @@ PROFILED_STEPS = 8
 def measure(bench: Bench) -> list[Row]:
     """A row for every recipe, context, batch and hit rate, and one of a single sequence for transformers."""
     options = bench.options
-    cases = list(_cases(bench))
+    cases = list(product(options.contexts, options.batches, bench.subject.recipes))
     bench.progress.expect(len(cases) + (len(options.contexts) if options.baseline else 0))
     capacity = _capacity(bench)
     rows = []
-    for label, context, batch, rate in cases:
+    for context, batch, label in cases:
         wanted = "max" if batch is None else str(batch)
-        bench.progress.begin(f"decode of {wanted} × {context} tokens, {label}" + _rate_text(rate))
-        rows.append(_engine_row(bench, capacity, label, context, batch, rate))
+        bench.progress.begin(f"decode of {wanted} × {context} tokens, {label}")
+        rows += _engine_rows(bench, capacity, label, context, batch)
     if options.baseline:
         other = baseline.transformers_model(bench.model)
         for context in options.contexts:
             bench.progress.begin(f"decode of 1 × {context} tokens, {TRANSFORMERS}")
             rows.append(_transformers_row(bench, other, context))
     return _compared(rows)
-
-
-def _cases(bench: Bench) -> Iterator[tuple[str, int, int | None, float | None]]:
-    """Label, context, batch and hit rate; recipes that select nothing have no hit rate."""
-    options = bench.options
-    for context, batch in product(options.contexts, options.batches):
-        for label, recipe in bench.subject.recipes.items():
-            rates = options.hit_rates if recipe.retrieval.needs_grid else (None,)
-            yield from ((label, context, batch, rate) for rate in rates)
 
 
 def _capacity(bench: Bench) -> int:
@@ -69,19 +60,14 @@ def _capacity(bench: Bench) -> int:
     return cache_bytes(bench)
 
 
-def _rate_text(rate: float | None) -> str:
-    return "" if rate is None else f", hit rate {rate:g}"
-
-
-def _engine_row(bench: Bench, capacity: int, label: str, context: int, batch: int | None, rate: float | None) -> Row:
+def _engine_rows(bench: Bench, capacity: int, label: str, context: int, batch: int | None) -> list[Row]:
+    """A row for every hit rate, over the same sequences; recipes that select nothing have none."""
     recipe = bench.subject.recipes[label]
     conditions: dict[str, Any] = {"kv": bench.options.kv}
     if batch is None:
         conditions["largest batch"] = True
     if bench.options.share_prompt:
         conditions[SHARED] = True
-    if rate is not None:
-        conditions["hit rate"] = rate
     empty = Row(
         what=STEP,
         side=label,
@@ -91,82 +77,116 @@ def _engine_row(bench: Bench, capacity: int, label: str, context: int, batch: in
         batch=batch,
         conditions=conditions,
     )
-    return measured(bench, empty, partial(_time_engine, bench, capacity, recipe, rate))
+    rates = bench.options.hit_rates if recipe.retrieval.needs_grid else (None,)
+    empties = [empty if rate is None else replace(empty, conditions={**conditions, "hit rate": rate}) for rate in rates]
+    return all_measured(bench, empties, partial(_time_engine, bench, capacity, recipe, context, batch, rates))
 
 
-def _time_engine(bench: Bench, capacity: int, recipe: Recipe, rate: float | None, empty: Row) -> Row:
-    assert empty.context is not None
+def _time_engine(
+    bench: Bench,
+    capacity: int,
+    recipe: Recipe,
+    context: int,
+    batch: int | None,
+    rates: Sequence[float | None],
+    empties: Sequence[Row],
+) -> list[Row]:
     options = bench.options
     # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
-    new_tokens = options.warmup + options.steps + (PROFILED_STEPS if options.profile else 0) + 2
+    each = options.warmup + options.steps + (PROFILED_STEPS if options.profile else 0)
+    new_tokens = each * len(rates) + 2
     host = bench.host_pages
-    plan = plan_sequences(bench, capacity, recipe, empty.context, empty.batch, new_tokens, host)
+    plan = plan_sequences(bench, capacity, recipe, context, batch, new_tokens, host)
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
-    start_sequences(bench, engine, plan, empty.context)
-    held = None if rate is None else HeldSelection(rate, options.seed)
-    engine.runner.computation.selection = held
+    start_sequences(bench, engine, plan, context)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    with nullcontext() if held is None else force(held):
-        steps = _run_steps(bench, engine, held)
-    ended, samples_s, hot = finished(plan, steps.events, new_tokens), steps.samples_s, steps.hot
+    running = _Running(bench, engine, rates)
+    with nullcontext() if running.held is None else force(running.held):
+        steps = [running.time(rate) for rate in rates]
+        running.finish()
+    ended = finished(plan, running.events, new_tokens)
     resident = sum(event.resident_bytes for event in ended) / plan.num_sequences
     read = plan.num_sequences * sum(event.bytes_read for event in ended) / sum(event.steps for event in ended)
-    row = replace(empty, batch=plan.num_sequences, time=summarize(samples_s), parts=steps.parts)
-    # sealing comes once in some dozens of steps: a median does not see it, tokens a second must
-    figures = {"mean_s": sum(samples_s) / len(samples_s)}
-    figures |= _memory_figures(bench, empty.context, new_tokens, resident, plan)
-    fetched = hot[1] * chunk_nbytes(recipe, bench.subject.shape, bench.dtype)
-    if hot[0]:
-        figures |= {"fetched_bytes": fetched, "hit_rate": 1 - hot[1] / hot[0]}
-    elif held is not None and held.calls and held.hit_rate is not None:
-        figures["hit_rate"] = held.hit_rate
-    elif held is not None:
-        row = replace(row, conditions={**row.conditions, "hit rate": "not forced: the engine asked for no selection"})
-    return _finished(bench, row, read, figures, fetched)
+    memory = _memory_figures(bench, context, new_tokens, resident, plan)
+    rows = [replace(empty, batch=plan.num_sequences) for empty in empties]
+    return [_row(bench, recipe, row, one, read, memory) for row, one in zip(rows, steps, strict=True)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Steps:
-    """What running all sequences to their end gave.
+    """What the steps at one hit rate gave.
 
     Attributes:
-        events: of all steps.
         samples_s: of each timed step.
-        hot: chunks that a timed step wanted of host memory, and that it fetched.
+        wanted, fetched: chunks of values in host memory that a timed step wanted, and that it fetched.
+        hit_rate: that was forced, None where the engine asked for no selection.
         parts: seconds of a step by kind of work, where they were asked for.
     """
 
-    events: list[Event] = field(default_factory=list)
-    samples_s: list[float] = field(default_factory=list)
-    hot: list[float] = field(default_factory=list)
-    parts: dict[str, float] = field(default_factory=dict)
+    samples_s: Sequence[float]
+    wanted: float
+    fetched: float
+    hit_rate: float | None
+    parts: Mapping[str, float]
 
 
-def _run_steps(bench: Bench, engine: DecodeEngine, held: HeldSelection | None) -> _Steps:
-    steps, options, computation = _Steps(), bench.options, engine.runner.computation
+class _Running:
+    """Sequences under way, and what they have told so far."""
 
-    def one() -> None:
-        if held is not None:
-            held.begin_step()
-        steps.events.extend(told(engine.step()))
+    def __init__(self, bench: Bench, engine: DecodeEngine, rates: Sequence[float | None]) -> None:
+        self._bench = bench
+        self._engine = engine
+        self.held = None if rates[0] is None else HeldSelection(rates[0], bench.options.seed)
+        self.events: list[Event] = []
+        engine.runner.computation.selection = self.held
 
-    def some() -> None:
-        for _ in range(PROFILED_STEPS):
-            one()
+    def time(self, rate: float | None) -> _Steps:
+        """Steps at a hit rate; the first ones, which fetch what it has changed, do not count."""
+        options, device, computation = self._bench.options, self._bench.device, self._engine.runner.computation
+        if self.held is not None and rate is not None:
+            self.held.share = rate
+        self._some(options.warmup)
+        computation.hot_counts.zero_()
+        samples_s = [time_once(device, self._one) for _ in range(options.steps)]
+        wanted, fetched = (count / options.steps for count in computation.hot_counts.tolist())
+        parts = profile(device, partial(self._some, PROFILED_STEPS)) if options.profile else {}
+        forced = self.held.hit_rate if self.held is not None and self.held.calls else None
+        return _Steps(samples_s, wanted, fetched, forced, {kind: s / PROFILED_STEPS for kind, s in parts.items()})
 
-    for _ in range(options.warmup):
-        one()
-    computation.hot_counts.zero_()
-    for _ in range(options.steps):
-        steps.samples_s.append(time_once(bench.device, one))
-    steps.hot = [count / options.steps for count in computation.hot_counts.tolist()]
-    if options.profile:
-        parts = profile(bench.device, some)
-        steps.parts = {kind: seconds / PROFILED_STEPS for kind, seconds in parts.items()}
-    while engine.has_work:
-        one()
-    return steps
+    def finish(self) -> None:
+        """Run all sequences to their end."""
+        while self._engine.has_work:
+            self._one()
+
+    def _some(self, count: int) -> None:
+        for _ in range(count):
+            self._one()
+
+    def _one(self) -> None:
+        if self.held is not None:
+            self.held.begin_step()
+        self.events.extend(told(self._engine.step()))
+
+
+def _row(bench: Bench, recipe: Recipe, row: Row, steps: _Steps, read: float, memory: Mapping[str, float]) -> Row:
+    """A row of what its steps gave.
+
+    Args:
+        read: bytes that attention reads in a step.
+        memory: figures that all rows of the sequences share.
+    """
+    row = replace(row, time=summarize(steps.samples_s), parts=steps.parts)
+    # sealing comes once in some dozens of steps: a median does not see it, tokens a second must
+    figures = {"mean_s": sum(steps.samples_s) / len(steps.samples_s), **memory}
+    fetched = steps.fetched * chunk_nbytes(recipe, bench.subject.shape, bench.dtype)
+    if steps.wanted:
+        figures |= {"fetched_bytes": fetched, "hit_rate": 1 - steps.fetched / steps.wanted}
+    elif steps.hit_rate is not None:
+        figures["hit_rate"] = steps.hit_rate
+    elif "hit rate" in row.conditions:
+        row = replace(row, conditions={**row.conditions, "hit rate": "not forced: the engine asked for no selection"})
+    return _finished(bench, row, read, figures, fetched)
 
 
 def chunk_nbytes(recipe: Recipe, shape: ModelShape, dtype: torch.dtype) -> int:

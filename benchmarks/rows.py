@@ -23,21 +23,32 @@ def measured(bench: Bench, empty: Row, measure: Callable[[Row], Row]) -> Row:
     Raises:
         KvsluiceError: whatever else the engines fail with.
     """
+    (row,) = all_measured(bench, [empty], lambda empties: [measure(empties[0])])
+    return row
+
+
+def all_measured(bench: Bench, empties: Sequence[Row], measure: Callable[[Sequence[Row]], Sequence[Row]]) -> list[Row]:
+    """The same for rows that are measured together."""
     try:
-        row = measure(empty)
+        rows = list(measure(empties))
     except torch.OutOfMemoryError:
-        row = replace(empty, not_run=OUT_OF_MEMORY)
+        rows = _not_run(empties, OUT_OF_MEMORY)
     except Overloaded as exc:
-        row = replace(empty, not_run=exc.message)
+        rows = _not_run(empties, exc.message)
     except KvsluiceError as exc:
         if "OutOfMemoryError" not in exc.message:  # the engines name the type of what they did not expect
             raise
-        row = replace(empty, not_run=OUT_OF_MEMORY)
+        rows = _not_run(empties, OUT_OF_MEMORY)
     gc.collect()
     release(bench.device)
-    bench.keep(row)
-    bench.progress.say(f"  not run: {row.not_run}" if row.time is None else f"  {seconds(row.time.median_s)}")
-    return row
+    for row in rows:
+        bench.keep(row)
+        bench.progress.say(f"  not run: {row.not_run}" if row.time is None else f"  {seconds(row.time.median_s)}")
+    return rows
+
+
+def _not_run(empties: Sequence[Row], reason: str) -> list[Row]:
+    return [replace(empty, not_run=reason) for empty in empties]
 
 
 def compared(rows: Sequence[Row], sides: Sequence[str]) -> list[Row]:

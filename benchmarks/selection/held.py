@@ -17,10 +17,9 @@ from torch import Tensor
 _STRIDE = 1_073_741_789  # a prime that divides no number of chunks
 
 
-def window(step: int, moved_millis: int, count: int, num_chunks: int) -> tuple[int, int]:
-    """Where the chunks of a step begin in an order of all, and how many of them the next step does not take."""
-    moved = (count * moved_millis + 500) // 1000
-    return step * moved % num_chunks, moved
+def first_place(moved_millis: int, count: int) -> int:
+    """Where the chunks of a step begin in an order of all: so many thousandths of `count` from its beginning."""
+    return (count * moved_millis + 500) // 1000
 
 
 class HeldSelection:
@@ -30,7 +29,7 @@ class HeldSelection:
     row, (1 - share) K further along than the step before. They do not ascend, which no kernel needs.
 
     Args:
-        share: of the K chunks that stay, 0 to 1, in thousandths.
+        share: of the K chunks that stay, 0 to 1, in thousandths; may be set anew between two steps.
         seed: of the orders.
 
     Attributes:
@@ -38,26 +37,31 @@ class HeldSelection:
     """
 
     def __init__(self, share: float, seed: int) -> None:
-        self._moved_millis = 1000 - round(1000 * share)
+        self.share = share
         self._seed = seed
         self._place = 0
-        self._step = 0
-        self._on_device: Tensor | None = None  # the step, for kernels
-        self._kept: dict[tuple[str, int], float] = {}
+        self._moved_millis = 0  # over all steps, of K
+        self._on_device: Tensor | None = None  # the same, for kernels
+        self._sizes: dict[tuple[str, int], tuple[int, int]] = {}
         self.calls = 0
 
     @property
     def hit_rate(self) -> float | None:
         """The share that really stayed, the mean over places: larger than asked for where K is most of the chunks."""
-        return sum(self._kept.values()) / len(self._kept) if self._kept else None
+        kept = [self._stays(*sizes) for sizes in self._sizes.values()]
+        return sum(kept) / len(kept) if kept else None
+
+    @property
+    def _step_millis(self) -> int:
+        return 1000 - round(1000 * self.share)
 
     def begin_step(self) -> None:
         """A decode step begins; the same places are asked for, in the same order, as in the step before."""
         self._place = 0
         if self.calls:
-            self._step += 1
+            self._moved_millis += self._step_millis
         if self._on_device is not None:
-            self._on_device += 1
+            self._on_device += self._step_millis
 
     def choose(self, layer: int, table: Tensor, chosen: Tensor, counts: Tensor) -> None:
         """See `kernels.step_attention.Selection`."""
@@ -66,18 +70,18 @@ class HeldSelection:
         self.calls += 1
         if self._on_device is None:
             with torch.inference_mode(False):  # it grows outside of a step
-                self._on_device = torch.full((), self._step, dtype=torch.int64, device=chosen.device)
-        if ("layer", layer) not in self._kept and not _is_capturing(chosen):
-            self._kept["layer", layer] = self._stays(*_sizes(table, counts))
-        hold(table, chosen, counts, self._on_device, layer, self._seed, self._moved_millis, _STRIDE)
+                self._on_device = torch.full((), self._moved_millis, dtype=torch.int64, device=chosen.device)
+        if ("layer", layer) not in self._sizes and not _is_capturing(chosen):
+            self._sizes["layer", layer] = _sizes(table, counts)
+        hold(table, chosen, counts, self._on_device, layer, self._seed, _STRIDE)
 
     def replaced(self, chosen: Tensor, num_chunks: int) -> Tensor:
         """chosen [Q, Hkv, K] integers below `num_chunks`, which every row has -> as many others, ascending, alike."""
         self.calls += 1
         place, self._place = self._place, self._place + 1
         num_kv_heads, count = chosen.shape[1:]
-        self._kept.setdefault(("place", place), self._stays(count, num_chunks))
-        first, _ = window(self._step, self._moved_millis, count, num_chunks)
+        self._sizes.setdefault(("place", place), (count, num_chunks))
+        first = first_place(self._moved_millis, count)
         index = (torch.arange(count, device=chosen.device) + first) % num_chunks
         heads = torch.arange(num_kv_heads, device=chosen.device)[:, None]
         begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729
@@ -87,7 +91,7 @@ class HeldSelection:
     def _stays(self, count: int, num_chunks: int) -> float:
         if not count or not num_chunks:
             return 1.0
-        _, moved = window(0, self._moved_millis, count, num_chunks)
+        moved = first_place(self._step_millis, count)
         return (count - moved + max(0, count + moved - num_chunks)) / count
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from ...kernels.step_attention.triton.choose import CHOICE_FIELDS, COUNT, COUNT_B, WANTED
 
 
-@triton.jit(do_not_specialize=["place", "seed", "moved_millis", "most_chosen"])
+@triton.jit(do_not_specialize=["place", "seed", "most_chosen"])
 def _hold(
-    table_ptr, chosen_ptr, counts_ptr, step_ptr, place, seed, moved_millis, most_chosen,
+    table_ptr, chosen_ptr, counts_ptr, moved_millis_ptr, place, seed, most_chosen,
     NUM_KV_HEADS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, KV heads. See `held.window`. Chunks are the prompt's where it has enough: those of generated rows
-    become more, and an order of others would begin with every seal."""
+    """Grid: rows, KV heads. See `held.first_place`. Chunks are the prompt's where it has enough: those of generated
+    rows become more, and an order of others would begin with every seal."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, pair = table_ptr + row * CHOICE_FIELDS, row * NUM_KV_HEADS + head
     if tl.load(at + WANTED) == 0:
@@ -25,8 +25,8 @@ def _hold(
     count = tl.load(counts_ptr + pair).to(tl.int64)
     if num_chunks < count:
         num_chunks += tl.load(at + COUNT_B)
-    moved = (count * moved_millis + 500) // 1000
-    index = (tl.load(step_ptr) * moved + tl.arange(0, BLOCK_K)) % num_chunks
+    first = (count * tl.load(moved_millis_ptr) + 500) // 1000
+    index = (first + tl.arange(0, BLOCK_K)) % num_chunks
     begin = (pair + 1) * 1_000_003 + place.to(tl.int64) * 7919 + seed * 104_729
     chunk = (STRIDE * index + begin) % num_chunks
     entry = tl.arange(0, BLOCK_K)
@@ -34,12 +34,12 @@ def _hold(
 
 
 def hold(
-    table: Tensor, chosen: Tensor, counts: Tensor, step: Tensor, place: int, seed: int, moved_millis: int, stride: int
+    table: Tensor, chosen: Tensor, counts: Tensor, moved_millis: Tensor, place: int, seed: int, stride: int
 ) -> None:
     """Overwrite the chosen chunks int32 [rows, Hkv, K] of the rows of a table of choices."""
     num_rows, num_kv_heads, most = chosen.shape
     with torch.cuda.device_of(chosen):
         _hold[(num_rows, num_kv_heads)](
-            table, chosen, counts, step, place, seed, moved_millis, most,
+            table, chosen, counts, moved_millis, place, seed, most,
             NUM_KV_HEADS=num_kv_heads, STRIDE=stride, BLOCK_K=triton.next_power_of_2(most),
         )  # fmt: skip
