@@ -6,7 +6,7 @@ Recipe + ModelShape + prompt length + profile ──resolve──> Resolved (all
 
 from __future__ import annotations
 
-from .registry import PRESETS, get_recipe, recipe_names, register, unregister
+from .registry import PRESETS, get_recipe, recipe_names, recipe_summary, register, unregister
 from .resolve import default_rank, fill, neutral, resolve
 from .spec import MAX_RECIPE_JSON, ModelShape, Recipe, Resolved
 
@@ -21,6 +21,7 @@ __all__ = [
     "get_recipe",
     "neutral",
     "recipe_names",
+    "recipe_summary",
     "register",
     "resolve",
     "unregister",

@@ -24,24 +24,34 @@ from .spec import Recipe, check_keys, parse_object
 PRESETS = {"exact": "exact", "balanced": "sluice", "fast": "fastkv"}
 
 _RECIPES: dict[str, Recipe] = {}
+_SUMMARIES: dict[str, str] = {}
 
 
-def register(recipe: Recipe) -> Recipe:
-    """Make a recipe known by its name."""
+def register(recipe: Recipe, summary: str = "") -> Recipe:
+    """Make a recipe known by its name.
+
+    Args:
+        summary: what it does, in a few words.
+    """
     if recipe.name in _RECIPES or PRESETS.get(recipe.name, recipe.name) != recipe.name:
         raise ValueError(f"the name {recipe.name} is taken")
-    _RECIPES[recipe.name] = recipe
+    _RECIPES[recipe.name], _SUMMARIES[recipe.name] = recipe, summary
     return recipe
 
 
 def unregister(name: str) -> None:
     """Forget a recipe."""
-    del _RECIPES[name]
+    del _RECIPES[name], _SUMMARIES[name]
 
 
 def recipe_names() -> tuple[str, ...]:
     """Names of all recipes, presets not included."""
     return tuple(sorted(_RECIPES))
+
+
+def recipe_summary(name: str) -> str:
+    """What a recipe does, in a few words."""
+    return _SUMMARIES[name]
 
 
 def get_recipe(name: str, slots_json: str = "") -> Recipe:
@@ -69,10 +79,22 @@ def get_recipe(name: str, slots_json: str = "") -> Recipe:
     return replace(recipe, name=f"{recipe.name}-custom", **fillings)  # type: ignore[arg-type]
 
 
-for _recipe in (
-    *(EXACT, FASTKV, SHADOWKV, SLUICE, SLUICE_FULL),
-    *(SNAPKV, PYRAMIDKV, STREAMING),
-    *(KIVI, KIVI_2BIT, FP8, MIKV, QUANTIZED_PRUNING),
-    *(LOWRANK, XKV, XKV_KV),
-):
-    register(_recipe)
+for _recipe, _summary in {
+    EXACT: "every row, as it was computed",
+    FASTKV: "deep layers see a fifth of the prompt, a tenth is kept",
+    SHADOWKV: "low-rank keys, whole values, steps read 1.6 % in chunks of 8",
+    SLUICE: "every row in 4 bits, deep layers see chunks; steps read 6 %",
+    SLUICE_FULL: "every row in 4 bits, steps read 6 % in chunks of 4",
+    SNAPKV: "the tenth of the rows that the prompt's end attends to",
+    PYRAMIDKV: "as snapkv, with more rows in shallow layers",
+    STREAMING: "the first rows and a window of the last",
+    KIVI: "every row in 4 bits",
+    KIVI_2BIT: "every row in 2 bits",
+    FP8: "every row in 8-bit floating point",
+    MIKV: "the most important tenth exact, the rest in 4 bits",
+    QUANTIZED_PRUNING: "two fifths of the rows, in 4 bits",
+    LOWRANK: "keys at half rank, values whole",
+    XKV: "keys of neighbouring layers in one low-rank basis",
+    XKV_KV: "keys and values of neighbouring layers in low-rank bases",
+}.items():
+    register(_recipe, _summary)

@@ -173,13 +173,12 @@ def generate(
 @app.command()
 def recipes() -> None:
     """List the recipes and presets; docs/recipes.md says what each does, costs and loses."""
-    from ..compression.recipe import PRESETS, recipe_names
+    from ..compression.recipe import PRESETS, recipe_names, recipe_summary
 
-    for name in recipe_names():
-        print(name)
-    for name, meaning in PRESETS.items():
-        if name != meaning:
-            print(f"{name} (= {meaning})")
+    lines = {name: recipe_summary(name) for name in recipe_names()}
+    lines |= {name: f"= {meaning}" for name, meaning in PRESETS.items() if name != meaning}
+    for name, summary in lines.items():
+        print(f"{name:<{max(map(len, lines))}}  {summary}".rstrip())
 
 
 @app.command()

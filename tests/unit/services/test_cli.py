@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvsluice import __version__
+from kvsluice.compression.recipe import PRESETS, recipe_names
 from kvsluice.errors import WorkerLost
 from kvsluice.services import cli, terminal
 from kvsluice.services.api import Chunk
@@ -65,6 +66,15 @@ def test_an_unknown_model_lists_each_name_once(kvsluice):
 
 def test_the_version(kvsluice):
     assert kvsluice("--version") == (0, f"kvsluice {__version__}\n", "")
+
+
+def test_every_recipe_is_listed_with_what_it_does(kvsluice):
+    status, said, _ = kvsluice("recipes")
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines())  # a name alone would be refused
+    assert lines.keys() == {*recipe_names(), *PRESETS}
+    assert lines["balanced"] == "= sluice"
+    assert all(len(line) <= 80 for line in said.splitlines()), "it fits a terminal"
 
 
 def test_the_help_of_serve_says_of_every_setting_what_it_takes_and_what_holds_without_it():
