@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from ..compression.recipe import ModelShape, Recipe, fill
 from ..errors import ConfigError, InvalidRequest, KvsluiceError
+from ..kernels.dispatch import REFERENCE, forced
 from ..models.checkpoint import locate
 from ..models.loader import load_config, load_model
 from ..models.model import Model
@@ -112,7 +114,8 @@ class Evaluator:
         """
         cases = [self._suite.case(unit) for unit in units]
         try:
-            scored = self._scorer.score(cases)
+            with forced(REFERENCE) if self._options.kernels == REFERENCE else nullcontext():
+                scored = self._scorer.score(cases)
             return [self._record(*one) for one in zip(units, cases, scored, strict=True)]
         except torch.OutOfMemoryError as exc:
             raise KvsluiceError("the device is out of memory: fewer --processes, a smaller --batch") from exc

@@ -22,6 +22,7 @@ from .tasks import SUITE
 from .texts import DEFAULT_FOLDER
 
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("auto", "reference")
 PYTHON_TEXTS = "python"
 MOST_SAMPLES = 10_000
 MOST_PROCESSES = 64
@@ -93,6 +94,8 @@ OPTIONS = (
     Option("processes", "N", "processes that share the work and the device, each with the model loaded; several keep a "
            "GPU busy", "1"),
     Option("chunk-tokens", "N", "prompt rows of a work item of prefill; default: 8192 on a GPU, 512 on a CPU"),
+    Option("kernels", "|".join(KERNELS), "which implementation of the engines' operations runs: the compiled ones "
+           "where the device has them, or plain torch everywhere", KERNELS[0]),
     Option("against", TRANSFORMERS, "also score transformers' own model and say where `exact` differs from it"),
     Option("commit", "TEXT", "the commit to record where the checkout cannot say"),
 )  # fmt: skip
@@ -125,6 +128,7 @@ class EvalOptions:
     batch: int
     processes: int
     chunk_tokens: int | None
+    kernels: str
     against: bool
     commit: str | None
 
@@ -169,6 +173,7 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
         batch=_whole("batch", text["batch"], 1, 1024),
         processes=_whole("processes", text["processes"], 1, MOST_PROCESSES),
         chunk_tokens=_whole("chunk-tokens", text["chunk_tokens"], 1, 1 << 20) if text["chunk_tokens"] else None,
+        kernels=_one_of("kernels", text["kernels"], KERNELS),
         against=bool(text["against"]) and bool(_one_of("against", text["against"], (TRANSFORMERS,))),
         commit=text["commit"] or None,
     )

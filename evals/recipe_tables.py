@@ -12,6 +12,7 @@ from .plots import Point, accuracy_against_bytes, needle_maps
 from .recorded import Run
 from .results import AVERAGE, TRANSFORMERS, Summary
 from .simulation import VARIANTS
+from .statistics import beside
 from .tasks import SUITE
 
 NOT_MEASURED = "Not measured yet."
@@ -70,6 +71,8 @@ def _command(run: Run) -> str:
         parts.append(f"--scored-tokens {settings['scored_tokens']}")
     if results.against is not None:
         parts.append(f"--against {TRANSFORMERS}")
+    if run.is_reference:
+        parts.append("--kernels reference")
     device = "cuda" if "gpu" in results.environment["hardware"] else "cpu"
     return " ".join([*parts, f"--device {device} --dtype {results.model.dtype}"])
 
@@ -98,6 +101,20 @@ def _agreement(run: Run) -> str:
     tokens = "" if against.equal_tokens is None else f", and the same tokens on {against.equal_tokens}"
     equal = f"{against.equal_scores} of {against.samples}"
     return f"`exact` scores as transformers' own model does on {equal} samples{tokens}."
+
+
+def beside_reference(run: Run, reference: Run) -> str:
+    """How the scores of compiled kernels differ from those of plain torch, over the samples that both runs have."""
+    lines = []
+    for context in reference.contexts:
+        for label in reference.results.recipes:
+            own, other = run.cells(label, context), reference.cells(label, context)
+            if own and other:
+                found = beside(own, other)
+                shown = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("-", "−")
+                lines.append((f"`{label}`", f"{context:,}", str(sum(len(cell.scores) for cell in other)), shown))
+    header = ("recipe", "tokens", "samples", "compiled − plain torch [95 %]")
+    return _paragraphs(table(header, lines, numbers_from=1), origin(reference))
 
 
 def task_scores(run: Run) -> str:

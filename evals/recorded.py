@@ -33,7 +33,7 @@ class Run:
 
     def costs(self, recipe: str, context: int) -> tuple[float, float]:
         """Bytes shipped and held as shares of the cache in bf16, over all samples of a context."""
-        cells = self._cells(recipe, context)
+        cells = self.cells(recipe, context)
         whole = sum(cell.bf16_bytes * len(cell.scores) for cell in cells)
         shipped = sum(cell.payload_bytes * len(cell.scores) for cell in cells)
         held = sum(cell.resident_bytes * len(cell.scores) for cell in cells)
@@ -50,10 +50,16 @@ class Run:
             return ""
         return f"Samples of {context:,} tokens too short for the recipe, which ran `exact`: {', '.join(parts)}."
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the engines' operations ran in plain torch."""
+        return self.results.settings.get("kernels") == "reference"
+
+    def cells(self, recipe: str, context: int) -> list[Cell]:
+        """Every task's cell."""
+        return [cell for cell in self.results.cells if (cell.recipe, cell.context) == (recipe, context)]
+
     def num_fallbacks(self, recipe: str, context: int) -> tuple[int, int]:
         """How many samples ran `exact` instead, and of how many."""
-        cells = self._cells(recipe, context)
+        cells = self.cells(recipe, context)
         return sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)
-
-    def _cells(self, recipe: str, context: int) -> list[Cell]:
-        return [cell for cell in self.results.cells if (cell.recipe, cell.context) == (recipe, context)]

@@ -127,6 +127,7 @@ def _identity(options: EvalOptions, plan: Plan, model: EvaluatedModel, where: Ma
         "scored_tokens": options.scored_tokens if options.suite == "ppl" else None,
         "recipes": {label: recipe.fingerprint for label, recipe in plan.recipes.items()},
         "against": TRANSFORMERS if options.against else None,
+        "kernels": options.kernels,
     }
 
 
@@ -140,6 +141,7 @@ def _results(
         "tasks": list(plan.tasks),
         "texts": dict(plan.texts),
         "answer": "teacher-forced",
+        "kernels": options.kernels,
     }
     if options.suite == "niah":
         settings["depths"] = list(options.depths)

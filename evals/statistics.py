@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,22 @@ def summarize(cells: Sequence[Cell]) -> tuple[Summary, ...]:
             rows.append(_row(recipe, context, AVERAGE, None, strata))
             rows += [_row(recipe, context, one.task, one.depth, [one]) for one in strata]
     return tuple(rows)
+
+
+def beside(own: Sequence[Cell], other: Sequence[Cell]) -> Interval:
+    """How far the mean of tasks of some cells lies above that of others, over the samples that both have.
+
+    Args:
+        own, other: one cell a task (and depth) of one context; tasks that only one side has are left out.
+    """
+    pairs = []
+    for cell in own:
+        twin = next((one for one in other if (one.task, one.depth) == (cell.task, cell.depth)), None)
+        if twin is not None:
+            both = min(len(cell.scores), len(twin.scores))
+            pairs += [replace(cell, recipe="own", scores=cell.scores[:both])]
+            pairs += [replace(twin, recipe="other", scores=twin.scores[:both])]
+    return _mean_of_strata(_strata(pairs), "own", "other")
 
 
 def _strata(cells: Sequence[Cell]) -> list[_Stratum]:

@@ -31,6 +31,12 @@ chunks() {
 # every recipe, every task, two lengths, beside transformers
 part_ruler() { evaluate ruler --recipe $recipes --context "${CONTEXT:-8192,16384}" --samples "$samples" --against transformers; }
 
+# the same in plain torch: what compiled kernels may cost is rounding
+part_reference() {
+  evaluate ruler_reference --recipe $recipes --context "${CONTEXT:-8192,16384}" --samples "$(((samples + 2) / 3))" \
+    --kernels reference
+}
+
 # the same in full precision, where `exact` and transformers must agree sample by sample
 part_float32() {
   evaluate ruler_float32 --recipe exact --context "${CONTEXT:-8192}" --samples "$samples" --dtype float32 --against transformers
@@ -71,9 +77,9 @@ part_peers() {
     --json "$out/peer_kvpress.json"
 }
 
-for part in ${*:-ruler float32 simulation retrieval niah ppl peers}; do
+for part in ${*:-ruler reference float32 simulation retrieval niah ppl peers}; do
   case $part in
-  ruler | float32 | simulation | retrieval | niah | ppl | peers) "part_$part" ;;
+  ruler | reference | float32 | simulation | retrieval | niah | ppl | peers) "part_$part" ;;
   *) echo "measure_recipes: unknown part $part" >&2; exit 1 ;;
   esac
 done

@@ -48,6 +48,7 @@ class Measurements:
     """What the files of results hold, by suite."""
 
     ruler: Sequence[Run]
+    references: Sequence[Run]
     niah: Sequence[Run]
     ppl: Sequence[Run]
     peers: Sequence[tuple[str, Any]]
@@ -55,6 +56,10 @@ class Measurements:
     @property
     def runs(self) -> list[Run]:
         return [*self.ruler, *self.niah, *self.ppl]
+
+    @property
+    def main(self) -> Run | None:
+        return next((run for run in self.ruler if run.name == MAIN), None)
 
 
 def read(root: Path) -> Measurements:
@@ -67,6 +72,8 @@ def read(root: Path) -> Measurements:
     for suite in ("ruler", "niah", "ppl"):
         files = sorted((root / RESULTS).glob(f"{suite}*.json"), key=lambda path: path.stem)
         found[suite] = [Run(path.stem, load(path)) for path in files]
+    found["references"] = [run for run in found["ruler"] if run.is_reference]
+    found["ruler"] = [run for run in found["ruler"] if not run.is_reference]
     peers = sorted((root / RESULTS).glob("peer_kvpress*.json"), key=lambda path: path.stem)
     return Measurements(**found, peers=[(path.stem, json.loads(path.read_text())) for path in peers])
 
@@ -79,7 +86,7 @@ def images(found: Measurements) -> dict[Path, str]:
 
 def readme_blocks(found: Measurements) -> dict[str, str]:
     """Blocks of README.md."""
-    run = next((run for run in found.ruler if run.name == MAIN), None)
+    run = found.main
     if run is None:
         return {"recipes": NOT_MEASURED}
     return {"recipes": f"{_image(run, 'docs/images')}\n\n{recipe_tables.overview(run)}"}
@@ -96,6 +103,9 @@ def library_blocks(found: Measurements) -> dict[str, str]:
         "fillings": recipe_slots.fillings_table(),
         "accuracy": each([f"{_title(run)}{_drawn(run)}{recipe_tables.averages(run)}" for run in found.ruler]),
         "tasks": each([f"{_title(run)}{recipe_tables.task_scores(run)}" for run in found.ruler]),
+        "reference": each(
+            [recipe_tables.beside_reference(found.main, one) for one in found.references] if found.main else []
+        ),
         "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
         "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
         "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),

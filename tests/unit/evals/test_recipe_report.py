@@ -15,6 +15,7 @@ import pytest
 
 from kvsluice.compression.recipe import PRESETS, Recipe, fill, get_recipe, recipe_names
 from kvsluice.evals import recipe_slots, recipe_tables, simulation
+from kvsluice.evals.pages import block
 from kvsluice.evals.recorded import Run
 from kvsluice.evals.results import Agreement, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
 from kvsluice.evals.statistics import summarize
@@ -145,6 +146,19 @@ def test_the_readme_shows_the_main_file_or_none(tree, monkeypatch):
     assert "Not measured yet." in (tree / report.README).read_text()
     assert "### In full precision, beside transformers" in (tree / report.LIBRARY).read_text()
     assert not (tree / report.IMAGES).exists(), "a single recipe makes no plot"
+
+
+def test_plain_torch_stands_beside_the_main_file_and_nowhere_else(tree, monkeypatch):
+    main = results()
+    reference = replace(main, settings=dict(main.settings) | {"kernels": "reference"})
+    save(tree / report.RESULTS / "ruler.json", main)
+    save(tree / report.RESULTS / "ruler_reference.json", reference)
+    assert make(tree, monkeypatch) == 0
+    library = (tree / report.LIBRARY).read_text()
+    assert rows_of(block(library, "reference", ""))[2:][0] == ["`exact`", "8,192", "8", "+0.000 [+0.000, +0.000]"]
+    assert "--kernels reference" in block(library, "reference", "")
+    assert "ruler_reference" not in block(library, "accuracy", "")
+    assert "ruler_reference" not in (tree / "docs" / "recipes" / "snapkv.md").read_text()
 
 
 def test_what_a_variant_changes_is_told():

@@ -21,6 +21,7 @@ from kvsluice.evals.results import AVERAGE, TokenDifference, load, save_json
 from kvsluice.evals.runner import collect_cells, main, run
 from kvsluice.evals.scoring import Scorer
 from kvsluice.evals.workfile import WorkFile, work_path
+from kvsluice.kernels import dispatch
 
 
 @pytest.fixture
@@ -56,6 +57,21 @@ def test_a_run_writes_what_it_found(options):
     assert [row.recipe for row in average] == ["exact", "kivi"]
     assert average[0].difference == 0
     assert average[1].difference != 0
+
+
+@pytest.mark.parametrize(("kernels", "forced"), [("auto", None), ("reference", dispatch.REFERENCE)])
+def test_operations_run_in_plain_torch_where_that_is_asked_for(options, monkeypatch, kernels, forced):
+    seen = set()
+    plain = Scorer.score
+
+    def score(self, cases):
+        seen.add(dispatch._forced)
+        return plain(self, cases)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    results = run(options(kernels=kernels))
+    assert seen == {forced} and dispatch._forced is None
+    assert results.settings["kernels"] == kernels
 
 
 def test_needles_have_cells_for_every_depth(options):

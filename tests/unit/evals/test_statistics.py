@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvsluice.evals.results import AVERAGE, Cell
-from kvsluice.evals.statistics import NUM_RESAMPLES, interval, resampled_means, summarize
+from kvsluice.evals.statistics import NUM_RESAMPLES, beside, interval, resampled_means, summarize
 
 
 def cell(recipe: str, task: str, scores: list[float], depth: float | None = None) -> Cell:
@@ -50,6 +50,13 @@ def test_what_is_hard_about_a_sample_cancels_in_a_difference():
     assert found.low < found.mean - 0.1
     assert (found.difference, found.difference_low, found.difference_high) == (-0.125, -0.125, -0.125)
     assert row(rows, "exact", "vt").difference == 0
+
+
+def test_two_runs_are_compared_over_the_samples_that_both_have():
+    own = [cell("a", "vt", [1.0, 0.5, 0.0]), cell("a", "quote", [0.75, 0.75]), cell("a", "state", [0.0])]
+    other = [cell("a", "quote", [0.5, 0.5, 0.0]), cell("a", "vt", [0.75, 0.25])]
+    found = beside(own, other)
+    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
 def test_the_average_is_that_of_the_tasks_whatever_their_samples():
