@@ -28,6 +28,11 @@ chunks() {
   printf '"landmark_bits": 8, "select_every": %s}}' "${4:-1}"
 }
 
+alone() {
+  printf '{"retrieval": {"kind": "chunks", "chunk": %s, "outliers": %s, "budget_rate": %s, ' "$1" "$2" "$3"
+  printf '"landmark_bits": 16}, "window": {"kind": "ends", "local": 32, "sinks": %s}}' "$4"
+}
+
 # every recipe, every task, two lengths, beside transformers
 part_ruler() { evaluate ruler --recipe $recipes --context "${CONTEXT:-8192,16384}" --samples "$samples" --against transformers; }
 
@@ -48,6 +53,18 @@ part_simulation() {
     --variant 'tsp-alone=exact:{"propagation": {"kind": "tsp", "rate": 0.2, "window": 8, "kernel": 7}}' \
     --variant 'chunks-8=exact:{"retrieval": {"kind": "chunks", "chunk": 8, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}' \
     --variant 'chunks-4=exact:{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_rate": 0.06, "landmark_bits": 16}, "window": {"kind": "ends", "local": 32}}'
+}
+
+# why chunks lose more than that simulation said: sinks, and how many rows the query heads of a KV head read together
+part_chunks() {
+  hard="--context 4096 --samples 10 --dtype float32 --task niah_multikey_3,niah_multikey_2,niah_single_3,niah_multiquery"
+  # shellcheck disable=SC2086
+  evaluate ruler_sinks --recipe exact $hard --variant "chunks-4=exact:$(alone 4 0 0.06 0)" \
+    --variant "chunks-4-sinks=exact:$(alone 4 0 0.06 4)" --variant "chunks-8=exact:$(alone 8 0 0.06 0)" \
+    --variant "chunks-8-sinks=exact:$(alone 8 0 0.06 8)"
+  # shellcheck disable=SC2086
+  evaluate ruler_reach --recipe exact $hard --variant "chunks-8-outliers=exact:$(alone 8 48 0.06 0)" \
+    --variant "chunks-8-thrice=exact:$(alone 8 0 0.18 8)" --variant "chunks-4-thrice=exact:$(alone 4 0 0.18 4)"
 }
 
 # how much a step has to read, in chunks of what size, and what packing costs beside it
@@ -77,9 +94,9 @@ part_peers() {
     --json "$out/peer_kvpress.json"
 }
 
-for part in ${*:-ruler reference float32 simulation retrieval niah ppl peers}; do
+for part in ${*:-ruler reference float32 simulation chunks retrieval niah ppl peers}; do
   case $part in
-  ruler | reference | float32 | simulation | retrieval | niah | ppl | peers) "part_$part" ;;
+  ruler | reference | float32 | simulation | chunks | retrieval | niah | ppl | peers) "part_$part" ;;
   *) echo "measure_recipes: unknown part $part" >&2; exit 1 ;;
   esac
 done

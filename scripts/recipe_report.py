@@ -36,8 +36,8 @@ TITLES = {
     MAIN: "Every recipe",
     "ruler_float32": "In full precision, beside transformers",
     "ruler_retrieval": "How much a step reads, and what packing costs beside it",
-    "ruler_reach": "Three times the rows, or outlier chunks, beside chunks that are chosen",
-    "ruler_sinks": "Sinks, beside chunks that are chosen",
+    "ruler_reach": "Three times the rows, or outlier chunks (four tasks, float32)",
+    "ruler_sinks": "Sinks (four tasks, float32)",
     "ruler_variants": "Single parts, as an early simulation had them",
 }
 EXPLANATIONS = "explanations"
