@@ -119,8 +119,7 @@ async def _run(bench: Bench, recipe: Recipe, empty: Row) -> Row:
         tasks = [asyncio.create_task(follow(prompt)) for prompt in prompts]
         try:
             begin_s = await _reached(tasks, streams, 0, 1 + options.warmup)
-            before = sum(stream.num_tokens for stream in streams)
-            end_s = await _reached(tasks, streams, before + empty.batch * options.steps, 0)
+            end_s = await _reached(tasks, streams, _sum(streams) + empty.batch * options.steps, 0)
         finally:
             for task in tasks:
                 task.cancel()

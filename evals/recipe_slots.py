@@ -90,7 +90,7 @@ def variants_table(results: EvalResults) -> str:
         if label == one.name:
             continue
         base = one.name.removesuffix("-custom")
-        plain = results.recipes[base].slots if base in results.recipes else _slots(base)
+        plain = results.recipes[base].slots if base in results.recipes else json.loads(_filled(base).to_json())
         changes = [_change(slot, plain[slot], one.slots[slot]) for slot in SLOT_NAMES if one.slots[slot] != plain[slot]]
         rows.append((f"`{label}`", f"`{base}`", "; ".join(changes)))
     return table(("variant", "of", "with"), rows, numbers_from=3) if rows else ""
@@ -103,27 +103,19 @@ def _change(slot: str, plain: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     return " ".join([f"`{slot}`", *([] if same else [f"`{own['kind']}`"]), ", ".join(numbers)]).rstrip()
 
 
-@cache
-def _slots(name: str) -> Mapping[str, Any]:
-    """The slots of a recipe, filled in for the default model."""
-    shape = default_shape()
-    slots: Mapping[str, Any] = json.loads(fill(get_recipe(name), shape, load_profile(DEFAULT_MODEL, shape)).to_json())
-    return slots
-
-
 def changed_since(results: EvalResults) -> list[str]:
     """Recipes of the library that ran on the default model with other slots than they have now."""
     if results.model.name != DEFAULT_MODEL:
         return []
     ran = {label: one for label, one in results.recipes.items() if label == one.name and label in recipe_names()}
-    return [label for label, one in ran.items() if one.fingerprint != _fingerprint(label)]
+    return [label for label, one in ran.items() if one.fingerprint != _filled(label).fingerprint]
 
 
 @cache
-def _fingerprint(name: str) -> str:
-    """That of a recipe as it is now, filled in for the default model."""
+def _filled(name: str) -> Recipe:
+    """A recipe as it is now, filled in for the default model."""
     shape = default_shape()
-    return fill(get_recipe(name), shape, load_profile(DEFAULT_MODEL, shape)).fingerprint
+    return fill(get_recipe(name), shape, load_profile(DEFAULT_MODEL, shape))
 
 
 @cache
