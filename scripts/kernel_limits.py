@@ -44,8 +44,8 @@ DATA_LOADS: dict[str, dict[str, int]] = {
     "attend_items": {
         "dense_block": 8,
         "code_block.packed": 4,
-        "factor_block.left": 4,
-        "factor_block.right": 8,
+        "_factor_rows.codes": 4,
+        "_basis_block": 8,
     },
     "score_chunks": {"score_chunks.means": 16},
     "merge_items": {"merge_items.rows": 16},

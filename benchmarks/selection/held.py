@@ -17,20 +17,21 @@ from torch import Tensor
 _STRIDE = 1_073_741_789  # a prime that divides no number of chunks
 
 
-def first_place(moved_millis: int, count: int) -> int:
-    """Where the chunks of a step begin in an order of all: so many thousandths of `count` from its beginning."""
+def num_moves(moved_millis: int, count: int) -> int:
+    """How often an entry has moved, all `count` of them together: so many thousandths of `count`."""
     return (count * moved_millis + 500) // 1000
 
 
 class HeldSelection:
     """Keeps a share of the chunks from one step to the next.
 
-    A place (one layer of one sequence) has an order of its chunks for each KV head, and a step takes K of them in a
-    row, (1 - share) K further along than the step before. They do not ascend, which no kernel needs.
+    A place (one layer of one sequence) has its chunks cut into K stretches for each KV head, and a step takes one of
+    each, so they ascend as those do that score best: host memory is read in the order in which it lies. Each step
+    (1 - share) K stretches, in turn, give their next chunk instead.
 
     Args:
         share: of the K chunks that stay, 0 to 1, in thousandths; may be set anew between two steps.
-        seed: of the orders.
+        seed: of the chunks that stretches begin with.
 
     Attributes:
         calls: how often it was asked; 0 = whoever selects does not ask.
@@ -81,18 +82,20 @@ class HeldSelection:
         place, self._place = self._place, self._place + 1
         num_kv_heads, count = chosen.shape[1:]
         self._sizes.setdefault(("place", place), (count, num_chunks))
-        first = first_place(self._moved_millis, count)
-        index = (torch.arange(count, device=chosen.device) + first) % num_chunks
+        entry = torch.arange(count, device=chosen.device)
         heads = torch.arange(num_kv_heads, device=chosen.device)[:, None]
-        begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729
-        order: Tensor = (_STRIDE * index + begin) % num_chunks
-        return order.sort(dim=-1).values.to(chosen.dtype).expand(chosen.shape)
+        moves = (num_moves(self._moved_millis, count) + count - 1 - entry) // count
+        first, end = entry * num_chunks // count, (entry + 1) * num_chunks // count
+        begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729 + entry * _STRIDE
+        chunks: Tensor = first + (begin + moves) % (end - first)
+        return chunks.to(chosen.dtype).expand(chosen.shape)
 
     def _stays(self, count: int, num_chunks: int) -> float:
         if not count or not num_chunks:
             return 1.0
-        moved = first_place(self._step_millis, count)
-        return (count - moved + max(0, count + moved - num_chunks)) / count
+        moved = num_moves(self._step_millis, count) / count
+        alone = max(0, 2 * count - num_chunks) / count  # stretches of a single chunk, which has none to give way to
+        return 1 - moved * (1 - alone)
 
 
 def _is_capturing(x: Tensor) -> bool:

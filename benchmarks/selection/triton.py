@@ -15,8 +15,8 @@ def _hold(
     table_ptr, chosen_ptr, counts_ptr, moved_millis_ptr, place, seed, most_chosen,
     NUM_KV_HEADS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows, KV heads. See `held.first_place`. Chunks are the prompt's where it has enough: those of generated
-    rows become more, and an order of others would begin with every seal."""
+    """Grid: rows, KV heads. See `held.HeldSelection`. Chunks are the prompt's where it has enough: those of generated
+    rows become more, and with every seal the stretches would be others."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at, pair = table_ptr + row * CHOICE_FIELDS, row * NUM_KV_HEADS + head
     if tl.load(at + WANTED) == 0:
@@ -25,11 +25,12 @@ def _hold(
     count = tl.load(counts_ptr + pair).to(tl.int64)
     if num_chunks < count:
         num_chunks += tl.load(at + COUNT_B)
-    first = (count * tl.load(moved_millis_ptr) + 500) // 1000
-    index = (first + tl.arange(0, BLOCK_K)) % num_chunks
-    begin = (pair + 1) * 1_000_003 + place.to(tl.int64) * 7919 + seed * 104_729
-    chunk = (STRIDE * index + begin) % num_chunks
-    entry = tl.arange(0, BLOCK_K)
+    entry = tl.arange(0, BLOCK_K).to(tl.int64)
+    some = tl.maximum(count, 1)  # entries behind the last one are not stored, and none may divide by zero
+    moves = ((count * tl.load(moved_millis_ptr) + 500) // 1000 + some - 1 - entry) // some
+    first, end = entry * num_chunks // some, (entry + 1) * num_chunks // some
+    begin = (pair + 1) * 1_000_003 + place.to(tl.int64) * 7919 + seed * 104_729 + entry * STRIDE
+    chunk = first + (begin + moves) % tl.maximum(end - first, 1)
     tl.store(chosen_ptr + pair * most_chosen + entry, chunk.to(tl.int32), mask=entry < count)
 
 

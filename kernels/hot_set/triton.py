@@ -109,10 +109,11 @@ def fetch_chunks(
     NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, WIDTHS: tl.constexpr, UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Copy records from host memory to their slots. Grid: rows, KV heads, blocks of moves. Units are 2 bytes; WIDTHS
-    are those of a row of each tensor, 0 for tensors that are not there."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    pair, first = row * NUM_KV_HEADS + head, tl.program_id(2) * BLOCK_M
+    """Copy records from host memory to their slots. Grid: blocks of moves, KV heads, rows; in this order programs begin,
+    and what runs at once reads few pages, whose addresses the device then has at hand. Units are 2 bytes; WIDTHS are
+    those of a row of each tensor, 0 for tensors that are not there."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pair, first = row * NUM_KV_HEADS + head, tl.program_id(0) * BLOCK_M
     num_moves = tl.load(num_moves_ptr + pair)
     if first >= num_moves:
         return
@@ -158,7 +159,7 @@ def fetch(
             NUM_KV_HEADS=num_kv_heads, COUNTS=totals is not None, BLOCK_K=triton.next_power_of_2(most),
             BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 256)),
         )  # fmt: skip
-        fetch_chunks[(num_rows, num_kv_heads, triton.cdiv(most, moves))](
+        fetch_chunks[(triton.cdiv(most, moves), num_kv_heads, num_rows)](
             table, buffers.moves, buffers.num_moves, most,
             NUM_KV_HEADS=num_kv_heads, CHUNK=key.chunk, WIDTHS=(*widths, 0, 0)[:3], UNITS=units,
             BLOCK_M=moves, BLOCK_U=block_u, num_warps=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 choose = pytest.importorskip("kvsluice.kernels.step_attention.triton.choose")
 
 HEADS = 2
@@ -35,8 +35,10 @@ def ranks_of(rows: int, most: int, device: torch.device) -> torch.Tensor:
         ([1, 40, 3], [5, 0, 2]),  # a single chunk, which is hidden; a row of another table
     ],
 )
-def test_the_best_chunks_are_chosen(counts, wanted, device):
-    most = max(counts) + 3
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_best_chunks_are_chosen(counts, wanted, at_once, device):
+    most = -(-(max(counts) + 3) // choose.PITCH.value) * choose.PITCH.value
+    block = triton.next_power_of_2(most) if at_once else BLOCK
     ranks = ranks_of(len(counts), most, device)
     table = torch.zeros(len(counts), choose.CHOICE_FIELDS.value, dtype=torch.int64)
     table[:, choose.COUNT.value] = torch.tensor(counts)
@@ -46,7 +48,7 @@ def test_the_best_chunks_are_chosen(counts, wanted, device):
     positions = torch.zeros(len(counts), dtype=torch.int64, device=device)
     choose.choose_chunks[(len(counts), HEADS)](
         table.to(device), positions, ranks, chosen, found, most, max(wanted),
-        NUM_KV_HEADS=HEADS, BLOCK_C=BLOCK, num_warps=4,
+        NUM_KV_HEADS=HEADS, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=1024, num_warps=4,
     )  # fmt: skip
     for row, (count, number) in enumerate(zip(counts, wanted, strict=True)):
         for head in range(HEADS):

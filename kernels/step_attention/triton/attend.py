@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .tiles import GROUP, HEAD_DIM, NUM_KV_HEADS, packed_block, product
+from .tiles import (
+    GROUP,
+    HEAD_DIM,
+    KIND,
+    LOWRANK,
+    NUM_KV_HEADS,
+    basis_sums,
+    factor_block,
+    factor_halves,
+    packed_block,
+    product,
+)
 
 # fields of an item
 ROW, BEGIN, END, LIMIT, FIRST, INDEX, PER_HEAD, OUT = (tl.constexpr(i) for i in range(8))
@@ -75,19 +86,38 @@ def _sources(item, later, FIELD: tl.constexpr, FIELD_B: tl.constexpr, CHOSEN: tl
 
 @triton.jit
 def _key_halves(
-    item, local, later, head, inside, at, frequencies_ptr, rope_factor,
+    item, sums, local, later, head, inside, at, frequencies_ptr, rope_factor,
     K: tl.constexpr, H: tl.constexpr, CHOSEN: tl.constexpr, ROTATES: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The lower and upper halves of keys [N, BLOCK_H], rotated, in the queries' dtype."""
     HALF: tl.constexpr = H[HEAD_DIM] // 2
     tensors, basis = _sources(item, later, K0, K0_B, CHOSEN), tl.load(item + K_BASIS)
-    low = packed_block(tensors, basis, local, head, inside, K, H, 0, HALF, BLOCK_H, BLOCK_N, WIDE).to(DTYPE)
-    high = packed_block(tensors, basis, local, head, inside, K, H, HALF, HALF, BLOCK_H, BLOCK_N, WIDE).to(DTYPE)
+    if K[KIND] == LOWRANK:
+        low, high = factor_halves(tensors, basis, sums, local, head, inside, K, H, BLOCK_H, BLOCK_N, WIDE)
+    else:
+        low = packed_block(tensors, basis, local, head, inside, K, H, 0, HALF, BLOCK_H, BLOCK_N)
+        high = packed_block(tensors, basis, local, head, inside, K, H, HALF, HALF, BLOCK_H, BLOCK_N)
+    low, high = low.to(DTYPE), high.to(DTYPE)
     if ROTATES:
         low, high = low.to(tl.float32), high.to(tl.float32)
         low, high = _rotated(low, high, at, frequencies_ptr, rope_factor, HALF, BLOCK_H, WIDE)
     return low.to(DTYPE), high.to(DTYPE)
+
+
+@triton.jit
+def _value_block(
+    item, sums, local, later, head, inside,
+    V: tl.constexpr, H: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Values [N, BLOCK_D]: dense rows in their dtype, others float32."""
+    tensors, basis = _sources(item, later, V0, V0_B, CHOSEN), tl.load(item + V_BASIS)
+    if V[KIND] == LOWRANK:
+        out = factor_block(tensors, basis, sums, local, head, inside, V, H, BLOCK_D, BLOCK_N, WIDE)
+    else:
+        out = packed_block(tensors, basis, local, head, inside, V, H, 0, H[HEAD_DIM], BLOCK_D, BLOCK_N)
+    return out
 
 
 @triton.jit
@@ -183,6 +213,10 @@ def attend_items(
         position = tl.load(positions_ptr + row)
         begin, end = _range(item, row, head, position, counts_ptr, H, CHUNK, CHOSEN)
         q_low, q_high = _query_halves(q_ptr, row, head, H, BLOCK_M, BLOCK_H)
+        HALF: tl.constexpr = H[HEAD_DIM] // 2
+        basis = tl.load(item + K_BASIS)
+        key_sums = basis_sums(basis, head, K, H, 0, HALF, BLOCK_H), basis_sums(basis, head, K, H, HALF, HALF, BLOCK_H)
+        value_sums = basis_sums(tl.load(item + V_BASIS), head, V, H, 0, H[HEAD_DIM], BLOCK_D)
         for start in range(begin, end, BLOCK_N):
             place = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             inside, later, local, of_values, at = place < end, place < 0, place, place, place
@@ -194,7 +228,7 @@ def attend_items(
             if HAS_WINDOW or ROTATES:
                 at = _positions(item, local, later, head, inside, CHUNK, CHOSEN, H)
             low, high = _key_halves(
-                item, local, later, head, inside, at, frequencies_ptr, rope_factor,
+                item, key_sums, local, later, head, inside, at, frequencies_ptr, rope_factor,
                 K, H, CHOSEN, ROTATES, q_low.dtype, BLOCK_N, BLOCK_H, WIDE,
             )  # fmt: skip
             visible = inside
@@ -203,8 +237,7 @@ def attend_items(
             scores = product(q_low, tl.trans(low), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDE)
             scores = product(q_high, tl.trans(high), scores, WIDE) * scale
             scores = tl.where(visible[None, :], scores, float("-inf"))
-            tensors, basis = _sources(item, later, V0, V0_B, CHOSEN), tl.load(item + V_BASIS)
-            v = packed_block(tensors, basis, of_values, head, inside, V, H, 0, H[HEAD_DIM], BLOCK_D, BLOCK_N, WIDE)
+            v = _value_block(item, value_sums, of_values, later, head, inside, V, H, CHOSEN, BLOCK_N, BLOCK_D, WIDE)
             peak, total, out = _add_block(peak, total, out, scores, v.to(q_low.dtype), WIDE)
     # an idle item's place is merged all the same: layers have as many as the one with the most
     _store(item, head, peak, total, out, out_ptr, lse_ptr, H, BLOCK_M, BLOCK_D)

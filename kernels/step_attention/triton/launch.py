@@ -17,7 +17,7 @@ from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
 from .attend import attend_items, merge_items
-from .choose import choose_chunks, rank_chunks, score_chunks
+from .choose import PITCH, choose_chunks, rank_chunks, score_chunks
 
 KINDS = {"dense": 0, "channel": 1, "token": 2, "float8": 3, "lowrank": 4}
 DTYPES = {
@@ -27,10 +27,13 @@ DTYPES = {
     torch.int8: tl.int8,
     None: tl.uint8,
 }
-SCORE_CHUNKS = 64  # chunks a program scores
+SCORE_CHUNKS = 128  # chunks that are scored at once
+SCORE_STEPS = 4  # a program
 RANK_CHUNKS = 1024
-CHOOSE_CHUNKS = 8192  # at once; the fewer there are, the fewer warps
-WARP_CHUNKS = 512
+CHOOSE_CHUNKS = 32768  # that a program holds at once; of more it holds as many as leave room for counting
+CHOOSE_LOOP_CHUNKS = 8192
+WARP_CHUNKS = 1024
+LIST_CHUNKS = 256  # a warp and time
 MERGE_ITEMS = 16
 
 
@@ -125,11 +128,11 @@ def _block(key: AttendKey, q: Tensor) -> dict[str, int | None]:
     full = q.dtype == torch.float32
     return {
         "BLOCK_N": 32 if full else 64,
-        # a block of keys takes the whole basis to rebuild: twice the warps for as many keys as others have
-        "num_warps": 8 if low_rank else 4,
+        "num_warps": 8 if low_rank and full else 4,
         "num_stages": 3 if low_rank and not full else 2,
-        # so that 16 warps fit on a processor, which is worth more than a few spilled bytes cost
-        "maxnreg": None if full or q.shape[2] > 128 else 128,
+        # so that 16 warps fit on a processor, which is worth more than a few spilled bytes cost; keys that are rebuilt
+        # take a whole basis a block, and more warps would not have it sooner
+        "maxnreg": None if full or low_rank or q.shape[2] > 128 else 128,
     }
 
 
@@ -147,7 +150,8 @@ def _choose(
     """Fill the rows of one table in `chosen` int32 [rows, Hkv, most_chosen] and `counts` int32 [rows, Hkv]."""
     num_rows, num_heads, d = q.shape
     group, table = num_heads // num_kv_heads, tables.choices[key][layer]
-    most, blocks = tables.most_chunks, triton.cdiv(tables.most_chunks, SCORE_CHUNKS)
+    most = triton.cdiv(tables.most_chunks, PITCH.value) * PITCH.value
+    blocks = triton.cdiv(most, SCORE_CHUNKS * SCORE_STEPS)
     scores = torch.empty(num_rows, num_heads, most, dtype=torch.float32, device=q.device)
     peaks = torch.empty(num_rows, num_heads, blocks, 2, dtype=torch.float32, device=q.device)
     ranks = torch.empty(num_rows, num_kv_heads, most, dtype=torch.float32, device=q.device)
@@ -157,7 +161,7 @@ def _choose(
             table, q, positions, scores, peaks, most, window or 0, 1 / math.sqrt(d),
             DTYPE=DTYPES[key.dtype], HAS_SCALE=key.has_scale, HAS_WINDOW=window is not None, CHUNK=key.chunk,
             HEAD_DIM=d, **heads, HINT=math.gcd(16, d * key.dtype.itemsize), WIDE=triton.knobs.runtime.interpret,
-            BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_C=SCORE_CHUNKS,
+            STEPS=SCORE_STEPS, BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_C=SCORE_CHUNKS,
             BLOCK_D=max(TILE, triton.next_power_of_2(d)),
             BLOCK_O=triton.next_power_of_2(tables.most_hidden) if key.hides else 0,
             num_warps=8 if q.dtype == torch.float32 else 4,  # fewer would spill registers
@@ -166,10 +170,13 @@ def _choose(
             table, positions, scores, peaks, ranks, most, blocks,
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
-        block = min(CHOOSE_CHUNKS, max(4 * WARP_CHUNKS, triton.next_power_of_2(most)))
+        at_once = most <= CHOOSE_CHUNKS
+        block = max(4 * WARP_CHUNKS, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
+        warps = block // WARP_CHUNKS if at_once else 16
         choose_chunks[(num_rows, num_kv_heads)](
             table, positions, ranks, chosen, counts, most, tables.most_chosen,
-            NUM_KV_HEADS=num_kv_heads, BLOCK_C=block, num_warps=block // WARP_CHUNKS,
+            NUM_KV_HEADS=num_kv_heads, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS * warps,
+            num_warps=warps,
         )  # fmt: skip
 
 

@@ -115,36 +115,46 @@ def integer_block(
 
 
 @triton.jit
-def factor_block(
-    a0, a1, a2, basis, local, head, inside, L: tl.constexpr, H: tl.constexpr,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """float32 [N, BLOCK]: factor rows times channels FIRST..FIRST + WIDTH of a head's basis.
-
-    Integer factors are multiplied as integers, which bfloat16 holds exactly, and scaled afterwards.
-    """
-    ROW_BYTES: tl.constexpr = L[RANK] * 2 if L[BITS] == 16 else (L[RANK] * L[BITS] + 7) // 8
-    dims = tl.arange(0, BLOCK)
-    is_dim = dims < WIDTH
+def _basis_block(basis, head, begin, H: tl.constexpr, L: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """bfloat16 [RANK_BLOCK, BLOCK]: rows `begin`… of the basis, channels FIRST..FIRST + WIDTH of a head."""
+    columns, dims = begin + tl.arange(0, RANK_BLOCK), tl.arange(0, BLOCK)
     # halves of heads begin at multiples of 16 bytes, as heads have multiples of 16 channels
     table = tl.multiple_of((basis + (head * H[HEAD_DIM] + FIRST) * 2).to(tl.pointer_type(tl.bfloat16)), 16)
-    out = tl.zeros([BLOCK_N, BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, L[RANK], RANK_BLOCK):
+    entries = table + columns[:, None] * (H[NUM_KV_HEADS] * H[HEAD_DIM]) + dims[None, :]
+    return tl.load(entries, mask=(columns < L[RANK])[:, None] & (dims < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def basis_sums(
+    basis, head, L: tl.constexpr, H: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """float32 [BLOCK], what a factor row of ones gives; zeros where integer factors are not offset."""
+    out = tl.zeros([BLOCK], tl.float32)
+    if (L[KIND] == LOWRANK) & (L[BITS] != 16):
+        rows = tl.zeros([RANK_BLOCK, BLOCK], tl.float32)
+        for begin in range(0, L[RANK], RANK_BLOCK):
+            rows += _basis_block(basis, head, begin, H, L, FIRST, WIDTH, BLOCK).to(tl.float32)
+        out = tl.sum(rows, 0)
+    return out
+
+
+@triton.jit
+def _factor_rows(rows, begin, inside, L: tl.constexpr):
+    """bfloat16 [N, RANK_BLOCK]: factors `begin`… of rows, integers where they are packed as such, which are exact."""
+    if L[BITS] == 16:
         columns = begin + tl.arange(0, RANK_BLOCK)
-        is_column = columns < L[RANK]
-        entries = table + columns[:, None] * (H[NUM_KV_HEADS] * H[HEAD_DIM]) + dims[None, :]
-        right = tl.load(entries, mask=is_column[:, None] & is_dim[None, :], other=0.0)
-        if L[BITS] == 16:
-            rows = row_pointers(a0, local * ROW_BYTES, tl.bfloat16, L[HINT])
-            left = tl.load(rows[:, None] + columns[None, :], mask=inside[:, None] & is_column[None, :], other=0.0)
-        else:
-            rows = row_pointers(a0, local * ROW_BYTES, tl.uint8, L[HINT])
-            # what lies behind the last column meets zeros of the basis
-            codes = code_block(rows, begin * L[BITS] // 8, inside, L[BITS], L[RANK] - begin, RANK_BLOCK)
-            left = codes.to(tl.float32).to(tl.bfloat16)
-            sums += tl.sum(right.to(tl.float32), 0)
-        out = product(left, right, out, WIDE)
+        out = tl.load(rows[:, None] + columns[None, :], mask=inside[:, None] & (columns < L[RANK])[None, :], other=0.0)
+    else:
+        # what lies behind the last column meets zeros of the basis
+        codes = code_block(rows, begin * L[BITS] // 8, inside, L[BITS], L[RANK] - begin, RANK_BLOCK)
+        out = codes.to(tl.float32).to(tl.bfloat16)
+    return out
+
+
+@triton.jit
+def _scaled(out, a1, a2, sums, local, inside, L: tl.constexpr):
+    """Products of integer factors [N, BLOCK] with their rows' scales and minima."""
     if L[BITS] != 16:
         step = tl.load((a1 + local * 2).to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
         low = tl.load((a2 + local * 2).to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
@@ -153,11 +163,52 @@ def factor_block(
 
 
 @triton.jit
+def _factor_pointers(a0, local, L: tl.constexpr):
+    if L[BITS] == 16:
+        out = row_pointers(a0, local * (L[RANK] * 2), tl.bfloat16, L[HINT])
+    else:
+        out = row_pointers(a0, local * ((L[RANK] * L[BITS] + 7) // 8), tl.uint8, L[HINT])
+    return out
+
+
+@triton.jit
+def factor_block(
+    tensors, basis, sums, local, head, inside, L: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """float32 [N, BLOCK]: factor rows times a head's basis, whose `basis_sums` are `sums`."""
+    a0, a1, a2 = tensors
+    rows, out = _factor_pointers(a0, local, L), tl.zeros([BLOCK_N, BLOCK], tl.float32)
+    for begin in range(0, L[RANK], RANK_BLOCK):
+        left = _factor_rows(rows, begin, inside, L)
+        out = product(left, _basis_block(basis, head, begin, H, L, 0, H[HEAD_DIM], BLOCK), out, WIDE)
+    return _scaled(out, a1, a2, sums, local, inside, L)
+
+
+@triton.jit
+def factor_halves(
+    tensors, basis, sums, local, head, inside, L: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`factor_block` as two halves of a head [N, BLOCK]; every factor is read once for both. `sums` are two as well."""
+    a0, a1, a2 = tensors
+    HALF: tl.constexpr = H[HEAD_DIM] // 2
+    rows = _factor_pointers(a0, local, L)
+    low, high = tl.zeros([BLOCK_N, BLOCK], tl.float32), tl.zeros([BLOCK_N, BLOCK], tl.float32)
+    for begin in range(0, L[RANK], RANK_BLOCK):
+        left = _factor_rows(rows, begin, inside, L)
+        low = product(left, _basis_block(basis, head, begin, H, L, 0, HALF, BLOCK), low, WIDE)
+        high = product(left, _basis_block(basis, head, begin, H, L, HALF, HALF, BLOCK), high, WIDE)
+    return _scaled(low, a1, a2, sums[0], local, inside, L), _scaled(high, a1, a2, sums[1], local, inside, L)
+
+
+@triton.jit
 def packed_block(
     tensors, basis, local, head, inside, L: tl.constexpr, H: tl.constexpr,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """[N, BLOCK] of channels FIRST..FIRST + WIDTH of rows `local` of a head: dense rows in their dtype, others float32.
+    Factor rows are read by `factor_block` and `factor_halves`.
 
     `tensors` are byte addresses [N] of the tensors that hold each row, `basis` is one address.
     """
@@ -171,8 +222,6 @@ def packed_block(
         scale = tl.load(basis.to(tl.pointer_type(tl.float32)))
         codes = dense_block(rows, FIRST, inside, tl.int8, WIDTH, BLOCK)
         out = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale
-    elif L[KIND] == LOWRANK:
-        out = factor_block(a0, a1, a2, basis, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N, WIDE)
     else:
         out = integer_block(a0, a1, a2, basis, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N)
     return out
