@@ -53,4 +53,5 @@ def _orthonormal(columns: Tensor) -> Tensor:
     products.diagonal().mul_(1 + SHIFT)
     # unlike `cholesky`, which copies to the host whether the matrix was positive definite
     lower = torch.linalg.cholesky_ex(products, check_errors=False).L
-    return torch.linalg.solve_triangular(lower.T, columns, upper=True, left=False)
+    unit: Tensor = torch.linalg.solve_triangular(lower.T, columns, upper=True, left=False)
+    return unit
