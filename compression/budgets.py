@@ -48,8 +48,8 @@ def best(scores: Tensor, count: int) -> Tensor:
 def others(kept: Tensor, count: int) -> Tensor:
     """Ascending indices below `count` that are not in `kept`: int64 [m, Hkv] or [m] -> the same with count - m."""
     columns = kept if kept.dim() == 2 else kept[:, None]
-    free = torch.ones(columns.shape[1], count, dtype=torch.bool, device=kept.device)
-    free.scatter_(1, columns.T, False)
-    # nonzero goes by head, then by row, and every head has equally many
-    rows = free.nonzero()[:, 1].view(columns.shape[1], -1).T
+    taken = torch.zeros(columns.shape[1], count, dtype=torch.uint8, device=kept.device)
+    taken.scatter_(1, columns.T, 1)
+    # sorted and not listed by `nonzero`, which waits for the device to learn how many there are
+    rows = taken.sort(dim=1, stable=True).indices[:, : count - len(kept)].T
     return rows if kept.dim() == 2 else rows[:, 0]

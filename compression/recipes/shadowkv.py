@@ -8,8 +8,9 @@ over the GQA group and attends to the best chunks of each KV head: 1/64 of the p
 256 tokens. Generated tokens stay exact for ever. Values are kept whole.
 
 Deviations:
-- The SVD is Gram + eigh in float64 (the same subspace), and the factor rows carry the singular values (K V and V^T
-  instead of U and S V^T), both in bfloat16.
+- Singular vectors come from orthogonal iteration on the Gram matrix (`subspace.py`), whose error is up to 1 % larger
+  than the exact ones', and the factor rows carry the singular values (K V and V^T instead of U and S V^T), both in
+  bfloat16.
 - The SVD is fitted on the sealed rows alone, those that it will stand for; the code factors all rows of the prompt,
   the exact last ones included.
 - Landmarks are rebuilt where decode runs, from the decoded keys, and never sent; the paper takes the mean of the

@@ -12,7 +12,8 @@ deep layers (recall 0); the layers up to T hold every token.
 
 Sources: FastKV (propagation), KIVI (axes of the integer codecs), ShadowKV (landmarks, low-rank keys), StreamingLLM
 (sinks). Deviations from them: TSP selects chunks instead of tokens; landmarks are int8 and come from decoded keys; no
-outlier chunks, since small chunks leave few; groups of 64 channels a scale for values.
+outlier chunks, since small chunks leave few; groups of 64 channels a scale for values; low-rank keys are those of
+`shadowkv`, at 8 bits with their basis rotated (`lowrank.py`).
 """
 
 from __future__ import annotations

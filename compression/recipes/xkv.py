@@ -9,7 +9,7 @@ the keys (and values) of up to four layers.
 
 Deviations:
 - Factor rows carry the singular values, and rows and bases are in bfloat16.
-- The SVD is Gram + eigh in float64, and sees sealed rows only.
+- Singular vectors come from orthogonal iteration on the Gram matrix (`subspace.py`), of sealed rows only.
 - Where the number of layers is no multiple of four, the last group has fewer layers and proportionally less rank.
 """
 

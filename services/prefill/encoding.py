@@ -3,10 +3,11 @@
     engine thread, its stream:     layer L ─ ready ─> layer L+1 …                      take: waits for `done`
     encoder thread, side stream:             └──────> compress layer L ─ done ──────────┘
 
-A compressor may wait for the device (a factorization reports whether it converged), so on a GPU it runs on a thread of
-its own, one layer after the other, and the engine goes on launching. Everything that a compressor keeps between layers
-is made and used on the side stream alone. What crosses streams is announced to the allocator, so that nobody is given
-memory that another stream still reads; that is why numbers are the same bits either way.
+A compressor launches many small operations that leave most of the device idle, so on a GPU it runs on a stream of its
+own, and on a thread of its own, one layer after the other: the engine goes on launching, whatever a compressor may wait
+for. Everything that a compressor keeps between layers is made and used on the side stream alone. What crosses streams
+is announced to the allocator, so that nobody is given memory that another stream still reads; that is why numbers are
+the same bits either way.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def test_what_does_not_grow_with_the_prompt_is_a_few_packs() -> None:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_peak_does_not_grow_with_the_depth(small_blocks, recipe: str) -> None:
-    shallow, deep = run(800, 4, recipe), run(800, 12, recipe)
+    # two groups of layers at least: the last layer of all computes a single row, that of an earlier group all of them
+    shallow, deep = run(800, 8, recipe), run(800, 16, recipe)
     assert deep.recipe == recipe
     assert deep.peak_bytes <= 1.02 * shallow.peak_bytes
     assert deep.peak_bytes < deep.kv_cache_bytes

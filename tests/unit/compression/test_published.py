@@ -84,8 +84,12 @@ def test_shadowkv_decodes_as_the_paper_says(lab: SimpleNamespace) -> None:
     chunks = n // 8 - 4
     end, rank = chunks * 8, recipe.key_codec.rank
     assert one.tensors[Part.TAIL]["k"].shape[0] == n - end and 32 <= n - end < 40
-    u, sv, vh = torch.linalg.svd(prompt.k_pre[0][:end].flatten(1), full_matrices=False)
-    keys = lab.rope(((u[:, :rank] * sv[:rank]) @ vh[:rank]).view(end, 2, 16), torch.arange(end))
+    whole = prompt.k_pre[0][:end].flatten(1)
+    basis = one.tensors[Part.BASIS]["basis"].float().flatten(1)
+    low = (whole @ basis.T) @ basis
+    # as close as the truncated SVD but for what iterations and bfloat16 leave
+    assert (whole - low).norm() < 1.02 * torch.linalg.svdvals(whole)[rank:].norm() + 2**-8 * whole.norm()
+    keys = lab.rope(low.view(end, 2, 16), torch.arange(end))
     exact = prompt.k[0][:end].view(chunks, 8, 2, 16)
     cosine = F.cosine_similarity(exact, exact.mean(1, keepdim=True), dim=-1).amin(1)
     landmarks = keys.view(chunks, 8, 2, 16).mean(1)
