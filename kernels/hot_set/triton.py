@@ -16,7 +16,8 @@ FIELDS: tl.constexpr = tl.constexpr(10)
 HOT_ADDRESSES = (0, 3, 4, 5, 7, 8, 9)
 OLDEST: tl.constexpr = tl.constexpr(254)
 
-FETCH_BYTES = 8192  # a program
+FETCH_BYTES = 8192  # that a program has under way
+FETCH_PROGRAMS, FETCH_PARTS = 128, 16
 
 
 @triton.jit
@@ -103,38 +104,55 @@ def _store_rows(
     tl.store(base.to(tl.pointer_type(tl.int16)) + places, data, mask=mask)
 
 
-@triton.jit(do_not_specialize=["most_chosen"])
-def fetch_chunks(
-    table_ptr, moves_ptr, num_moves_ptr, most_chosen,
+@triton.jit
+def _fetch_some(
+    table, new_chunks, new_slots, first, num_moves, head,
     NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, WIDTHS: tl.constexpr, UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Copy records from host memory to their slots. Grid: blocks of moves, KV heads, rows; in this order programs begin,
-    and what runs at once reads few pages, whose addresses the device then has at hand. Units are 2 bytes; WIDTHS are
-    those of a row of each tensor, 0 for tensors that are not there."""
-    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    pair, first = row * NUM_KV_HEADS + head, tl.program_id(0) * BLOCK_M
-    num_moves = tl.load(num_moves_ptr + pair)
-    if first >= num_moves:
-        return
-    at = table_ptr + row * FIELDS
+    """Copy the records of moves `first`… of one KV head. `table` is its row's."""
     move, units = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_U)
     real = move < num_moves
-    chunk = tl.load(moves_ptr + pair * 2 * most_chosen + move, mask=real, other=0).to(tl.int64)
-    slot = tl.load(moves_ptr + (pair * 2 + 1) * most_chosen + move, mask=real, other=0)
-    page_chunks = tl.load(at + PAGE_CHUNKS)
-    pages = tl.load(at + PAGES).to(tl.pointer_type(tl.int64))
+    chunk = tl.load(new_chunks + move, mask=real, other=0).to(tl.int64)
+    slot = tl.load(new_slots + move, mask=real, other=0)
+    page_chunks = tl.load(table + PAGE_CHUNKS)
+    pages = tl.load(table + PAGES).to(tl.pointer_type(tl.int64))
     page = tl.load(pages + chunk // page_chunks, mask=real, other=0)
     place = ((chunk % page_chunks) * NUM_KV_HEADS + head) * (UNITS * 2)
     records = tl.multiple_of((page + place).to(tl.pointer_type(tl.int16)), 16)
     data = tl.load(records[:, None] + units[None, :], mask=real[:, None] & (units < UNITS)[None, :], other=0)
     begin_1: tl.constexpr = CHUNK * WIDTHS[0]
     begin_2: tl.constexpr = begin_1 + CHUNK * WIDTHS[1]
-    _store_rows(data, units, real, slot, head, tl.load(at + ROWS), 0, WIDTHS[0], CHUNK, NUM_KV_HEADS)
+    _store_rows(data, units, real, slot, head, tl.load(table + ROWS), 0, WIDTHS[0], CHUNK, NUM_KV_HEADS)
     if WIDTHS[1] > 0:
-        _store_rows(data, units, real, slot, head, tl.load(at + ROWS + 1), begin_1, WIDTHS[1], CHUNK, NUM_KV_HEADS)
+        _store_rows(data, units, real, slot, head, tl.load(table + ROWS + 1), begin_1, WIDTHS[1], CHUNK, NUM_KV_HEADS)
     if WIDTHS[2] > 0:
-        _store_rows(data, units, real, slot, head, tl.load(at + ROWS + 2), begin_2, WIDTHS[2], CHUNK, NUM_KV_HEADS)
+        _store_rows(data, units, real, slot, head, tl.load(table + ROWS + 2), begin_2, WIDTHS[2], CHUNK, NUM_KV_HEADS)
+
+
+@triton.jit(do_not_specialize=["most_chosen", "num_pairs"])
+def fetch_chunks(
+    table_ptr, moves_ptr, num_moves_ptr, most_chosen, num_pairs,
+    NUM_KV_HEADS: tl.constexpr, CHUNK: tl.constexpr, WIDTHS: tl.constexpr, UNITS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Copy records from host memory to their slots. Units are 2 bytes; WIDTHS are those of a row of each tensor, 0 for
+    tensors that are not there.
+
+    Grid: as many programs as keep the bus busy, which leaves the processors to what is computed meanwhile. They go
+    through the KV heads of all rows in order, PARTS of them at a time on each head, so that what is read at once lies
+    in few pages, whose addresses the device has at hand."""
+    for start in range(0, num_pairs * PARTS, tl.num_programs(0)):
+        work = start + tl.program_id(0).to(tl.int64)
+        pair = work // PARTS
+        row, head = pair // NUM_KV_HEADS, pair % NUM_KV_HEADS
+        num_moves = tl.load(num_moves_ptr + pair, mask=pair < num_pairs, other=0)
+        new_chunks = moves_ptr + pair * 2 * most_chosen
+        for first in range(work % PARTS * BLOCK_M, num_moves, PARTS * BLOCK_M):
+            _fetch_some(
+                table_ptr + row * FIELDS, new_chunks, new_chunks + most_chosen, first, num_moves, head,
+                NUM_KV_HEADS, CHUNK, WIDTHS, UNITS, BLOCK_M, BLOCK_U,
+            )  # fmt: skip
 
 
 def fetch(
@@ -159,8 +177,9 @@ def fetch(
             NUM_KV_HEADS=num_kv_heads, COUNTS=totals is not None, BLOCK_K=triton.next_power_of_2(most),
             BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 256)),
         )  # fmt: skip
-        fetch_chunks[(triton.cdiv(most, moves), num_kv_heads, num_rows)](
-            table, buffers.moves, buffers.num_moves, most,
-            NUM_KV_HEADS=num_kv_heads, CHUNK=key.chunk, WIDTHS=(*widths, 0, 0)[:3], UNITS=units,
+        pairs = num_rows * num_kv_heads
+        fetch_chunks[(min(FETCH_PROGRAMS, pairs * FETCH_PARTS),)](
+            table, buffers.moves, buffers.num_moves, most, pairs,
+            NUM_KV_HEADS=num_kv_heads, CHUNK=key.chunk, WIDTHS=(*widths, 0, 0)[:3], UNITS=units, PARTS=FETCH_PARTS,
             BLOCK_M=moves, BLOCK_U=block_u, num_warps=4,
         )  # fmt: skip

@@ -196,17 +196,20 @@ def _chosen_rows(item, entries_ptr, places_ptr, place, inside, CHUNK: tl.constex
     return later, local, of_values
 
 
-@triton.jit(do_not_specialize=["most_chosen", "window"])
+@triton.jit(do_not_specialize=["most_chosen", "window", "first_row", "end_row"])
 def attend_items(
     items_ptr, q_ptr, positions_ptr, chosen_ptr, places_ptr, counts_ptr, frequencies_ptr, out_ptr, lse_ptr,
-    scale, rope_factor, most_chosen, window,
+    scale, rope_factor, most_chosen, window, first_row, end_row,
     K: tl.constexpr, V: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
     CHOSEN: tl.constexpr, HOT: tl.constexpr, ROTATES: tl.constexpr, HAS_WINDOW: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Grid: items, KV heads. Shapes: see the module. K and V say how keys and values are packed, see `tiles`."""
+    """Grid: items, KV heads. Shapes: see the module. K and V say how keys and values are packed, see `tiles`. Items of
+    rows outside of first_row..end_row are left for another launch."""
     item, head = items_ptr + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1).to(tl.int64)
     row = tl.load(item + ROW)
+    if (row >= 0) & ((row < first_row) | (row >= end_row)):
+        return
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, out = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if row >= 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ...attention_partial.triton import TILE
 from ...hot_set import fetch_chosen
+from ...streams import beside
 from ..op import Selection
 from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
@@ -35,6 +38,7 @@ CHOOSE_LOOP_CHUNKS = 8192
 WARP_CHUNKS = 1024
 LIST_CHUNKS = 256  # a warp and time
 MERGE_ITEMS = 16
+SPANS, SPAN_ROWS = 2, 4  # parts of a batch where values lie on the host, and the fewest rows that are worth one
 
 
 def append_rows(tables: Tables, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -64,26 +68,29 @@ def attend(
     hot_counts: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """See `op.StepAttention.attend`."""
+    """See `op.StepAttention.attend`. While some rows' values are on their way from the host, others choose or attend."""
     q = q.contiguous()
     num_rows, num_heads, d = q.shape
-    # one list for all tables of choices: a row is in one of them
-    chosen = torch.empty(num_rows, num_kv_heads, tables.most_chosen, dtype=torch.int32, device=q.device)
-    counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=q.device)
-    for choice in tables.choices:
-        _choose(tables, choice, layer, q, num_kv_heads, positions, window, chosen, counts)
-        if selection is not None:
-            selection.choose(layer, tables.choices[choice][layer], chosen, counts)
-    places = torch.empty_like(chosen) if tables.hots else chosen
-    for hot, table in tables.hots.items():
-        fetch_chosen(hot, table[layer], chosen, counts, places, hot_counts, tables.most_slots)
+    picked = _Picked.empty(tables, num_kv_heads, q.device)
     outs = torch.empty(tables.num_items, num_heads, d, dtype=torch.float32, device=q.device)
     lses = torch.empty(tables.num_items, num_heads, dtype=torch.float32, device=q.device)
+    spans, fetches = _spans(tables), []
+    for span in spans:
+        _pick(tables, layer, span, q, positions, window, picked, selection)
+        with beside(q.device) as fetch:
+            for hot, table in tables.hots.items():
+                rows = (picked.chosen[span], picked.counts[span], picked.places[span])
+                fetch_chosen(hot, table[layer][span], *rows, hot_counts, tables.most_slots)
+        fetches.append(fetch)
+    rope, everything = (frequencies, rope_factor), slice(0, num_rows)
     for key, items in tables.items.items():
-        _launch_items(
-            key, items[layer], q, num_kv_heads, positions, (chosen, places, counts), frequencies, rope_factor, window,
-            outs, lses,
-        )  # fmt: skip
+        if not key.chosen:
+            _launch_items(key, items[layer], everything, q, positions, picked, rope, window, outs, lses)
+    for span, fetch in zip(spans, fetches, strict=True):
+        fetch.join()
+        for key, items in tables.items.items():
+            if key.chosen:
+                _launch_items(key, items[layer], span, q, positions, picked, rope, window, outs, lses)
     out = torch.empty_like(q)
     with torch.cuda.device_of(q):
         merge_items[(num_rows, num_heads)](
@@ -93,27 +100,74 @@ def attend(
     return out
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """What the rows of a step attend to; one list for all tables, as a row is in one of them.
+
+    Attributes:
+        chosen: int32 [rows, Hkv, most_chosen], chunks.
+        counts: int32 [rows, Hkv], how many.
+        places: int32 like `chosen`, where their values lie; `chosen` itself where none lie on the host.
+    """
+
+    chosen: Tensor
+    counts: Tensor
+    places: Tensor
+
+    @classmethod
+    def empty(cls, tables: Tables, num_kv_heads: int, device: torch.device) -> _Picked:
+        size = (tables.num_rows, num_kv_heads)
+        chosen = torch.empty(*size, tables.most_chosen, dtype=torch.int32, device=device)
+        counts = torch.empty(size, dtype=torch.int32, device=device)
+        return cls(chosen, counts, torch.empty_like(chosen) if tables.hots else chosen)
+
+
+def _spans(tables: Tables) -> list[slice]:
+    """Rows that go through a layer together."""
+    parts = SPANS if tables.hots and tables.num_rows >= SPANS * SPAN_ROWS else 1
+    bounds = [part * tables.num_rows // parts for part in range(parts + 1)]
+    return [slice(begin, end) for begin, end in pairwise(bounds)]
+
+
+def _pick(
+    tables: Tables,
+    layer: int,
+    span: slice,
+    q: Tensor,
+    positions: Tensor,
+    window: int | None,
+    picked: _Picked,
+    selection: Selection | None,
+) -> None:
+    """Fill some rows of what is picked."""
+    for key, table in tables.choices.items():
+        rows = (table[layer][span], q[span], positions[span], picked.chosen[span], picked.counts[span])
+        _choose(tables, key, *rows, window)
+        if selection is not None:
+            selection.choose(layer, rows[0], rows[3], rows[4])
+
+
 def _launch_items(
     key: AttendKey,
     items: Tensor,
+    span: slice,
     q: Tensor,
-    num_kv_heads: int,
     positions: Tensor,
-    choice: tuple[Tensor, Tensor, Tensor],
-    frequencies: Tensor,
-    rope_factor: float,
+    picked: _Picked,
+    rope: tuple[Tensor, float],
     window: int | None,
     outs: Tensor,
     lses: Tensor,
 ) -> None:
-    """Fill the places of the items in `outs` [W, H, d] and `lses` [W, H]. `choice`: chunks, their places, counts."""
+    """Fill the places of the items of some rows in `outs` [W, H, d] and `lses` [W, H]."""
+    num_kv_heads, most_chosen = picked.chosen.shape[1:]
     _, num_heads, d = q.shape
     group = num_heads // num_kv_heads
     wide = triton.knobs.runtime.interpret
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
-            items, q, positions, *choice, frequencies, outs, lses,
-            1 / math.sqrt(d), rope_factor, choice[0].shape[2], window or 0,
+            items, q, positions, picked.chosen, picked.places, picked.counts, rope[0], outs, lses,
+            1 / math.sqrt(d), rope[1], most_chosen, window or 0, span.start, span.stop,
             K=_layout(key, key.keys, d), V=_layout(key, key.values, d), H=(d, num_kv_heads, group), CHUNK=key.chunk,
             CHOSEN=key.chosen, HOT=key.hot, ROTATES=key.rotates, HAS_WINDOW=window is not None, WIDE=wide,
             BLOCK_M=max(TILE, triton.next_power_of_2(group)), BLOCK_D=max(TILE, triton.next_power_of_2(d)),
@@ -139,17 +193,17 @@ def _block(key: AttendKey, q: Tensor) -> dict[str, int | None]:
 def _choose(
     tables: Tables,
     key: ChoiceKey,
-    layer: int,
+    table: Tensor,
     q: Tensor,
-    num_kv_heads: int,
     positions: Tensor,
-    window: int | None,
     chosen: Tensor,
     counts: Tensor,
+    window: int | None,
 ) -> None:
-    """Fill the rows of one table in `chosen` int32 [rows, Hkv, most_chosen] and `counts` int32 [rows, Hkv]."""
+    """Fill the rows of a table [rows, CHOICE_FIELDS] in `chosen` and `counts`, see `_Picked`."""
     num_rows, num_heads, d = q.shape
-    group, table = num_heads // num_kv_heads, tables.choices[key][layer]
+    num_kv_heads = chosen.shape[1]
+    group = num_heads // num_kv_heads
     most = triton.cdiv(tables.most_chunks, PITCH.value) * PITCH.value
     blocks = triton.cdiv(most, SCORE_CHUNKS * SCORE_STEPS)
     scores = torch.empty(num_rows, num_heads, most, dtype=torch.float32, device=q.device)
