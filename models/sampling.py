@@ -231,10 +231,16 @@ class SamplerState:
             return Sampled(token_id, logprob, top, "stop", token_id)
         return Sampled(token_id, logprob, top, "length" if num_tokens >= self.params.max_tokens else "")
 
-    def force(self, token_id: int | Tensor) -> None:
-        """Move on as if `token_id` had been sampled: replay. Or with one that only the device knows, int64 [1]."""
+    def force(self, token_id: int) -> None:
+        """Move on as if `token_id` had been sampled: replay."""
         if self._is_counted:
             self._uncounted.append(token_id)
+        self._num_sampled += 1
+
+    def force_drawn(self, ids: Tensor, row: int) -> None:
+        """Move on with a token that only the device knows yet: a row of `ids` int64 [rows]."""
+        if self._is_counted:
+            self._uncounted.append(ids[row : row + 1])
         self._num_sampled += 1
 
     def changed(self, logits: Tensor) -> Tensor:
