@@ -52,10 +52,9 @@ def time_once(device: torch.device, action: Action) -> float:
 
 
 def time_steps(device: torch.device, step: Action, count: int) -> list[float]:
-    """Seconds between the returns of `count` steps in a row, each of which may leave work under way for the next to wait
-    for. Together they are the time from a device at rest to a device at rest: the first call finds nothing to wait for,
-    so what the last has left under way counts as the first one's.
-    """
+    """Seconds between the returns of `count` steps in a row, each of which may leave work under way for the next one to
+    wait for. Together they are the time from a device at rest to a device at rest: the first call finds nothing to wait
+    for, so what the last has left under way counts as the first one's."""
     synchronize(device)
     samples_s, before_s = [], time.perf_counter()
     for _ in range(count):

@@ -26,7 +26,6 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
 from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
 from .pages import PagePool, Region
@@ -40,7 +39,8 @@ class Phase(Enum):
     RUNNING = "running"
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Choice:
     """One of the n continuations of a request."""
 
     request_id: str
