@@ -272,9 +272,11 @@ class SamplerState:
             self._counts = torch.zeros(vocab_size, device=device)
         if not self._uncounted:
             return
-        known = [token_id for token_id in self._uncounted if isinstance(token_id, int)]
-        drawn = [token_id for token_id in self._uncounted if not isinstance(token_id, int)]
-        ids = torch.cat((sent(torch.tensor(known, dtype=torch.int64), device), *drawn))
+        parts = [token_id for token_id in self._uncounted if isinstance(token_id, Tensor)]
+        known = [token_id for token_id in self._uncounted if not isinstance(token_id, Tensor)]
+        if known:
+            parts.append(sent(torch.tensor(known), device))
+        ids = torch.cat(parts)
         self._uncounted.clear()
         if self._seen is not None:
             self._seen.index_fill_(0, ids, True)
