@@ -93,7 +93,8 @@ def draw_rows(states: Sequence[SamplerState], logits: Tensor) -> Drawn:
     ids = ids.clamp(0, logits.shape[1] - 1)
     wanted = {i: state.params.logprobs for i, state in enumerate(states) if state.params.logprobs is not None}
     reports = _reports(logits, ids, wanted) if wanted else None
-    return Drawn(ids, is_valid, torch.isfinite(logits).all(dim=1), reports, wanted)
+    ends = torch.stack(logits.aminmax(dim=1))  # one pass; NaN is both ends of its row
+    return Drawn(ids, is_valid, ends.isfinite().all(dim=0), reports, wanted)
 
 
 def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
