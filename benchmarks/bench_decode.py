@@ -27,7 +27,7 @@ from .selection import HeldSelection, force
 from .sequences import Plan, cache_bytes, finished, plan_sequences, start_sequences, told
 from .step_profile import profile
 from .subject import Bench
-from .timing import release, summarize, time_once
+from .timing import release, summarize, time_once, time_steps
 
 STEP = "decode step"
 SHARED = "shared prompt"
@@ -142,13 +142,14 @@ class _Running:
         engine.runner.computation.selection = self.held
 
     def time(self, rate: float | None) -> _Steps:
-        """Steps at a hit rate; the first ones, which fetch what it has changed, do not count."""
+        """Steps at a hit rate; the first ones, which fetch what it has changed, do not count. Every call of the engine
+        launches one step, whichever it tells of, and what is set or read here takes effect between two launches."""
         options, device, computation = self._bench.options, self._bench.device, self._engine.runner.computation
         if self.held is not None and rate is not None:
             self.held.share = rate
         self._some(options.warmup)
         computation.hot_counts.zero_()
-        samples_s = [time_once(device, self._one) for _ in range(options.steps)]
+        samples_s = time_steps(device, self._one, options.steps)
         wanted, fetched = (count / options.steps for count in computation.hot_counts.tolist())
         parts = profile(device, partial(self._some, PROFILED_STEPS)) if options.profile else {}
         forced = self.held.hit_rate if self.held is not None and self.held.calls else None

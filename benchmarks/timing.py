@@ -1,7 +1,8 @@
 """How long an action takes and what the device could do: warm-up, repetitions, medians with quartiles.
 
 On a GPU kernels are timed by events on the device, behind a write that empties its cache and keeps it busy while the
-next launches are queued; whole engine steps by the wall clock between two synchronisations, as a caller sees them.
+next launches are queued; whole engine steps by the wall clock, between two synchronisations or, where one is launched
+before the last has ended, as they follow each other.
 """
 
 from __future__ import annotations
@@ -48,6 +49,22 @@ def time_once(device: torch.device, action: Action) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - began_s
+
+
+def time_steps(device: torch.device, step: Action, count: int) -> list[float]:
+    """Seconds between the returns of `count` steps in a row, each of which may leave work under way for the next one to
+    wait for. Together they are the time from a device at rest to a device at rest: the first call finds nothing to wait
+    for, so what the last has left under way counts as the first one's."""
+    synchronize(device)
+    samples_s, before_s = [], time.perf_counter()
+    for _ in range(count):
+        step()
+        now_s = time.perf_counter()
+        samples_s.append(now_s - before_s)
+        before_s = now_s
+    synchronize(device)
+    samples_s[0] += time.perf_counter() - before_s
+    return samples_s
 
 
 def time_wall(device: torch.device, action: Action, warmup: int, repeats: int) -> Timing:

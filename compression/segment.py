@@ -223,10 +223,6 @@ class Tail:
         self._k, self._v = self._room(self._k, like, end), self._room(self._v, like, end)
         return self._k is not held
 
-    def advance(self, num_rows: int) -> None:
-        """Count rows that were written behind the last one."""
-        self.num_rows += num_rows
-
     def drop_first(self, count: int) -> None:
         """Forget the oldest rows; the capacity stays."""
         k, v = self.rows()

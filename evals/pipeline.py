@@ -142,7 +142,7 @@ class LocalPipeline:
     Args:
         profile: calibrated settings of the model, as recipes are resolved with.
         chunk_tokens, max_pack_tokens: of the prefill engine.
-        capacity_bytes, max_num_seqs, max_waiting, host: of the decode engine.
+        capacity_bytes, max_num_seqs, max_waiting, host, lookahead: of the decode engine.
     """
 
     def __init__(
@@ -156,11 +156,12 @@ class LocalPipeline:
         max_num_seqs: int = 64,
         max_waiting: int = 1024,
         host: HostPages | None = None,
+        lookahead: bool | None = None,
     ) -> None:
         self.model = model
         self.profile = dict(profile or {})
         self.prefill = PrefillEngine(model, chunk_tokens, max_pack_tokens)
-        self.decode = DecodeEngine(model, capacity_bytes, max_num_seqs, max_waiting, host)
+        self.decode = DecodeEngine(model, capacity_bytes, max_num_seqs, max_waiting, host, lookahead)
         self._calls = 0
         self._copies = make_host_copies(model.device)
 

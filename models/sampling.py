@@ -10,7 +10,6 @@ A random number is a hash of (seed, choice, position), so that every worker and 
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InternalError, InvalidRequest
+from .drawing import DrawnToken, draw_rows
+from .transfers import sent
 
 MAX_LOGPROBS = 20
-_NOT_FINITE = "the model's logits are not finite"
+NOT_FINITE = "the model's logits are not finite"
 # as in vLLM; dividing by less would overflow
 GREEDY_BELOW = 1e-5
 # far beyond any context, and exact in every format that carries them
@@ -118,7 +119,7 @@ class Sampled:
 
     token_id: int
     logprob: float | None = None
-    top: list[tuple[int, float]] = field(default_factory=list)
+    top: Sequence[tuple[int, float]] = ()
     finish_reason: str = ""
     stop_token: int | None = None
 
@@ -138,7 +139,7 @@ class PromptIds:
     def seen(self, vocab_size: int, device: torch.device) -> Tensor:
         """Which ids occur: bool [V], shared by the callers, who do not write to it."""
         if self._seen is None or self._seen.device != device or len(self._seen) != vocab_size:
-            ids = torch.tensor(self._ids, dtype=torch.int64, device=device)
+            ids = sent(torch.tensor(self._ids, dtype=torch.int64), device)
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, ids, True)
         return self._seen
 
@@ -173,6 +174,7 @@ class SamplerState:
                 )
         self.params = params
         self.choice = choice
+        self.is_greedy = params.temperature < GREEDY_BELOW
         prompt = prompt_ids if isinstance(prompt_ids, PromptIds) else PromptIds(prompt_ids)
         self._start = prompt.num_tokens
         self._vocab_size = vocab_size
@@ -180,7 +182,7 @@ class SamplerState:
         self._seen: Tensor | None = None  # bool [V]: the ids of prompt and output
         self._counts: Tensor | None = None  # float32 [V]: how often the output has each id
         self._is_counted = bool(self._prompt or params.presence_penalty or params.frequency_penalty)
-        self._uncounted: list[int] = []  # emitted since the last sampling, not in the tensors yet
+        self._uncounted: list[int | Tensor] = []  # emitted since the last sampling, not in the tensors yet
         self._num_sampled = 0
         self._stops = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
@@ -211,26 +213,23 @@ class SamplerState:
         return found
 
     @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < GREEDY_BELOW
-
-    @property
     def changes_logits(self) -> bool:
         """Whether the next token is chosen from other logits than the model's."""
-        masked = self._num_sampled < self.params.min_tokens and bool(self._masked)
-        return masked or bool(self.params.logit_bias) or self._is_counted
+        if self._num_sampled < self.params.min_tokens and self._masked:
+            return True
+        return self._is_counted or bool(self.params.logit_bias)
 
     @property
     def random_number(self) -> float:
         """That of the next token, in [0, 1)."""
         return uniform(self.params.seed, self.choice, self._start + self._num_sampled)
 
-    def take(self, token_id: int, logprob: float | None, top: list[tuple[int, float]]) -> Sampled:
-        """Move on with a token that was chosen."""
-        self.force(token_id)
+    def sampled(self, drawn: DrawnToken, num_tokens: int) -> Sampled:
+        """A token that was drawn, the choice's `num_tokens`-th, and whether it ends the choice."""
+        token_id, _, _, logprob, top = drawn
         if token_id in self._stops:
             return Sampled(token_id, logprob, top, "stop", token_id)
-        return Sampled(token_id, logprob, top, "length" if self._num_sampled >= self.params.max_tokens else "")
+        return Sampled(token_id, logprob, top, "length" if num_tokens >= self.params.max_tokens else "")
 
     def force(self, token_id: int) -> None:
         """Move on as if `token_id` had been sampled: replay."""
@@ -238,15 +237,21 @@ class SamplerState:
             self._uncounted.append(token_id)
         self._num_sampled += 1
 
+    def force_drawn(self, ids: Tensor, row: int) -> None:
+        """Move on with a token that only the device knows yet: a row of `ids` int64 [rows]."""
+        if self._is_counted:
+            self._uncounted.append(ids[row : row + 1])
+        self._num_sampled += 1
+
     def changed(self, logits: Tensor) -> Tensor:
         """The logits [V] that the next token is chosen from: masked, biased, penalised."""
         params, device = self.params, logits.device
         scores = logits.float().clone()
         if self._num_sampled < params.min_tokens and self._masked:
-            scores[torch.tensor(self._masked, device=device)] = float("-inf")
+            scores.index_fill_(0, sent(torch.tensor(self._masked), device), float("-inf"))
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=device)
-            scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+            biases = sent(torch.tensor(list(params.logit_bias.values()), dtype=torch.float32), device)
+            scores.index_add_(0, sent(torch.tensor(list(params.logit_bias)), device), biases)
         if self._is_counted:
             self._count(device)
         if self._seen is not None:
@@ -267,7 +272,11 @@ class SamplerState:
             self._counts = torch.zeros(vocab_size, device=device)
         if not self._uncounted:
             return
-        ids = torch.tensor(self._uncounted, device=device)
+        parts = [token_id for token_id in self._uncounted if isinstance(token_id, Tensor)]
+        known = [token_id for token_id in self._uncounted if not isinstance(token_id, Tensor)]
+        if known:
+            parts.append(sent(torch.tensor(known), device))
+        ids = torch.cat(parts)
         self._uncounted.clear()
         if self._seen is not None:
             self._seen.index_fill_(0, ids, True)
@@ -284,101 +293,14 @@ def sample_rows(states: Sequence[SamplerState], logits: Tensor) -> list[Sampled 
     Returns:
         for every row its token, or what `SamplerState.sample` raises, which leaves the choice where it was.
     """
-    scores = logits.float()
-    if any(state.changes_logits for state in states):
-        pairs = zip(states, scores, strict=True)
-        scores = torch.stack([state.changed(row) if state.changes_logits else row for state, row in pairs])
-    ids: list[int | None] = [None] * len(states)
-    for pick, chosen in ((_largest, True), (_drawn, False)):
-        at = [i for i, state in enumerate(states) if state.is_greedy is chosen]
-        if at:
-            rows = scores if len(at) == len(states) else scores[torch.tensor(at, device=scores.device)]
-            for i, token_id in zip(at, pick([states[i] for i in at], rows), strict=True):
-                ids[i] = token_id
-    reports = _logprobs(states, logits, ids)
-    return [
-        InternalError(_NOT_FINITE) if token_id is None else state.take(token_id, *report)
-        for state, token_id, report in zip(states, ids, reports, strict=True)
-    ]
-
-
-def _largest(states: Sequence[SamplerState], scores: Tensor) -> list[int | None]:
-    """Index of each row's largest score; None where that is not finite."""
-    values, indices = scores.max(-1)
-    return [
-        int(i) if math.isfinite(v) else None for v, i in torch.stack((values.double(), indices.double())).T.tolist()
-    ]
-
-
-def _drawn(states: Sequence[SamplerState], scores: Tensor) -> list[int | None]:
-    """Inverse of each row's cumulative distribution, in order of token ids, at the row's random number; None where the
-    distribution is not finite."""
-    if len(states) == 1 and scores.device.type != "cpu":
-        # a single row may be summed in another order than one of many
-        return _drawn([states[0], states[0]], scores.expand(2, -1))[:1]
-
-    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        numbers = [getattr(state.params, name) for state in states]
-        return torch.tensor(numbers, dtype=dtype, device=scores.device)[:, None]
-
-    def wanted(name: str, off: float) -> bool:
-        return any(getattr(state.params, name) != off for state in states)
-
-    scores = scores / column("temperature")
-    if wanted("min_p", 0):
-        probabilities = scores.softmax(-1)
-        least = column("min_p") * probabilities.amax(-1, keepdim=True)
-        scores = scores.masked_fill(probabilities < least, float("-inf"))
-    if wanted("top_k", 0):
-        scores = _keep_best(scores, [state.params.top_k for state in states])
-    if wanted("top_p", 1):
-        scores = _keep_nucleus(scores, column("top_p"))
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    # rounding may leave the sum beside 1, so the random number is scaled by it, and stays below it
-    totals = cumulative[:, -1:]
-    numbers = torch.tensor([state.random_number for state in states], dtype=torch.float64, device=scores.device)
-    thresholds = torch.minimum(totals * numbers[:, None], torch.nextafter(totals, torch.zeros_like(totals)))
-    found = torch.searchsorted(cumulative, thresholds, right=True)
-    pairs = torch.cat((totals, found.double()), dim=1).tolist()
-    return [int(index) if math.isfinite(total) else None for total, index in pairs]
-
-
-def _logprobs(
-    states: Sequence[SamplerState], logits: Tensor, ids: Sequence[int | None]
-) -> list[tuple[float | None, list[tuple[int, float]]]]:
-    """Of every row the chosen token's log-probability and the likeliest ones', where they are asked for."""
-    out: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []) for _ in states]
-    at = [i for i, state in enumerate(states) if state.params.logprobs is not None and ids[i] is not None]
-    if not at:
-        return out
-    logprobs = logits[torch.tensor(at, device=logits.device)].float().log_softmax(-1)
-    most = max(states[i].params.logprobs or 0 for i in at)
-    values, indices = logprobs.topk(min(most, logprobs.shape[1]))
-    own = logprobs.gather(1, torch.tensor([[ids[i]] for i in at], device=logits.device))[:, 0].tolist()
-    for i, chosen, row_ids, row in zip(at, own, indices.tolist(), values.tolist(), strict=True):
-        out[i] = chosen, list(zip(row_ids, row, strict=True))[: states[i].params.logprobs]
-    return out
-
-
-def _keep_best(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """Keep the `counts` largest of every row, and what equals the least of them; all where a count is 0."""
-    vocab_size = scores.shape[1]
-    limits = [count if 0 < count < vocab_size else 0 for count in counts]
-    if not any(limits):
-        return scores
-    best = scores.topk(max(limits)).values
-    at = torch.tensor([max(limit, 1) - 1 for limit in limits], device=scores.device)[:, None]
-    limited = torch.tensor([limit > 0 for limit in limits], device=scores.device)[:, None]
-    return scores.masked_fill((scores < best.gather(1, at)) & limited, float("-inf"))
-
-
-def _keep_nucleus(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Keep of every row the smallest set of likeliest tokens whose probability reaches top_p [rows, 1] (Holtzman et
-    al., arXiv 1904.09751)."""
-    ascending, order = scores.sort(dim=-1, stable=True)
-    drop = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
-    drop[:, -1] = False
-    return scores.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), float("-inf"))
+    found: list[Sampled | InternalError] = []
+    for state, drawn in zip(states, draw_rows(states, logits).read(), strict=True):
+        if drawn.is_valid:
+            state.force(drawn.token_id)
+            found.append(state.sampled(drawn, state.num_sampled))
+        else:
+            found.append(InternalError(NOT_FINITE))
+    return found
 
 
 def uniform(seed: int, choice: int, position: int) -> float:

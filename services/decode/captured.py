@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.step_attention import Block, Tables, step_tables
+from ...models.transfers import sent
 from ..telemetry import where
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64)
@@ -131,8 +132,8 @@ class CapturedSteps:
         padded[:, :num_rows] = inputs
         step = self._step(tables, padded, own)
         if step is None:
-            return self._compute(padded.to(self._device), tables.to(self._device))[:num_rows]
-        step.inputs.copy_(padded, non_blocking=True)
+            return self._compute(sent(padded, self._device), tables.to(self._device))[:num_rows]
+        step.inputs.copy_(sent(padded, self._device))
         self._fill(step, tables, own)
         step.replay()
         return step.logits[:num_rows]

@@ -3,6 +3,11 @@
     open ──> Opened ──> add_layer (each layer) ──> commit ──> step, step, … ──> Finished
                                                         any time: cancel, or a fault ──> Finished or Failed
 
+A step has two halves: it is launched (`launch`), and it is settled, when its tokens are read and told. With lookahead
+the device never waits for the host in between: the next step is launched for the choices that go on before the tokens
+of the one under way are read. A choice that those turn out to have ended was then computed in vain, and it leaves no
+trace.
+
 Everything that happens to a request is told by the events that `step` returns. Every request that `open` accepted ends
 in exactly one FinishedEvent or FailedEvent, and by then its memory is free. Where a caller gives the epoch that it
 means, another attempt under the same request id is left alone.
@@ -11,19 +16,19 @@ means, another attempt under the same request id is left alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ...compression import bound_nbytes, host_pages, make_cache
 from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
+from ...models.drawing import DrawnToken
 from ...models.model import Model
-from ...models.sampling import PromptIds, Sampled, SamplerState, sample_rows
+from ...models.sampling import PromptIds, SamplerState
 from ..model_shape import model_shape
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, TokensEvent
 from .host_pages import HostPages
+from .launch import LaunchedStep, Turn, launch
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
@@ -49,6 +54,8 @@ class DecodeEngine:
         max_num_seqs: choices that run in one step.
         max_waiting: requests that may wait for memory.
         host: host memory that values of prompts lie in where they can; None = all lie on the device.
+        lookahead: whether a step is launched before the one under way is settled; what it says then comes a call of
+            `step` later. Tokens are the same. None = on a CUDA device; elsewhere nothing is gained.
 
     Attributes:
         runner: runs the steps.
@@ -61,15 +68,19 @@ class DecodeEngine:
         max_num_seqs: int = 64,
         max_waiting: int = 64,
         host: HostPages | None = None,
+        lookahead: bool | None = None,
     ) -> None:
         self.model = model
+        self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
         self.shape = model_shape(model.config)
         self.host = host
         on_host = None if host is None else PagePool(host.capacity_bytes)
         self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting, on_host)
-        self.runner = StepRunner(model, self.shape)
+        self.runner = StepRunner(model, self.shape, max_num_seqs)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
+        self._under_way: LaunchedStep | None = None
+        self._broken: Exception | None = None
 
     @property
     def num_running(self) -> int:
@@ -101,7 +112,7 @@ class DecodeEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything or has something to tell."""
-        return bool(self._events) or self.scheduler.has_eligible()
+        return bool(self._events or self._under_way or self._broken) or self.scheduler.has_eligible()
 
     def open(self, request: DecodeRequest) -> None:
         """Reserve what a request may need, now or as soon as it is free; an OpenedEvent tells when.
@@ -211,24 +222,29 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Let in what fits, run one step of the choices whose turn it is. Returns what happened since the last call."""
+        """Let in what fits, run one step of the choices whose turn it is. Returns what happened since the last call.
+
+        Raises:
+            Exception: the device failed, which the call before has told; nothing can be run any more.
+        """
+        if self._broken is not None:
+            raise self._broken
         self._admit()
         self.runner.join()
-        turns = self._prepare(self.scheduler.next_batch())
-        if turns:
-            try:
-                logits = self._forward(turns)
-            except Exception as exc:
-                for request_id in dict.fromkeys(turn.choice.request_id for turn in turns):
-                    self._fail(request_id, exc)
-            else:
-                self._advance(turns, logits)
+        turns = [Turn(choice, self._runs[choice.request_id]) for choice in self.scheduler.next_batch()]
+        launched = launch(self.runner, turns) if turns else None
+        before, self._under_way = self._under_way, launched
+        if before is not None:
+            self._settle(before)
+        if launched is not None and (launched.has_faults or not self.lookahead):
+            self._under_way = None
+            self._settle(launched)
         self._admit()  # what ended may have made room, and the caller may wait until there is work
         events, self._events = self._events, []
         return events
 
     def check_integrity(self) -> None:
-        """Assert that states, ledger and the memory really held agree."""
+        """Assert that states, ledger and the memory really held agree, whatever is under way."""
         self.scheduler.check_integrity()
         sizes = self.scheduler.pool.regions()
         for request_id, run in self._runs.items():
@@ -284,68 +300,40 @@ class DecodeEngine:
             choices[index] = ChoiceRun(own, sampler, request.num_prompt_tokens, emitted[index].token_ids)
         run.resident_bytes = cache.nbytes()
         run.cache, run.choices = None, choices
-        self.scheduler.start(request.request_id, {i: len(emitted[i].token_ids) - 1 for i in choices})
+        replays = {i: len(emitted[i].token_ids) - 1 for i in choices}
+        self.scheduler.start(request.request_id, replays, request.sampling.max_tokens - 1)
         if not choices:
             self._finish(run)
 
-    def _prepare(self, choices: Sequence[Choice]) -> list[_Turn]:
-        turns = []
-        for choice in choices:
-            run = self._runs.get(choice.request_id)
-            if run is None:  # another choice of it failed just now
-                continue
-            state = run.choices[choice.index]
-            try:
-                turns.append(_Turn(choice, state, *state.next_row()))
-            except Exception as exc:
-                self._fail(choice.request_id, exc)
-        return [turn for turn in turns if turn.choice.request_id in self._runs]
-
-    def _forward(self, turns: Sequence[_Turn]) -> Tensor:
-        """Run one row of each turn. Returns logits float32 [turns, V]."""
-        rows = [turn.state.step_row(turn.token_id, turn.position) for turn in turns]
-        logits = self.runner.logits(rows)
-        self.runner.prepare(rows)
-        return logits
-
-    def _advance(self, turns: Sequence[_Turn], logits: Tensor) -> None:
-        sampling = []
-        for i, (turn, is_finite) in enumerate(zip(turns, torch.isfinite(logits).all(dim=1).tolist(), strict=True)):
-            samples = turn.state.samples_next
-            turn.state.stepped()
-            error = turn.state.guarded.error
-            if error is None and samples and not is_finite:
-                error = InternalError("decoding gave logits that are not finite")
-            if error is not None:
-                self._fail(turn.choice.request_id, error)
-            elif samples:
-                sampling.append(i)
-        # another choice of a request may have failed just now
-        sampling = [i for i in sampling if turns[i].choice.request_id in self._runs]
-        if sampling:
-            self._sample([turns[i] for i in sampling], logits if len(sampling) == len(turns) else logits[sampling])
-
-    def _sample(self, turns: Sequence[_Turn], logits: Tensor) -> None:
-        """Draw the next token of each turn, from logits float32 [turns, V]."""
+    def _settle(self, step: LaunchedStep) -> None:
+        """Tell what came of a step, and end what has ended."""
         try:
-            drawn = sample_rows([turn.state.sampler for turn in turns], logits)
+            tokens = step.read()
         except Exception as exc:
-            for request_id in dict.fromkeys(turn.choice.request_id for turn in turns):
-                self._fail(request_id, exc)
-            return
-        for turn, sampled in zip(turns, drawn, strict=True):
-            run = self._runs.get(turn.choice.request_id)
-            if run is None:
-                continue
-            if isinstance(sampled, KvsluiceError):
-                self._fail(turn.choice.request_id, sampled)
-            else:
-                self._emit(run, turn, sampled)
+            self._broken, tokens = exc, [None] * len(step.turns)
+            for turn in step.turns:
+                turn.error = exc
+        for turn, token in zip(step.turns, tokens, strict=True):
+            error, turn.error = turn.error, None  # its traceback holds on to caches
+            if error is None and token is not None and not (token.is_finite and token.is_valid):
+                error = InternalError("decoding gave logits that are not finite")
+            if error is not None and turn.choice.index in turn.run.choices:
+                self._fail(turn.choice.request_id, error)
+        for turn, token in zip(step.turns, tokens, strict=True):
+            state = turn.run.choices.get(turn.choice.index)
+            if state is not None:
+                state.settled(turn.bytes_read)
+                if token is not None:
+                    self._emit(turn.run, turn.choice.index, state, token)
+            elif turn.samples and self._runs.get(turn.choice.request_id) is turn.run:
+                # it had ended before, and the request's other choices may have what its row has cost
+                self.scheduler.grant(turn.choice.request_id, 1)
 
-    def _emit(self, run: RequestRun, turn: _Turn, sampled: Sampled) -> None:
-        request, index, state = run.request, turn.choice.index, turn.state
-        self._events.append(TokensEvent(request.request_id, request.epoch, index, state.num_emitted, (sampled,)))
-        state.emit(sampled.token_id)
+    def _emit(self, run: RequestRun, index: int, state: ChoiceRun, token: DrawnToken) -> None:
+        request, first_index = run.request, state.num_emitted
+        state.emit(token.token_id)
+        sampled = state.sampler.sampled(token, state.num_emitted)
+        self._events.append(TokensEvent(request.request_id, request.epoch, index, first_index, (sampled,)))
         if sampled.finish_reason:
             self._end_choice(run, index)
 
@@ -373,13 +361,3 @@ class DecodeEngine:
         run.choices.clear()
         self._events.append(FailedEvent(request_id, run.request.epoch, error))
         return error
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """One choice's part in a step."""
-
-    choice: Choice
-    state: ChoiceRun
-    token_id: int
-    position: int

@@ -8,8 +8,8 @@ States of a request, and the only transitions:
        └───────────────────┴──── end_request (cancelled, failed) ─────────────────────────┘
 
 A choice of a RUNNING request runs until `end_choice`. It is *eligible* when its request has credits left, or while it
-replays tokens that were sent before (a replayed token is not sent, so it costs no credit). One that is not eligible is
-paused: it keeps its memory and takes no slot.
+replays tokens that were sent before (a replayed token is not sent, so it costs no credit), and has not had its last
+turn. One that is not eligible is paused: it keeps its memory and takes no slot.
 
 Admission is first come, first served by bytes, of the device's memory and of the host's: the head of the queue waits
 until all that its caches may ever take is free, and nothing behind it is let in before it, so a large request is not
@@ -21,6 +21,7 @@ eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Phase(Enum):
     RUNNING = "running"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One of the n continuations of a request."""
 
@@ -82,6 +83,7 @@ class _Request:
     credits: int | None
     phase: Phase = Phase.WAITING
     replays: dict[int, int] = field(default_factory=dict)  # live choice -> steps left that only replay
+    turns: dict[int, float] = field(default_factory=dict)  # live choice -> turns left
 
 
 class Scheduler:
@@ -176,17 +178,19 @@ class Scheduler:
             admitted.append(request_id)
         return admitted
 
-    def start(self, request_id: str, replays: Mapping[int, int]) -> None:
+    def start(self, request_id: str, replays: Mapping[int, int], most_turns: float = math.inf) -> None:
         """Let choices run once the prompt is complete; the tails of those not named are freed.
 
         Args:
             replays: choice -> how many of its first steps only replay tokens. Empty = every choice had ended; the
                 request is gone then.
+            most_turns: that each choice may have, replays included. It waits for its end after the last one.
         """
         request = self._requests[request_id]
         assert request.phase is Phase.RECEIVING, "a request starts once, after its admission"
         request.phase = Phase.RUNNING
         request.replays = dict(replays)
+        request.turns = dict.fromkeys(replays, most_turns)
         for index in range(request.demand.num_choices):
             if index in replays:
                 self._retain_prompt(request_id)
@@ -213,11 +217,7 @@ class Scheduler:
         passed: deque[Choice] = deque()
         while self._ring and len(batch) < self.max_num_seqs:
             choice = self._ring.popleft()
-            if self._eligible(choice):
-                self._spend(choice)
-                batch.append(choice)
-            else:
-                passed.append(choice)
+            (batch if self._spend(choice) else passed).append(choice)
         self._ring.extendleft(reversed(passed))
         self._ring.extend(batch)
         return batch
@@ -225,7 +225,7 @@ class Scheduler:
     def end_choice(self, choice: Choice) -> bool:
         """A started choice has ended: free what it alone held. True when it was the request's last one."""
         request = self._requests[choice.request_id]
-        del request.replays[choice.index]
+        del request.replays[choice.index], request.turns[choice.index]
         self._ring.remove(choice)
         self.pool.release(Region(choice.request_id, choice.index))
         self._release_prompt(choice.request_id)
@@ -296,14 +296,21 @@ class Scheduler:
 
     def _eligible(self, choice: Choice) -> bool:
         request = self._requests[choice.request_id]
-        return request.replays[choice.index] > 0 or request.credits is None or request.credits > 0
+        if request.turns[choice.index] <= 0:
+            return False
+        return request.credits is None or request.credits > 0 or request.replays[choice.index] > 0
 
-    def _spend(self, choice: Choice) -> None:
+    def _spend(self, choice: Choice) -> bool:
+        """Take what a turn costs. False where the choice may have none."""
+        if not self._eligible(choice):
+            return False
         request = self._requests[choice.request_id]
+        request.turns[choice.index] -= 1
         if request.replays[choice.index] > 0:
             request.replays[choice.index] -= 1
         elif request.credits is not None:
             request.credits -= 1
+        return True
 
 
 def _shortage(wanted: int, pool: PagePool) -> str:

@@ -8,6 +8,7 @@ numbers are a function of (seed, choice, position).
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -21,7 +22,7 @@ from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceErro
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import where
 from .scheduler import Demand
-from .step import StepRow
+from .step import StepRow, sampled_by
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class ChoiceRun:
     Args:
         cache: the choice's own, over the prompt that it shares with the others.
         emitted: at least one token; the last one has not been sampled from yet.
+
+    Attributes:
+        num_emitted: tokens that were told.
+        num_steps, bytes_read: steps that are settled, and what attention read in them; the cache may be a step ahead.
     """
 
     def __init__(
@@ -102,8 +107,13 @@ class ChoiceRun:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_emitted = len(emitted)
         self.num_steps = 0
+        self.bytes_read = 0
         self.guarded = GuardedCache(cache)
-        self._ahead = list(emitted)  # emitted, not yet run; the last one is sampled from
+        self._last_position = num_prompt_tokens + sampler.params.max_tokens - 2  # the last token is not run
+        self._position = num_prompt_tokens
+        self._ahead = deque(emitted)  # emitted, not yet run; the last one is sampled from
+        self._row = 0  # of the last step that was launched
+        self._has_run = False  # the token that is emitted next
         self._rows_left = cache.rows_until_seal(num_prompt_tokens)
         for token_id in emitted:
             sampler.force(token_id)
@@ -111,31 +121,38 @@ class ChoiceRun:
     @property
     def samples_next(self) -> bool:
         """Whether the next step gives a new token, rather than replay one."""
-        return len(self._ahead) == 1
+        return len(self._ahead) <= 1
 
-    def next_row(self) -> tuple[int, int]:
-        """Token id and position of the next step's row, after sealing what is due before it."""
-        position = self.num_prompt_tokens + self.num_steps
+    def next_row(self) -> StepRow:
+        """The next step's row, after sealing what is due before it."""
         if self._rows_left == 0:
-            self.cache.seal(position)
-            self._rows_left = self.cache.rows_until_seal(position)
-        return self._ahead[0], position
+            self.cache.seal(self._position)
+            self._rows_left = self.cache.rows_until_seal(self._position)
+        token_id = self._ahead[0] if self._ahead else sampled_by(self._row)
+        return StepRow(token_id, self._position, self.num_prompt_tokens, self._last_position, self.cache, self.guarded)
 
-    def step_row(self, token_id: int, position: int) -> StepRow:
-        """The step's row, as `next_row` gave it."""
-        last = self.num_prompt_tokens + self.sampler.params.max_tokens - 2  # the last token is not run
-        return StepRow(token_id, position, self.num_prompt_tokens, last, self.cache, self.guarded)
-
-    def stepped(self) -> None:
-        """Count the step whose row `next_row` gave."""
-        del self._ahead[0]
+    def launched(self, row: int) -> None:
+        """The step is under way whose row `next_row` gave, as its `row`-th."""
+        if self._ahead:
+            self._ahead.popleft()
+        else:
+            self._has_run = True
+        self._row = row
         self._rows_left -= 1
+        self._position += 1
+
+    def settled(self, bytes_read: int) -> None:
+        """Count a step that was launched; attention had read `bytes_read` by its end."""
         self.num_steps += 1
+        self.bytes_read = bytes_read
 
     def emit(self, token_id: int) -> None:
-        """A new token was sampled; it runs in the next step."""
-        self._ahead.append(token_id)
+        """A new token is told. It runs in the next step, unless that is under way already."""
         self.num_emitted += 1
+        if self._has_run:
+            self._has_run = False
+        else:
+            self._ahead.append(token_id)
 
 
 @dataclass
@@ -176,7 +193,7 @@ class RequestRun:
         """Let go of a choice's cache and keep its counts."""
         self.resident_bytes = max(self.resident_bytes, self.held_bytes())
         run = self.choices.pop(index)
-        self.bytes_read += run.cache.counter.bytes_read
+        self.bytes_read += run.bytes_read
         self.num_steps += run.num_steps
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,17 +23,18 @@ from ...kernels.dispatch import TRITON, runs
 from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
+from ...models.transfers import sent
 from ..telemetry import where
 from .captured import CapturedSteps, CudaGraphs
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepRow:
+class StepRow(NamedTuple):
     """One sequence's part in a step.
 
     Attributes:
+        token_id: or what `sampled_by` gives.
         last_position: of the last row that the sequence may ever have.
         cache: sealed as far as is due.
         guarded: the same for attention one by one; keeps faults to itself.
@@ -47,20 +48,31 @@ class StepRow:
     guarded: AttendCache
 
 
+def sampled_by(row: int) -> int:
+    """What stands for the token that a row of the step before sampled, where only the device knows it yet."""
+    return -1 - row
+
+
 class StepComputation:
     """What one step of many sequences computes; nothing in it waits for the device.
 
+    Args:
+        most_rows: of a step.
+
     Attributes:
+        sampled: int64 [most_rows] on the device, tokens that the rows of the step before sampled; whoever samples
+            writes them, rows that do not sample have any number.
         hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
             that had to be fetched; whoever reads them sets them to zero.
         selection: what sequences attend to instead of what scores best, for measurements.
     """
 
-    def __init__(self, model: Model, shape: ModelShape) -> None:
+    def __init__(self, model: Model, shape: ModelShape, most_rows: int) -> None:
         self._model = model
         self._num_kv_heads = shape.num_kv_heads
         no_frequencies = torch.empty(0, device=model.device)  # without fixed ones no keys are rotated by kernels
         self._frequencies, self._factor = model.fixed_frequencies or (no_frequencies, 1.0)
+        self.sampled = torch.zeros(most_rows, dtype=torch.int64, device=model.device)
         self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
         self.selection: Selection | None = None
 
@@ -70,7 +82,11 @@ class StepComputation:
         attention = StepAttention(
             tables, self._num_kv_heads, self._frequencies, self._factor, self.hot_counts, self.selection
         )
-        return self._model.logits(forward_step(self._model, ids, positions, lengths, attention))
+        return self._model.logits(forward_step(self._model, self.known(ids), positions, lengths, attention))
+
+    def known(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [rows], those of the step before filled in."""
+        return torch.where(ids < 0, self.sampled[(-1 - ids).clamp_min(0)], ids)
 
 
 class StepRunner:
@@ -79,17 +95,18 @@ class StepRunner:
     Args:
         model: the model; rows of keys have its dtype.
         shape: its shape.
+        most_rows: of a step.
 
     Attributes:
         computation: of the batched steps.
     """
 
-    def __init__(self, model: Model, shape: ModelShape) -> None:
+    def __init__(self, model: Model, shape: ModelShape, most_rows: int) -> None:
         self.model = model
         self._shape = shape
         self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
         graphs = CudaGraphs(model.device) if model.device.type == "cuda" else None
-        self.computation = StepComputation(model, shape)
+        self.computation = StepComputation(model, shape, most_rows)
         self._steps = CapturedSteps(self.computation, model.device, graphs)
         # a block is ready to be packed some dozens of steps before it is due; evenly spread, no step is held up
         self._most_layers = -(-shape.num_layers // 32)
@@ -114,7 +131,7 @@ class StepRunner:
             return self._one_by_one(rows)
         joined = self._together([rows[i] for i in together], served)
         single = self._one_by_one([rows[i] for i in apart])
-        order = torch.tensor(together + apart, device=joined.device).argsort()
+        order = sent(torch.tensor(together + apart), joined.device).argsort()
         return torch.cat((joined, single))[order]
 
     def prepare(self, rows: Sequence[StepRow]) -> None:
@@ -166,7 +183,8 @@ class StepRunner:
         return block
 
     def _one_by_one(self, rows: Sequence[StepRow]) -> Tensor:
-        ids, positions, _ = self._inputs(rows).to(self.model.device)
+        ids, positions, _ = sent(self._inputs(rows), self.model.device)
+        ids = self.computation.known(ids)
         batch = [
             Rows(ids[i : i + 1], positions[i : i + 1], row.guarded, row.num_prompt_tokens) for i, row in enumerate(rows)
         ]
@@ -180,5 +198,4 @@ class StepRunner:
 
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:
         """Ids, positions and lengths of prompts, int64 [3, rows], on the host."""
-        numbers = [(row.token_id, row.position, row.num_prompt_tokens) for row in rows]
-        return torch.tensor(numbers, dtype=torch.int64).T.contiguous()
+        return torch.tensor([[row[field] for row in rows] for field in range(3)], dtype=torch.int64)

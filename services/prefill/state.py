@@ -29,6 +29,7 @@ from ...errors import InternalError, KvsluiceError
 from ...kernels.rope import apply_rope
 from ...models.model import Model
 from ...models.sampling import Sampled, SamplerState
+from ...models.transfers import sent
 from .encoding import Encoder, Encoding
 
 
@@ -199,8 +200,7 @@ class Prompt:
 
 def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [n], without waiting for what the device still has to do."""
-    host = torch.tensor(ids, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return sent(torch.tensor(ids, dtype=torch.int64), device)
 
 
 def sample_first(model: Model, last_row: Tensor, samplers: Sequence[SamplerState]) -> list[Sampled]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,6 +13,7 @@ from kvsluice.evals.pipeline import LocalPipeline
 from kvsluice.models.loader import load_model
 from kvsluice.models.sampling import SamplingParams
 from kvsluice.services.decode import captured as captured_module
+from kvsluice.services.decode import engine as engine_module
 from kvsluice.services.decode import step as step_module
 from kvsluice.services.decode.host_pages import HostPages
 
@@ -59,8 +62,8 @@ def random_prompt(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(2, VOCAB, (length,), generator=generator).tolist())
 
 
-def answers(model, requests, host=None) -> list[list[list[int]]]:
-    pipeline = LocalPipeline(model, PROFILE, host=host)
+def answers(model, requests, host=None, lookahead=None) -> list[list[list[int]]]:
+    pipeline = LocalPipeline(model, PROFILE, host=host, lookahead=lookahead)
     done = [one.token_ids for one in pipeline.generate_many(requests)]
     pipeline.check_integrity()
     answers.hot_counts = pipeline.decode.runner.computation.hot_counts.tolist()
@@ -135,3 +138,42 @@ def test_choices_and_requests_come_and_go(model, monkeypatch):
         plain.setattr(step_module, "runs", lambda name, device: False)
         expected = answers(model, requests)
     assert answers(model, requests) == expected
+
+
+def test_lookahead_changes_no_token(model):
+    """Requests that end at other times, by stop tokens and by length, with whatever sampling."""
+    kinds = (
+        {"temperature": 0.0},
+        {"temperature": 1.2, "top_k": 30, "top_p": 0.95, "n": 2},
+        {"temperature": 1.0, "min_p": 0.02, "logprobs": 2},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.2, "n": 2},
+        {"temperature": 1.5, "stop_token_ids": tuple(range(2, 8)), "min_tokens": 4, "n": 3},
+    )
+    requests = [
+        (
+            random_prompt(300 + 41 * i, 20 + i),
+            RECIPES[("exact", "fp8", "streaming")[i % 3]],
+            SamplingParams(**{"max_tokens": 20 + 6 * i, "seed": i, "ignore_eos": True} | params),
+        )
+        for i, params in enumerate(kinds)
+    ]
+    assert answers(model, requests, lookahead=True) == answers(model, requests, lookahead=False)
+
+
+def test_steps_are_launched_without_waiting(model, monkeypatch, without_waiting):
+    """Drawn and greedy ones, once their shapes are captured."""
+    params = (GREEDY, SamplingParams(max_tokens=60, temperature=1.0, top_k=20, top_p=0.9, seed=2, ignore_eos=True))
+    launched, launch = [], engine_module.launch
+
+    def watched(runner, turns):
+        launched.append(len(turns))
+        steady = launched[-6:] == [len(turns)] * 6
+        with without_waiting() if steady else nullcontext():
+            step = launch(runner, turns)
+        if steady:
+            assert not step.has_faults, [turn.error for turn in step.turns]
+        return step
+
+    monkeypatch.setattr(engine_module, "launch", watched)
+    answers(model, [(random_prompt(300, i), RECIPES["exact"], one) for i, one in enumerate(params)])
+    assert len(launched) > 60

@@ -237,13 +237,19 @@ class DecodeBench:
         return ends[0]
 
 
+@pytest.fixture(params=[False, True], ids=["waiting", "lookahead"])
+def lookahead(request) -> bool:
+    """Whether decode engines launch a step before the one under way is settled; every test runs both ways."""
+    return request.param
+
+
 @pytest.fixture
-def bench(model) -> Iterator[Callable[..., DecodeBench]]:
+def bench(model, lookahead) -> Iterator[Callable[..., DecodeBench]]:
     """bench(...) -> a decode engine; when the test ends its memory must be at the baseline."""
     made: list[DecodeBench] = []
 
     def make(model: Model = model, capacity_bytes: int = 64 << 20, **more) -> DecodeBench:
-        made.append(DecodeBench(DecodeEngine(model, capacity_bytes, **more)))
+        made.append(DecodeBench(DecodeEngine(model, capacity_bytes, **{"lookahead": lookahead} | more)))
         return made[-1]
 
     yield make

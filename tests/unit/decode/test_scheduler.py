@@ -197,6 +197,21 @@ def test_replayed_tokens_cost_no_credit(build) -> None:
     assert [len(scheduler.next_batch()) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
 
 
+def test_a_choice_that_has_had_its_last_turn_waits_for_its_end() -> None:
+    scheduler = Scheduler(PagePool(1000), 4, 8)
+    open_and_start(scheduler, "other")
+    scheduler.enqueue("a", Demand(10, 5, 2), 9)
+    scheduler.admit()
+    scheduler.start("a", {0: 2, 1: 0}, most_turns=3)
+    assert [[c.index for c in scheduler.next_batch() if c.request_id == "a"] for _ in range(4)] == [[0, 1]] * 3 + [[]]
+    assert scheduler.num_running == 3
+    scheduler.grant("a", 5)
+    assert [c.request_id for c in scheduler.next_batch()] == ["other"]
+    assert not scheduler.end_choice(Choice("a", 0)) and scheduler.end_choice(Choice("a", 1))
+    scheduler.check_integrity()
+    assert scheduler.has_eligible()
+
+
 def test_a_limit_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_num_seqs"):
         Scheduler(PagePool(1), 0, 1)

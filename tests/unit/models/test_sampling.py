@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsluice.errors import InternalError, InvalidRequest
+from kvsluice.models.drawing import draw_rows
 from kvsluice.models.sampling import PromptIds, Sampled, SamplerState, SamplingParams, sample_rows, uniform
 
 VOCAB = 50
@@ -428,3 +429,27 @@ def test_a_row_without_finite_numbers_leaves_the_others_alone() -> None:
     drawn = sample_rows(states, logits)
     assert [isinstance(one, InternalError) for one in drawn] == [False, True, True, False]
     assert [one.num_sampled for one in states] == [1, 0, 0, 1]
+
+
+def test_tokens_that_only_the_device_knows_count_as_those_that_are_told() -> None:
+    params = {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "min_tokens": 4, "stop_token_ids": (7,)}
+    told, ahead = state(seed=3, **params), state(seed=3, **params)
+    for sampler in (told, ahead):
+        sampler.force(11)
+    expected, drawn = [], []
+    for step in range(10):
+        logits = logits_of(step)[None]
+        expected.append(sample_rows([told], logits)[0].token_id)
+        drawn.append(draw_rows([ahead], logits))
+        ahead.force_drawn(drawn[-1].ids, 0)
+    assert [one.read()[0].token_id for one in drawn] == expected
+    assert ahead.num_sampled == told.num_sampled == 11
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_drawn_from_no_numbers_is_still_a_token(temperature: float) -> None:
+    logits = torch.full((3, VOCAB), float("nan"))
+    logits[1] = float("-inf")
+    drawn = draw_rows([state(temperature=temperature, logprobs=2) for _ in range(3)], logits)
+    assert 0 <= int(drawn.ids.min()) <= int(drawn.ids.max()) < VOCAB, "the next step looks it up"
+    assert [(one.is_valid, one.is_finite) for one in drawn.read()] == [(False, False)] * 3
