@@ -48,6 +48,7 @@ class RecipeCache:
         self.counter = ReadCounter()
         self.version = 0
         self._read_nbytes = (0, 0)
+        self._room = 0  # rows that every tail surely has room for
         self._kit = kit
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
@@ -77,6 +78,7 @@ class RecipeCache:
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """See `SequenceCache`."""
+        self._room = 0
         self._layers[layer].append(k_pre, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
@@ -85,9 +87,13 @@ class RecipeCache:
 
     def reserve(self, num_rows: int, like: Tensor) -> None:
         """See `SequenceCache`."""
-        moved = [layer.tail.reserve(num_rows, like) for layer in self._layers.values()]
+        if num_rows <= self._room:  # asked for once or twice a step
+            return
+        tails = [layer.tail for layer in self._layers.values()]
+        moved = [tail.reserve(num_rows, like) for tail in tails]
         if any(moved):
             self.version += 1
+        self._room = min(tail.room()[0].shape[0] - tail.num_rows for tail in tails)
 
     def views(self) -> list[View]:
         """See `SequenceCache`."""
@@ -99,6 +105,7 @@ class RecipeCache:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.num_rows += num_rows  # no call: it comes once a layer, sequence and step
+        self._room -= num_rows
         whole, of_row = self._read_nbytes
         self.counter.bytes_read += whole + of_row * self._layers[0].tail.num_rows
 
