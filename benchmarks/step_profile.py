@@ -41,7 +41,7 @@ def profile(device: torch.device, action: Callable[[], object]) -> dict[str, flo
     """
     activity = torch.profiler.ProfilerActivity.CUDA
     torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=[activity]) as recorded:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as recorded:
         action()
         torch.cuda.synchronize(device)
     spans = [

@@ -17,7 +17,7 @@ HOT_ADDRESSES = (0, 3, 4, 5, 7, 8, 9)
 OLDEST: tl.constexpr = tl.constexpr(254)
 
 FETCH_BYTES = 8192  # that a program has under way
-FETCH_PROGRAMS, FETCH_PARTS = 128, 16
+FETCH_PROGRAMS, FETCH_PARTS = 64, 8
 
 
 @triton.jit

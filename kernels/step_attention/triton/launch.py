@@ -34,11 +34,11 @@ SCORE_CHUNKS = 128  # chunks that are scored at once
 SCORE_STEPS = 4  # a program
 RANK_CHUNKS = 1024
 CHOOSE_CHUNKS = 32768  # that a program holds at once; of more it holds as many as leave room for counting
-CHOOSE_LOOP_CHUNKS = 8192
-WARP_CHUNKS = 1024
-LIST_CHUNKS = 256  # a warp and time
+CHOOSE_LOOP_CHUNKS = 8192  # 512 a warp
+WARP_CHUNKS = 4096
+LIST_CHUNKS = 512  # a warp and time
 MERGE_ITEMS = 16
-SPANS, SPAN_ROWS = 2, 4  # parts of a batch where values lie on the host, and the fewest rows that are worth one
+SPAN_ROWS, MOST_SPANS = 16, 4  # of parts of a batch whose values lie on the host: rows that keep the device busy
 
 
 def append_rows(tables: Tables, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -68,7 +68,7 @@ def attend(
     hot_counts: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """See `op.StepAttention.attend`. While some rows' values are on their way from the host, others choose or attend."""
+    """See `op.StepAttention.attend`. While some rows' values come from the host, others choose or attend."""
     q = q.contiguous()
     num_rows, num_heads, d = q.shape
     picked = _Picked.empty(tables, num_kv_heads, q.device)
@@ -124,7 +124,7 @@ class _Picked:
 
 def _spans(tables: Tables) -> list[slice]:
     """Rows that go through a layer together."""
-    parts = SPANS if tables.hots and tables.num_rows >= SPANS * SPAN_ROWS else 1
+    parts = max(1, min(MOST_SPANS, tables.num_rows // SPAN_ROWS)) if tables.hots else 1
     bounds = [part * tables.num_rows // parts for part in range(parts + 1)]
     return [slice(begin, end) for begin, end in pairwise(bounds)]
 
@@ -225,8 +225,8 @@ def _choose(
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
         at_once = most <= CHOOSE_CHUNKS
-        block = max(4 * WARP_CHUNKS, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
-        warps = block // WARP_CHUNKS if at_once else 16
+        block = max(LIST_CHUNKS * 4, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
+        warps = max(4, block // WARP_CHUNKS) if at_once else 16
         choose_chunks[(num_rows, num_kv_heads)](
             table, positions, ranks, chosen, counts, most, tables.most_chosen,
             NUM_KV_HEADS=num_kv_heads, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS * warps,
