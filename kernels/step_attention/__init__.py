@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .blocks import Block, sequence_block
 from .op import Selection, StepAttention, serves
 from .packed import Chunks, Kept, Layout, Packed, Region, Tail, View
-from .tables import Block, Tables, sequence_block, step_tables
+from .tables import Tables, step_tables
 
 __all__ = [
     "Block",
