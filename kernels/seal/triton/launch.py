@@ -53,7 +53,8 @@ def _pack(key: SealKey, table: Tensor, layout: Layout, source: int, field: int) 
     wide = triton.knobs.runtime.interpret or key.dtype != torch.bfloat16
     project_rows[(len(table), triton.cdiv(layout.rank, 32), key.num_rows // rows)](
         table, factors, SOURCE=source, FIELD=field, TAIL=tail, WIDTH=width, RANK_SIZE=layout.rank,
-        NUM_ROWS=key.num_rows, BLOCK_R=rows, BLOCK_K=32, BLOCK_C=64, WIDE=wide, num_warps=4,
+        NUM_ROWS=key.num_rows, BLOCK_R=rows, BLOCK_K=32, BLOCK_C=64, WIDE=wide,
+        num_warps=4 if key.dtype == torch.bfloat16 else 8,  # fewer would spill registers
     )  # fmt: skip
     columns = max(8, triton.next_power_of_2(layout.rank))
     rows = min(key.num_rows, max(1, FACTORS // columns))

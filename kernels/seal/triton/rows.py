@@ -119,14 +119,16 @@ def pack_rows(
     rows, dims = first + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     mask = tl.broadcast_to((dims < H[HEAD_DIM])[None, :], [BLOCK_R, BLOCK_D])
     at = (rows.to(tl.int64) * H[NUM_KV_HEADS] + head)[:, None] * H[HEAD_DIM] + dims[None, :]
-    x = tl.load(tl.load(job + SOURCE).to(tl.pointer_type(TAIL)) + at, mask=mask, other=0.0).to(tl.float32)
+    source = tl.multiple_of(tl.load(job + SOURCE).to(tl.pointer_type(TAIL)), 16)
+    x = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
     shared = tl.load(job + FIELD + SHARED)
     if L[KIND] == DENSE or L[KIND] == FLOAT8:
         _store_floats(tl.load(job + FIELD), shared, at, x, mask, L)
     else:
         if L[BALANCED]:
-            factors = shared.to(tl.pointer_type(tl.float32)) + head * H[HEAD_DIM] + dims
-            x = x * tl.load(factors, mask=dims < H[HEAD_DIM], other=1.0)[None, :]
+            balance = shared.to(tl.pointer_type(tl.float32)) + head * H[HEAD_DIM] + dims
+            factors = tl.load(balance, mask=dims < H[HEAD_DIM], other=1.0)
+            x = x * factors[None, :]
         _store_integers(job, FIELD, head, first, x, mask, L, H, BLOCK_R, BLOCK_D, SPAN)
 
 
@@ -190,13 +192,14 @@ def shift_rows(table_ptr, WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: t
     """Rows of WORDS 8-byte words to the front of their tensor; BLOCK_R is at most the first row to move, so that no
     row is written over before it is read. Grid: tensors, blocks of words."""
     entry = table_ptr + tl.program_id(0).to(tl.int64) * MOVE_FIELDS
-    base = tl.load(entry).to(tl.pointer_type(tl.int64))
+    base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.int64)), 16)
     first, count = tl.load(entry + 1), tl.load(entry + 2)
     words = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     for begin in range(0, count, BLOCK_R):
         rows = begin + tl.arange(0, BLOCK_R)
         mask = (rows < count)[:, None] & (words < WORDS)[None, :]
-        x = tl.load(base + (rows + first)[:, None] * WORDS + words[None, :], mask=mask, other=0)
+        source = base + (rows + first)[:, None] * WORDS + words[None, :]
+        x = tl.load(source, mask=mask, other=0)
         # what is written now is what an earlier turn read, and another warp may be behind
         tl.debug_barrier()
         tl.store(base + rows[:, None] * WORDS + words[None, :], x, mask=mask)
