@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from ..errors import FrameMismatch
-from ..kernels.step_attention import View
+from ..kernels.dispatch import TRITON, runs
+from ..kernels.step_attention import Shift, View
 from .codecs import compact
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
-from .segment import Kit
+from .sealing import Sealing, own_angles, pack_blocks
+from .segment import Kit, Tail
 from .spec import ModelShape, Recipe
-from .views import layer_view
+from .views import FixedPlaces, layer_view
 
 _NATIVE = ("float32", "bfloat16", "float16")
 
@@ -46,9 +48,11 @@ class RecipeCache:
     def __init__(self, kit: Kit) -> None:
         self.recipe = kit.recipe
         self.counter = ReadCounter()
-        self.version = 0
+        self.version = self.moves = 0
         self._read_nbytes = (0, 0)
-        self._room = 0  # rows that every tail surely has room for
+        self._fixed: FixedPlaces | None = None
+        self._sealing: Sealing | None = None
+        self._may_share = True  # `_sealing` may still be made
         self._kit = kit
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
@@ -78,7 +82,6 @@ class RecipeCache:
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """See `SequenceCache`."""
-        self._room = 0
         self._layers[layer].append(k_pre, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
@@ -87,25 +90,46 @@ class RecipeCache:
 
     def reserve(self, num_rows: int, like: Tensor) -> None:
         """See `SequenceCache`."""
-        if num_rows <= self._room:  # asked for once or twice a step
+        if self._layers[0].tail.has_room(num_rows):  # tails of all layers have as many rows
             return
-        tails = [layer.tail for layer in self._layers.values()]
-        moved = [tail.reserve(num_rows, like) for tail in tails]
+        moved = [layer.tail.reserve(num_rows, like) for layer in self._layers.values()]
         if any(moved):
-            self.version += 1
-        self._room = min(tail.room()[0].shape[0] - tail.num_rows for tail in tails)
+            self.note_moved()
 
     def views(self) -> list[View]:
         """See `SequenceCache`."""
-        layers = [self._layers[layer] for layer in range(self._kit.shape.num_layers)]
+        layers = self.layers()
         self._read_nbytes = (sum(one.read_nbytes() for one in layers), sum(one.tail.row_nbytes for one in layers))
+        self._fixed = FixedPlaces.of(self._kit, layers)
         return [layer_view(layer) for layer in layers]
+
+    def shift(self) -> Shift | None:
+        """See `SequenceCache`."""
+        return None if self._fixed is None else self._fixed.shift(self._layers[0], self._sealing)
+
+    def layers(self) -> list[LayerCache]:
+        """Of all layers, in order."""
+        return [self._layers[layer] for layer in range(self._kit.shape.num_layers)]
+
+    @property
+    def num_layers(self) -> int:
+        return self._kit.shape.num_layers
+
+    def note_moved(self) -> None:
+        """See `SequenceCache`."""
+        self.version += 1
+        self.moves += 1
+
+    def moving_tails(self) -> Sequence[Tail]:
+        """See `SequenceCache`."""
+        if not self._layers[0].tail.offset:  # blocks are sealed in all layers
+            return ()
+        return [layer.tail for layer in self._layers.values()]
 
     def advance(self, num_rows: int) -> None:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.num_rows += num_rows  # no call: it comes once a layer, sequence and step
-        self._room -= num_rows
         whole, of_row = self._read_nbytes
         self.counter.bytes_read += whole + of_row * self._layers[0].tail.num_rows
 
@@ -115,11 +139,42 @@ class RecipeCache:
 
     def seal(self, next_position: int) -> None:
         """See `SequenceCache`."""
-        if self.recipe.window.seal_block:
-            end = sealed_end(self.recipe, self._kit.num_prompt_tokens, next_position)
+        recipe = self.recipe
+        if not recipe.window.seal_block:
+            return
+        end = sealed_end(recipe, self._kit.num_prompt_tokens, next_position)
+        if recipe.budget.fixed:
             for layer in self._layers.values():
                 layer.seal(end)
-            self.version += 1
+        elif end >= self._layers[0].tail.begin + recipe.block:
+            self._seal_blocks(end)
+        self.version += 1
+
+    def _seal_blocks(self, end: int) -> None:
+        sealing, block = self.sealing(), self.recipe.block
+        if sealing is None:
+            self.moves += 1
+            for layer in self._layers.values():
+                layer.seal(end)
+            return
+        while self._layers[0].tail.begin + block <= end:
+            if not sealing.is_packed:
+                if sealing.make_room(None):
+                    self.moves += 1
+                pack_blocks([sealing], own_angles(self._kit))
+            sealing.seal()
+            whole, of_row = self._read_nbytes
+            self._read_nbytes = (whole + sealing.read_nbytes, of_row)
+
+    def sealing(self) -> Sealing | None:
+        """See `SequenceCache`."""
+        if self._sealing is None and self._may_share:
+            layers = self.layers()
+            self._may_share = bool(self.recipe.window.seal_block) and not self.recipe.budget.fixed
+            if self._may_share and layers[0].tail.num_rows and runs(TRITON, layers[0].tail.device):
+                self._sealing = Sealing.of(self._kit, layers)
+                self._may_share = False
+        return self._sealing
 
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """See `SequenceCache`."""
@@ -148,7 +203,8 @@ class RecipeCache:
 
     def own_nbytes(self) -> int:
         """Bytes of the tail, spare capacity included, of blocks sealed here and of hot sets."""
-        return storage_nbytes(t for layer in self._layers.values() for t in layer.own_tensors())
+        rooms = () if self._sealing is None else self._sealing.tensors()
+        return storage_nbytes((*rooms, *(t for layer in self._layers.values() for t in layer.own_tensors())))
 
     def nbytes(self) -> int:
         """See `SequenceCache`."""

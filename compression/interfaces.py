@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..kernels.step_attention import View
+from ..kernels.step_attention import Shift, View
 from .layout import Part as Part
 from .spec import Recipe
+
+if TYPE_CHECKING:
+    from .sealing import Sealing
+    from .segment import Tail
 
 Rope = Callable[[Tensor, Tensor], Tensor]
 """rope(x [n, heads, d], positions int64 [n] or [n, heads]) -> rotated x, bound to one sequence's prompt length."""
@@ -130,7 +134,9 @@ class SequenceCache(Protocol):
     recipe: Recipe
     counter: ReadCounter
     version: int
-    """Grows whenever rows move: views of before are void."""
+    """Grows whenever rows move or are sealed: views of before are void."""
+    moves: int
+    """Grows whenever tables of before are void: `shift` says what the others have to be brought up to date by."""
 
     def add_layer(self, encoded: EncodedLayer) -> None: ...
 
@@ -151,6 +157,11 @@ class SequenceCache(Protocol):
         """Every layer as the batched kernels read it; needs room for the rows that they will append."""
         ...
 
+    def shift(self) -> Shift | None:
+        """What tables of views since the last of the `moves` have to say after sealing; None where they are to be made
+        anew."""
+        ...
+
     def advance(self, num_rows: int) -> None:
         """Count rows that kernels have appended, and attended from, in every layer."""
         ...
@@ -166,6 +177,18 @@ class SequenceCache(Protocol):
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """Pack ahead what `seal` will, where the rows are all here and sealing is due before `next_position`; in so
         many layers at most. Returns in how many. Changes nothing that attention sees; `seal` then has less to do."""
+        ...
+
+    def sealing(self) -> Sealing | None:
+        """What seals blocks together with those of other caches; None where they are packed layer by layer."""
+        ...
+
+    def moving_tails(self) -> Sequence[Tail]:
+        """Tails whose rows are to move to the front, because blocks were sealed from them."""
+        ...
+
+    def note_moved(self) -> None:
+        """Say that tables and views of before are void."""
         ...
 
     def fork(self) -> SequenceCache:

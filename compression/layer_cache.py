@@ -72,6 +72,7 @@ class LayerCache:
         outliers: `chunks` int32 [O, Hkv], `k` and `v` [O * chunk, Hkv, d]; empty without outliers.
         base, demoted, grown, tail: as drawn.
         tail_is_unrotated: the tail holds keys before RoPE.
+        grown_tier, grown_packing: how blocks are sealed.
     """
 
     def __init__(self, kit: Kit, encoded: EncodedLayer, lead: LayerCache | None) -> None:
@@ -83,7 +84,8 @@ class LayerCache:
         self.sinks = (ends["sink_k"], ends["sink_v"]) if at.num_sinks else None
         self.outliers = dict(tensors.get(Part.OUTLIERS, {}))
         self._packings = packings(kit, tensors.get(Part.BASIS, {}), layer)
-        self._grown_packing = self._packings[grown_tier(kit.recipe, at)]
+        self.grown_tier = grown_tier(kit.recipe, at)
+        self.grown_packing = self._packings[self.grown_tier]
         self.tail_is_unrotated = tail_is_unrotated(kit.recipe, at)
         self.base: Segment | None = None
         self.demoted: Segment | None = None
@@ -210,7 +212,7 @@ class LayerCache:
 
     def _packed_block(self) -> Segment:
         """The tail's first block as it is sealed."""
-        block, packing = self.kit.recipe.block, self._grown_packing
+        block, packing = self.kit.recipe.block, self.grown_packing
         # copies, as a codec may keep rows that the tail is going to write over
         k, v = (rows[:block].clone() for rows in self.tail.rows())
         keys = packing.key_codec.encode(k, packing.key_basis)

@@ -55,11 +55,18 @@ class Packing:
         yield from self.value_basis.values()
 
 
+Tensors = dict[str, Tensor]
+
+
 class Segment:
     """Sealed rows that are packed together, as they arrived or were sealed here.
 
     Positions: `index` None = consecutive from `begin`; int32 [chunks] = ids of chunks (position // chunk), the same
     for all heads; int32 [n, Hkv] = positions of each KV head's rows.
+
+    Args:
+        summary: landmarks, if they are there already.
+        room: rows that the tensors have room for, None = they hold `num_rows`.
     """
 
     def __init__(
@@ -71,19 +78,65 @@ class Segment:
         num_rows: int,
         begin: int,
         index: Tensor | None = None,
+        summary: Mapping[str, Tensor] | None = None,
+        room: int | None = None,
     ) -> None:
         self._kit = kit
         self._packing = packing
         self._chunk = kit.recipe.retrieval.chunk
-        self.keys, self.values = dict(keys), dict(values)
+        self._held: tuple[Tensors, Tensors, Tensors] = (dict(keys), dict(values), dict(summary or {}))
+        self._room = num_rows if room is None else room
         self.num_rows, self.begin, self.index = num_rows, begin, index
-        self._make_readers()
-        self.summary: dict[str, Tensor] = {} if kit.retrieval is None else self._summarize(kit.retrieval)
+        self._moved_values: Reader | None = None
+        self._shown = -1
+        if summary is None and kit.retrieval is not None:
+            self._held[2].update(self._summarize(kit.retrieval))
+            self._shown = -1
 
-    def _make_readers(self) -> None:
+    def _show(self) -> None:
+        """Make the views of the rows that are in use, and their readers."""
+        if self._shown == self.num_rows:
+            return
+        self._shown = self.num_rows
+        # groups of rows and chunks are as many in proportion; what has no room is shown as it is
+        count, room = self.num_rows, self._room
+        views = [{name: t if count == room else t[: len(t) * count // room] for name, t in held.items()}
+                 for held in self._held]  # fmt: skip
         dim, packing = self._kit.shape.head_dim, self._packing
-        self.key_reader: Reader = packing.key_codec.reader(self.keys, packing.key_basis, dim, self._chunk)
-        self.value_reader: Reader = packing.value_codec.reader(self.values, packing.value_basis, dim, self._chunk)
+        self._views = (views[0], views[1], views[2])
+        self._key_reader: Reader = packing.key_codec.reader(views[0], packing.key_basis, dim, self._chunk)
+        self._value_reader = self._moved_values
+        if self._value_reader is None:
+            self._value_reader = packing.value_codec.reader(views[1], packing.value_basis, dim, self._chunk)
+
+    @property
+    def keys(self) -> Mapping[str, Tensor]:
+        """Packed keys of the rows."""
+        self._show()
+        return self._views[0]
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Packed values of the rows; empty where they lie elsewhere."""
+        self._show()
+        return self._views[1]
+
+    @property
+    def summary(self) -> Mapping[str, Tensor]:
+        """Landmarks of the rows."""
+        self._show()
+        return self._views[2]
+
+    @property
+    def key_reader(self) -> Reader:
+        self._show()
+        return self._key_reader
+
+    @property
+    def value_reader(self) -> Reader:
+        self._show()
+        assert self._value_reader is not None
+        return self._value_reader
 
     @property
     def basis_nbytes(self) -> int:
@@ -129,30 +182,36 @@ class Segment:
 
     def move_values(self, reader: Reader) -> None:
         """Let go of the values, which `reader` reads from elsewhere."""
-        self.values, self.value_reader = {}, reader
+        self._held[1].clear()
+        self._moved_values, self._shown = reader, -1
 
     def extend(self, other: Segment) -> None:
-        """Take over the rows of a segment that follows this one."""
-        self.keys = {name: torch.cat((t, other.keys[name])) for name, t in self.keys.items()}
-        self.values = {name: torch.cat((t, other.values[name])) for name, t in self.values.items()}
-        self.summary = {name: torch.cat((t, other.summary[name])) for name, t in self.summary.items()}
+        """Take over the rows of a segment that follows this one; only one without room moves its own for that."""
+        mine, theirs = (self.keys, self.values, self.summary), (other.keys, other.values, other.summary)
+        self._held = tuple(
+            {name: torch.cat((t, new[name])) for name, t in own.items()} for own, new in zip(mine, theirs, strict=True)
+        )  # type: ignore[assignment]
         self.num_rows += other.num_rows
-        self._make_readers()
+        self._room, self._shown = self.num_rows, -1
 
     def copy(self) -> Segment:
-        """An independent segment with the same rows; the basis stays shared."""
-        twin = object.__new__(Segment)
-        twin.__dict__.update(self.__dict__)
-        for name in ("keys", "values", "summary"):
-            setattr(twin, name, {key: t.clone() for key, t in getattr(self, name).items()})
-        twin._make_readers()
-        return twin
+        """An independent segment with the same rows and no room for more; the basis stays shared."""
+        views = [{name: t.clone() for name, t in held.items()} for held in (self.keys, self.values, self.summary)]
+        return Segment(self._kit, self._packing, views[0], views[1], self.num_rows, self.begin, self.index, views[2])
+
+    def take(self, other: Segment) -> None:
+        """Copy the rows of a segment that begins where this one does into the room that is here."""
+        self.num_rows, self._shown = other.num_rows, -1
+        for mine, theirs in zip(
+            (self.keys, self.values, self.summary), (other.keys, other.values, other.summary), strict=True
+        ):
+            for name, tensor in theirs.items():
+                mine[name].copy_(tensor)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything it holds but the basis."""
-        yield from self.keys.values()
-        yield from self.values.values()
-        yield from self.summary.values()
+        for views in (self.keys, self.values, self.summary):
+            yield from views.values()
         if self.index is not None:
             yield self.index
 
@@ -173,7 +232,9 @@ class Segment:
 
 
 class Tail:
-    """Exact rows at the end of a sequence: [cap, Hkv, d] keys and values, the first `num_rows` of them in use.
+    """Exact rows at the end of a sequence: keys and values [cap, Hkv, d], of which `num_rows` are in use.
+
+    They are the first ones but for a while after some were dropped: the others move when there is a need to.
 
     Args:
         k, v: rows of the prompt, if it left any.
@@ -184,6 +245,7 @@ class Tail:
         self.begin = begin
         self._dtype = dtype
         self.num_rows = 0
+        self.offset = 0  # of the first row in use
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         if k is not None and v is not None:
@@ -195,46 +257,82 @@ class Tail:
         return self.begin + self.num_rows
 
     @property
+    def device(self) -> torch.device:
+        assert self._k is not None
+        return self._k.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its rows; None where there was none yet."""
+        return None if self._k is None else self._k.dtype
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of one position, keys and values."""
         return 0 if self._k is None else 2 * self._k[0].nbytes
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add rows [q, Hkv, d], cast to what the tail holds."""
-        end = self.num_rows + len(k)
-        self._k, self._v = self._room(self._k, k, end), self._room(self._v, v, end)
-        self._k[self.num_rows : end] = k
-        self._v[self.num_rows : end] = v
-        self.num_rows = end
+        self._make_room(len(k), k)
+        assert self._k is not None and self._v is not None
+        begin = self.offset + self.num_rows
+        self._k[begin : begin + len(k)] = k
+        self._v[begin : begin + len(k)] = v
+        self.num_rows += len(k)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Views of keys and values [num_rows, Hkv, d]."""
         assert self._k is not None and self._v is not None
-        return self._k[: self.num_rows], self._v[: self.num_rows]
+        used = slice(self.offset, self.offset + self.num_rows)
+        return self._k[used], self._v[used]
 
     def room(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [cap, Hkv, d], rows that are not in use yet included."""
+        """Keys and values [cap, Hkv, d], rows that are not in use yet included; the rows are the first ones then."""
+        self.settle()
         assert self._k is not None and self._v is not None
         return self._k, self._v
 
     def reserve(self, num_more: int, like: Tensor) -> bool:
-        """Make room for `num_more` rows [_, Hkv, d] of the kind of `like`. Returns whether rows have moved."""
-        held, end = self._k, self.num_rows + num_more
-        self._k, self._v = self._room(self._k, like, end), self._room(self._v, like, end)
+        """Make room for `num_more` rows [_, Hkv, d] of the kind of `like` behind the rows, which are the first ones
+        then. Returns whether the tensors are others."""
+        held = self._k
+        self.settle()
+        self._make_room(num_more, like)
         return self._k is not held
 
+    def room_addresses(self) -> tuple[int, int]:
+        """Where keys and values begin, as `room` shows them once the rows are the first ones."""
+        assert self._k is not None and self._v is not None
+        return self._k.data_ptr(), self._v.data_ptr()
+
+    def addresses(self) -> tuple[int, int]:
+        """Where the keys and values of the first row in use lie."""
+        skipped = self.offset * self.row_nbytes // 2 if self.offset else 0
+        k, v = self.room_addresses()
+        return k + skipped, v + skipped
+
+    def has_room(self, num_more: int) -> bool:
+        """Whether `reserve` would have nothing to do."""
+        return self._k is not None and self.offset == 0 and self.num_rows + num_more <= len(self._k)
+
     def drop_first(self, count: int) -> None:
-        """Forget the oldest rows; the capacity stays."""
-        k, v = self.rows()
-        left = self.num_rows - count
-        k[:left], v[:left] = k[count:].clone(), v[count:].clone()
+        """Forget the oldest rows; the capacity stays, and nothing moves."""
         self.begin += count
-        self.num_rows = left
+        self.num_rows -= count
+        self.offset += count
+
+    def settle(self) -> None:
+        """Move the rows to the front."""
+        if self.offset:
+            for held, rows in zip((self._k, self._v), self.rows(), strict=True):
+                assert held is not None
+                held[: self.num_rows] = rows.clone() if self.num_rows > self.offset else rows
+            self.offset = 0
 
     def copy(self) -> Tail:
         """An independent tail with the same rows."""
         twin = Tail(self.begin, None, None, self._dtype)
-        twin.num_rows = self.num_rows
+        twin.num_rows, twin.offset = self.num_rows, self.offset
         twin._k = None if self._k is None else self._k.clone()
         twin._v = None if self._v is None else self._v.clone()
         return twin
@@ -244,6 +342,12 @@ class Tail:
         if self._k is not None and self._v is not None:
             yield self._k
             yield self._v
+
+    def _make_room(self, num_more: int, like: Tensor) -> None:
+        num_rows = self.num_rows + num_more
+        if self._k is not None and self.offset + num_rows > len(self._k):
+            self.settle()
+        self._k, self._v = self._room(self._k, like, num_rows), self._room(self._v, like, num_rows)
 
     def _room(self, held: Tensor | None, rows: Tensor, num_rows: int) -> Tensor:
         if held is not None and num_rows <= len(held):

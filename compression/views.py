@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.step_attention import Chunks, Layout, Packed, Region, View
+from ..kernels.step_attention import Chunks, Layout, Packed, Region, Shift, View
 from ..kernels.step_attention import Tail as TailView
 from .layout import sinks_are_unrotated
-from .segment import Segment, Tail
+from .rooms import Numbers
+from .segment import Kit, Segment, Tail
 
 if TYPE_CHECKING:
     from .host_values import HotChunks
     from .layer_cache import LayerCache
+    from .sealing import Sealing
 
 
 def layer_view(layer: LayerCache) -> View:
@@ -93,3 +97,56 @@ def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
         hot=None if layer.hot is None else layer.hot.view(),
         kept=None if layer.kept is None else layer.kept.view(),
     )
+
+
+@dataclass(frozen=True)
+class FixedPlaces:
+    """What sealing does not change in what `layer_view` shows of all layers.
+
+    Attributes:
+        tails, sinks: int64 [L], addresses of the keys; sinks only where their positions move with the tails'.
+        num_sinks: rows.
+        bases: int64 [L], rows of the prompt's segment, of which parts are read; or None.
+    """
+
+    tails: Numbers
+    sinks: Numbers | None
+    num_sinks: int
+    bases: Numbers | None
+
+    @classmethod
+    def of(cls, kit: Kit, layers: Sequence[LayerCache]) -> FixedPlaces | None:
+        """None where sealing changes more than `Shift` says: there is no prompt's segment, or it has so few rows that
+        all are chosen."""
+        recipe, bases = kit.recipe, None
+        if kit.retrieval is not None:
+            bases = np.array([0 if layer.base is None else layer.base.num_rows for layer in layers])
+            chosen = recipe.retrieval.selected_chunks(kit.num_prompt_tokens) + recipe.retrieval.outliers
+            if bases.min() < chosen * recipe.retrieval.chunk or any(layer.demoted is not None for layer in layers):
+                return None
+        tails = np.array([layer.tail.room_addresses()[0] for layer in layers])
+        sinks = [layer.sinks[0] for layer in layers if layer.sinks is not None]
+        if not sinks or not sinks_are_unrotated(recipe):
+            return cls(tails, None, 0, bases)
+        return cls(tails, np.array([k.data_ptr() for k in sinks]), len(sinks[0]), bases)
+
+    def shift(self, layer: LayerCache, sealing: Sealing | None) -> Shift | None:
+        """What the tables say now; None where they are to be made anew. `layer` is any of them."""
+        kit, first = layer.kit, layer.tail.begin
+        if kit.recipe.budget.fixed:
+            return Shift(self.tails, first, self.sinks, first - self.num_sinks)
+        if sealing is None or not sealing.num_rows or sealing.places is None:
+            return None
+        places, rows, begin, chunk = sealing.places, sealing.num_rows, sealing.begin, kit.recipe.retrieval.chunk
+        if self.bases is None:
+            return Shift(self.tails, first, num_grown=rows, grown=places[:, 0])
+        starts = np.full((len(places), 1), begin)
+        counts = np.broadcast_to([rows // chunk, begin // chunk], (len(places), 2))
+        return Shift(
+            self.tails,
+            first,
+            num_grown=rows,
+            second=np.concatenate((starts, places[:, :6]), axis=1),
+            choices=np.concatenate((places[:, 6:], counts), axis=1),
+            most_chunks=int(self.bases.max() + rows) // chunk,
+        )

@@ -24,8 +24,9 @@ from kvsluice.kernels.landmarks import score_landmarks, select_chunks
 from kvsluice.kernels.quantize import dequantize, dequantize_chunks, quantize
 from kvsluice.kernels.rms_norm import add_rms_norm, rms_norm
 from kvsluice.kernels.rope import apply_rope
+from kvsluice.kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from kvsluice.kernels.sparse_reconstruct import low_rank_chunks
-from kvsluice.kernels.step_attention import StepAttention, sequence_block, serves, step_tables
+from kvsluice.kernels.step_attention import Layout, StepAttention, sequence_block, serves, step_tables
 from kvsluice.kernels.swiglu import swiglu
 from kvsluice.kernels.window_saliency import window_saliency
 
@@ -88,13 +89,14 @@ QUICK = {  # every kernel, every packing and every dtype once
         "landmarks",
         "packing",
         "sparse",
+        "sealing",
         "kivi-2bit",
         "fp8",
         "sluice-lowrank8",
         "sluice host",
     ),
     "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window"),
-    "phi-3-mini": ("attention", "sluice-fp8"),
+    "phi-3-mini": ("attention", "sealing", "sluice-fp8"),
     "llama-3.1-8b fp32": ("attention", "landmarks", "exact"),
 }
 
@@ -103,7 +105,7 @@ def cases(quick: bool) -> Iterator[Case]:
     """Names, and calls that launch kernels; with `quick` those of the test suite."""
     for shape in SHAPES:
         actions: dict[str, Callable[[], object]] = {
-            op.__name__: partial(_forced, op, shape) for op in (rows, attention, landmarks, packing, sparse)
+            op.__name__: partial(_forced, op, shape) for op in (rows, attention, landmarks, packing, sparse, sealing)
         }
         for name in STEPS:
             actions[name] = partial(step, shape, name, None)
@@ -178,6 +180,27 @@ def sparse(shape: Shape) -> None:
     k = torch.zeros(2, heads, 512, d)
     at = torch.zeros(2, heads, 512, dtype=torch.int64)
     attention_partial(shape.zeros(2, shape.num_heads, d), k, k, at, at[:, 0, 0], valid=at == 0)
+
+
+TOKEN = Layout("token", bits=4, group=64)
+SEALED = {  # keys, values, bits of landmarks
+    "lowrank8": (Layout("lowrank", bits=8, rank=160), TOKEN, 8),
+    "channel4": (Layout("channel", bits=4, group=32), TOKEN, 8),
+    "channel2": (Layout("channel", bits=2, group=32), Layout("token", bits=2, group=32), 0),
+    "balanced": (Layout("token", bits=2, group=32, balanced=True), Layout("lowrank", bits=16, rank=160), 0),
+    "float8": (Layout("float8"), Layout("float8"), 16),
+    "dense": (Layout("dense", dtype=torch.bfloat16), Layout("dense", dtype=torch.float32), 0),
+}
+
+
+def sealing(shape: Shape) -> None:
+    """Ops that seal generated rows."""
+    heads, d = shape.num_kv_heads, shape.head_dim
+    table, angles = torch.zeros(9, SEAL_FIELDS, dtype=torch.int64), torch.zeros(32 * 9, d)
+    for keys, values, bits in SEALED.values():
+        key = SealKey(keys, values, shape.dtype, 32, 4, bits, keys.kind == "lowrank", heads, d)
+        seal_blocks(key, table, angles, angles)
+    move_rows(torch.zeros(9, MOVE_FIELDS, dtype=torch.int64), heads * d * shape.dtype.itemsize, 32)
 
 
 class Pages(NamedTuple):

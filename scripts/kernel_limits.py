@@ -60,6 +60,10 @@ DATA_LOADS: dict[str, dict[str, int]] = {
     "_rms_norm": {"_rms_norm.x": 16},
     "_add_rms_norm": {"_add_rms_norm.x": 16, "_add_rms_norm.residual": 16},
     "_rotate": {"_rotate.low": 8, "_rotate.high": 8},
+    "pack_rows": {"pack_rows.x": 8},
+    "project_rows": {"project_rows.left": 8, "project_rows.right": 8},
+    "pack_factors": {"pack_factors.x": 8},
+    "shift_rows": {"shift_rows.x": 8},
     "_swiglu": {"_swiglu.gate": 16, "_swiglu.up": 16},
 }
 

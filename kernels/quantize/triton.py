@@ -21,6 +21,35 @@ ROUNDER = tl.constexpr(1.5 * 2**23)
 LARGEST, ULP, TINY = tl.constexpr(FP16_MAX), tl.constexpr(HALF_ULP), tl.constexpr(HALF_TINY)
 
 
+@triton.jit
+def group_scale(low, high, BITS: tl.constexpr):
+    """The float16 scale and minimum of groups from their least and largest numbers, float32 of any shape."""
+    minimum = low - tl.abs(low) * ULP - TINY
+    minimum = tl.minimum(tl.maximum(minimum, -LARGEST), LARGEST).to(tl.float16)
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    difference = high - minimum.to(tl.float32)
+    scale = tl.div_rn(difference, tl.zeros_like(difference) + LEVELS) * (1 + ULP) + TINY
+    return tl.minimum(scale, LARGEST).to(tl.float16), minimum
+
+
+@triton.jit
+def group_codes(x, scale, minimum, BITS: tl.constexpr):
+    """The int32 codes of numbers, all float32."""
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    # a scale of 0 is that of a constant group
+    codes = tl.div_rn(x - minimum, tl.where(scale == 0, 1.0, scale))
+    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
+    return ((codes + ROUNDER) - ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def packed_bytes(codes, BITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """int32 codes [BLOCK_R, BLOCK_C] as uint8 [BLOCK_R, BLOCK_C * BITS / 8]."""
+    PER_BYTE: tl.constexpr = 8 // BITS
+    lanes = codes << ((tl.arange(0, BLOCK_C) % PER_BYTE) * BITS)[None, :]
+    return tl.sum(tl.reshape(lanes, [BLOCK_R, BLOCK_C // PER_BYTE, PER_BYTE]), 2).to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def _ranges(
     x_ptr, scale_ptr, minimum_ptr, num_rows, num_groups, x_row, x_head, x_channel,
@@ -48,14 +77,9 @@ def _ranges(
         x = tl.load(first[None, :] + place.to(tl.int64)[:, None] * step, mask=mask, other=0.0).to(tl.float32)
         low = tl.minimum(low, tl.min(tl.where(mask, x, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(mask, x, float("-inf")), 0))
-    low, high = tl.where(is_group, low, 0.0), tl.where(is_group, high, 0.0)
-    minimum = low - tl.abs(low) * ULP - TINY
-    minimum = tl.minimum(tl.maximum(minimum, -LARGEST), LARGEST).to(tl.float16)
-    LEVELS: tl.constexpr = (1 << BITS) - 1
-    difference = high - minimum.to(tl.float32)
-    scale = tl.div_rn(difference, tl.full([BLOCK_G], LEVELS, tl.float32)) * (1 + ULP) + TINY
+    scale, minimum = group_scale(tl.where(is_group, low, 0.0), tl.where(is_group, high, 0.0), BITS)
     tl.store(minimum_ptr + groups, minimum, mask=is_group)
-    tl.store(scale_ptr + groups, tl.minimum(scale, LARGEST).to(tl.float16), mask=is_group)
+    tl.store(scale_ptr + groups, scale, mask=is_group)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -67,7 +91,6 @@ def _encode(
     """x [rows / heads, heads, channels], strided, to codes [rows, bytes]. Grid: blocks of rows."""
     PER_BYTE: tl.constexpr = 8 // BITS
     NUM_BYTES: tl.constexpr = (NUM_CHANNELS + PER_BYTE - 1) // PER_BYTE
-    LEVELS: tl.constexpr = (1 << BITS) - 1
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     channels = tl.arange(0, BLOCK_C)
     is_row = rows < num_rows
@@ -78,15 +101,11 @@ def _encode(
     group = _group_of(token, head, channels, NUM_HEADS, NUM_CHANNELS, GROUP, BY_CHANNEL)
     scale = tl.load(scale_ptr + group, mask=mask, other=1.0).to(tl.float32)
     minimum = tl.load(minimum_ptr + group, mask=mask, other=0.0).to(tl.float32)
-    # a scale of 0 is that of a constant group
-    codes = tl.div_rn(x - minimum, tl.where(scale == 0, 1.0, scale))
-    codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS)
-    codes = ((codes + ROUNDER) - ROUNDER).to(tl.int32)
-    lanes = tl.where(mask, codes << ((channels % PER_BYTE) * BITS)[None, :], 0)
-    packed = tl.sum(tl.reshape(lanes, [BLOCK_R, BLOCK_C // PER_BYTE, PER_BYTE]), 2)
+    codes = tl.where(mask, group_codes(x, scale, minimum, BITS), 0)
     places = tl.arange(0, BLOCK_C // PER_BYTE)
     is_byte = is_row[:, None] & (places < NUM_BYTES)[None, :]
-    tl.store(codes_ptr + rows[:, None] * NUM_BYTES + places[None, :], packed.to(tl.uint8), mask=is_byte)
+    packed = packed_bytes(codes, BITS, BLOCK_R, BLOCK_C)
+    tl.store(codes_ptr + rows[:, None] * NUM_BYTES + places[None, :], packed, mask=is_byte)
 
 
 @triton.jit

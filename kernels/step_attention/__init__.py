@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .blocks import Block, sequence_block
 from .op import Selection, StepAttention, serves
 from .packed import Chunks, Kept, Layout, Packed, Region, Tail, View
-from .tables import Block, Tables, sequence_block, step_tables
+from .shift import Shift, shifted
+from .tables import Tables, step_tables
 
 __all__ = [
     "Block",
@@ -14,11 +16,13 @@ __all__ = [
     "Packed",
     "Region",
     "Selection",
+    "Shift",
     "StepAttention",
     "Tables",
     "Tail",
     "View",
     "sequence_block",
     "serves",
+    "shifted",
     "step_tables",
 ]

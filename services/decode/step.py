@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ...compression.interfaces import SequenceCache
 from ...compression.recipe import ModelShape
+from ...compression.sealing import prepare_seals, settle_tails
 from ...kernels.dispatch import TRITON, runs
-from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves
+from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves, shifted
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
 from ...models.transfers import sent
 from ..telemetry import where
 from .captured import CapturedSteps, CudaGraphs
+
+SPREAD_STEPS = 16  # over which what is ready to be packed is spread
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,14 @@ class StepComputation:
         return torch.where(ids < 0, self.sampled[(-1 - ids).clamp_min(0)], ids)
 
 
+class _Known(NamedTuple):
+    """A sequence's tables, and of which state of its cache."""
+
+    version: int
+    moves: int
+    block: Block | None
+
+
 class StepRunner:
     """Runs steps.
 
@@ -104,12 +115,11 @@ class StepRunner:
     def __init__(self, model: Model, shape: ModelShape, most_rows: int) -> None:
         self.model = model
         self._shape = shape
-        self._blocks: WeakKeyDictionary[SequenceCache, tuple[int, Block | None]] = WeakKeyDictionary()
+        self._blocks: WeakKeyDictionary[SequenceCache, _Known] = WeakKeyDictionary()
+        self._retired: list[object] = []  # what work on the device may still read
         graphs = CudaGraphs(model.device) if model.device.type == "cuda" else None
         self.computation = StepComputation(model, shape, most_rows)
         self._steps = CapturedSteps(self.computation, model.device, graphs)
-        # a block is ready to be packed some dozens of steps before it is due; evenly spread, no step is held up
-        self._most_layers = -(-shape.num_layers // 32)
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
@@ -121,6 +131,7 @@ class StepRunner:
             self._before.record(torch.cuda.current_stream(self.model.device))
         if not runs(TRITON, self.model.device):
             return self._one_by_one(rows)
+        settle_tails([row.cache for row in rows])
         blocks = [self._block(row.cache) for row in rows]
         together = [i for i, block in enumerate(blocks) if block is not None]
         apart = [i for i, block in enumerate(blocks) if block is None]
@@ -143,15 +154,23 @@ class StepRunner:
     def _pack_ahead(self, rows: Sequence[StepRow]) -> None:
         """Pack what the sequences will seal, on a stream of its own."""
         if self._side is None or self._before is None:
+            if runs(TRITON, self.model.device):
+                self._prepare_seals(rows)
             return
         with torch.cuda.device(self.model.device), torch.cuda.stream(self._side):
             # work that came before the step may still read memory that packing takes
             self._side.wait_event(self._before)
-            for row in rows:
-                try:
-                    row.cache.prepare_seal(row.last_position, self._most_layers)
-                except Exception as exc:  # sealing packs what is not there yet, and the step has succeeded
-                    logger.warning("nothing was packed ahead: %s", where(exc))
+            self._prepare_seals(rows)
+
+    def _prepare_seals(self, rows: Sequence[StepRow]) -> None:
+        # a block is ready to be packed some dozens of steps before it is due, so no step has to pack many
+        most_layers = self._shape.num_layers * -(-len(rows) // SPREAD_STEPS)
+        caches, ends = [row.cache for row in rows], [row.last_position for row in rows]
+        self._retired = []
+        try:
+            prepare_seals(caches, ends, most_layers, self.model.rope_tables, self._retired)
+        except Exception as exc:  # sealing packs what is not there yet, and the step has succeeded
+            logger.warning("nothing was packed ahead: %s", where(exc))
 
     def _look_ahead(self, rows: Sequence[StepRow]) -> None:
         """Make room for the next rows, and tables of what that moves. Tails that are sealed from do not grow for long,
@@ -171,15 +190,20 @@ class StepRunner:
     def _block(self, cache: SequenceCache) -> Block | None:
         """The tables of a sequence with room for its next row; None where the kernels do not read its packing."""
         known = self._blocks.get(cache)
-        if known is not None and known[1] is None:
+        if known is not None and known.block is None:
             return None
         cache.reserve(1, self._like)
-        if known is not None and known[0] == cache.version:
-            return known[1]
-        views = cache.views()
-        fixed_rope = self.model.fixed_frequencies is not None
-        block = sequence_block(views) if serves(views, self._shape.head_dim, fixed_rope) else None
-        self._blocks[cache] = (cache.version, block)
+        if known is not None and known.version == cache.version:
+            return known.block
+        block = None
+        if known is not None and known.block is not None and known.moves == cache.moves:
+            shift = cache.shift()
+            block = None if shift is None else shifted(known.block, shift)
+        if block is None:
+            views = cache.views()
+            fixed_rope = self.model.fixed_frequencies is not None
+            block = sequence_block(views) if serves(views, self._shape.head_dim, fixed_rope) else None
+        self._blocks[cache] = _Known(cache.version, cache.moves, block)
         return block
 
     def _one_by_one(self, rows: Sequence[StepRow]) -> Tensor:
