@@ -44,7 +44,7 @@ DATA_LOADS: dict[str, dict[str, int]] = {
     "attend_items": {
         "dense_block": 8,
         "code_block.packed": 4,
-        "_factor_rows.codes": 4,
+        "_factor_rows.out": 4,
         "_basis_block": 8,
     },
     "score_chunks": {"score_chunks.means": 16},

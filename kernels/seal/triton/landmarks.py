@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...quantize.triton import ROUNDER
-from ...step_attention.triton.tiles import HEAD_DIM, NUM_KV_HEADS, packed_block
+from ...step_attention.triton.tiles import HEAD_DIM, NUM_KV_HEADS, half_sums, packed_halves
 from .rows import ANGLES, FIELDS, KEYS, LANDMARK_SCALES, LANDMARKS, SHARED, bfloat16_bits
 
 MARGIN: tl.constexpr = tl.constexpr((1 + 2.0**-10) / 127)
@@ -18,15 +18,14 @@ MOST: tl.constexpr = tl.constexpr(65504.0)
 def _decoded(job, head, local, K: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
              WIDE: tl.constexpr):  # fmt: skip
     """The lower and upper halves float32 [N, BLOCK_H] of the packed keys `local` of a job."""
-    HALF: tl.constexpr = H[HEAD_DIM] // 2
     nothing = tl.zeros_like(local)
     inside = local >= 0
     places = (
         tl.load(job + KEYS) + nothing, tl.load(job + KEYS + 1) + nothing, tl.load(job + KEYS + 2) + nothing,
     )  # fmt: skip
     shared = tl.load(job + KEYS + SHARED)
-    low = packed_block(places, shared, local, head, inside, K, H, 0, HALF, BLOCK_H, BLOCK_N, WIDE)
-    high = packed_block(places, shared, local, head, inside, K, H, HALF, HALF, BLOCK_H, BLOCK_N, WIDE)
+    sums = half_sums(shared, head, K, H, BLOCK_H)
+    low, high = packed_halves(places, shared, sums, local, head, inside, K, H, BLOCK_H, BLOCK_N, WIDE)
     return low.to(tl.float32), high.to(tl.float32)
 
 

@@ -21,8 +21,9 @@ from .tiles import (
     NUM_KV_HEADS,
     basis_sums,
     factor_block,
-    factor_halves,
+    half_sums,
     packed_block,
+    packed_halves,
     product,
 )
 
@@ -93,11 +94,7 @@ def _key_halves(
     """The lower and upper halves of keys [N, BLOCK_H], rotated, in the queries' dtype."""
     HALF: tl.constexpr = H[HEAD_DIM] // 2
     tensors, basis = _sources(item, later, K0, K0_B, CHOSEN), tl.load(item + K_BASIS)
-    if K[KIND] == LOWRANK:
-        low, high = factor_halves(tensors, basis, sums, local, head, inside, K, H, BLOCK_H, BLOCK_N, WIDE)
-    else:
-        low = packed_block(tensors, basis, local, head, inside, K, H, 0, HALF, BLOCK_H, BLOCK_N)
-        high = packed_block(tensors, basis, local, head, inside, K, H, HALF, HALF, BLOCK_H, BLOCK_N)
+    low, high = packed_halves(tensors, basis, sums, local, head, inside, K, H, BLOCK_H, BLOCK_N, WIDE)
     low, high = low.to(DTYPE), high.to(DTYPE)
     if ROTATES:
         low, high = low.to(tl.float32), high.to(tl.float32)
@@ -216,9 +213,7 @@ def attend_items(
         position = tl.load(positions_ptr + row)
         begin, end = _range(item, row, head, position, counts_ptr, H, CHUNK, CHOSEN)
         q_low, q_high = _query_halves(q_ptr, row, head, H, BLOCK_M, BLOCK_H)
-        HALF: tl.constexpr = H[HEAD_DIM] // 2
-        basis = tl.load(item + K_BASIS)
-        key_sums = basis_sums(basis, head, K, H, 0, HALF, BLOCK_H), basis_sums(basis, head, K, H, HALF, HALF, BLOCK_H)
+        key_sums = half_sums(tl.load(item + K_BASIS), head, K, H, BLOCK_H)
         value_sums = basis_sums(tl.load(item + V_BASIS), head, V, H, 0, H[HEAD_DIM], BLOCK_D)
         for start in range(begin, end, BLOCK_N):
             place = (start + tl.arange(0, BLOCK_N)).to(tl.int64)

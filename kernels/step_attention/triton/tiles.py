@@ -225,3 +225,25 @@ def packed_block(
     else:
         out = integer_block(a0, a1, a2, basis, local, head, inside, L, H, FIRST, WIDTH, BLOCK, BLOCK_N)
     return out
+
+
+@triton.jit
+def half_sums(basis, head, L: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """`basis_sums` of the two halves of a head."""
+    HALF: tl.constexpr = H[HEAD_DIM] // 2
+    return basis_sums(basis, head, L, H, 0, HALF, BLOCK), basis_sums(basis, head, L, H, HALF, HALF, BLOCK)
+
+
+@triton.jit
+def packed_halves(
+    tensors, basis, sums, local, head, inside, L: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows `local` of a head as two halves [N, BLOCK], see `packed_block`; `sums` are `half_sums`."""
+    HALF: tl.constexpr = H[HEAD_DIM] // 2
+    if L[KIND] == LOWRANK:
+        low, high = factor_halves(tensors, basis, sums, local, head, inside, L, H, BLOCK, BLOCK_N, WIDE)
+    else:
+        low = packed_block(tensors, basis, local, head, inside, L, H, 0, HALF, BLOCK, BLOCK_N)
+        high = packed_block(tensors, basis, local, head, inside, L, H, HALF, HALF, BLOCK, BLOCK_N)
+    return low, high
