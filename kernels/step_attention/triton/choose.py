@@ -162,15 +162,12 @@ def rank_chunks(
 
 
 @triton.jit
-def _added(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
 def _reached(bits, least, step):
-    """How many ranks reach `least` and one, two and three steps more."""
+    """How many ranks reach `least` and one, two and three steps more; fewer than 2^21 each, so that one sum counts all
+    three."""
     one, two, three = bits >= least + step, bits >= least + 2 * step, bits >= least + 3 * step
-    return tl.reduce((one.to(tl.int32), two.to(tl.int32), three.to(tl.int32)), 0, _added)
+    sums = tl.sum(one.to(tl.int64) + (two.to(tl.int64) << 21) + (three.to(tl.int64) << 42), 0)
+    return (sums & 0x1FFFFF).to(tl.int32), ((sums >> 21) & 0x1FFFFF).to(tl.int32), (sums >> 42).to(tl.int32)
 
 
 @triton.jit
