@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .layer_cache import LayerCache
 
 Angles = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""positions and lengths of prompts, int64 [n], on the device -> cos and sin of RoPE, float32 [n, d], both halves alike."""
+"""positions and lengths of prompts, int64 [n], on the device -> cos and sin of RoPE, float32 [n, d], halves alike."""
 
 ONE_BY_ONE = 2  # layers of a cache that are packed in a step where kernels do not pack many at once
 _ANGLES = 2  # the field of a job
@@ -224,7 +224,7 @@ def own_angles(kit: Kit) -> Angles:
         half = kit.shape.head_dim // 2
         axes = torch.zeros(len(positions), 1, 2 * half, device=positions.device)
         axes[..., :half] = 1.0
-        cos, sin = kit.rope(axes, positions)[:, 0].split(half, dim=-1)
+        cos, sin = kit.rope(axes, positions)[:, 0].chunk(2, dim=-1)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     return angles
