@@ -125,7 +125,7 @@ class LayerCache:
         values = tier_tensors(tensors.get(Part.VALUES, {}), tier, prefixes)
         if lead is not None:
             assert lead.base is not None, "layers of a group hold the same rows"
-            keys, values = keys or lead.base.keys, values or lead.base.values
+            keys, values = keys or dict(lead.base.keys), values or dict(lead.base.values)
         return Segment(self.kit, self._packings[tier], keys, values, num_rows, begin, index)
 
     def _offload(self, base: Segment, layer: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.seal import SEAL_FIELDS, SealKey, serves
 from ..kernels.step_attention import Layout
 from .codec_slots import Affine, CodecFilling, Dense, Float8, LowRank, Native, Specs
+from .retrieval_slots import ChunkLandmarks
 from .segment import Kit, Segment
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def seal_key(kit: Kit, tier: int, dtype: torch.dtype) -> SealKey | None:
     """How blocks of a tier are packed from tails of a dtype; None where the kernels do not."""
     filling, retrieval = kit.recipe.tiers()[tier], kit.recipe.retrieval
     keys, values = _layout(filling.key_codec, dtype), _layout(filling.value_codec, dtype)
-    if keys is None or values is None:
+    if keys is None or values is None or isinstance(retrieval, ChunkLandmarks) != (kit.retrieval is not None):
         return None
     key = SealKey(
         keys,
@@ -36,7 +37,7 @@ def seal_key(kit: Kit, tier: int, dtype: torch.dtype) -> SealKey | None:
         dtype,
         kit.recipe.block,
         retrieval.chunk,
-        0 if kit.retrieval is None else retrieval.landmark_bits,
+        retrieval.landmark_bits if isinstance(retrieval, ChunkLandmarks) else 0,
         filling.key_codec.domain == "pre_rope",
         kit.shape.num_kv_heads,
         kit.shape.head_dim,

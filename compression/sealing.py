@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.seal import SEAL_FIELDS, SealKey, move_rows, seal_blocks
+from ..kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from .layout import sealed_end
 from .rooms import NUM_PLACES, GrownRoom, Numbers, seal_key
 from .segment import Kit
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .layer_cache import LayerCache
 
 Angles = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""positions and lengths of prompts, int64 [n], on the device -> cos and sin of RoPE, float32 [n, d], both halves alike."""
+"""positions and lengths of prompts, int64 [n], on the device -> cos and sin of RoPE, float32 [n, d], halves alike."""
 
 ONE_BY_ONE = 2  # layers of a cache that are packed in a step where kernels do not pack many at once
 _ANGLES = 2  # the field of a job
@@ -224,7 +224,7 @@ def own_angles(kit: Kit) -> Angles:
         half = kit.shape.head_dim // 2
         axes = torch.zeros(len(positions), 1, 2 * half, device=positions.device)
         axes[..., :half] = 1.0
-        cos, sin = kit.rope(axes, positions)[:, 0].split(half, dim=-1)
+        cos, sin = kit.rope(axes, positions)[:, 0].chunk(2, dim=-1)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     return angles
@@ -232,17 +232,20 @@ def own_angles(kit: Kit) -> Angles:
 
 def settle_tails(caches: Sequence[SequenceCache]) -> None:
     """Move the rows of all tails that blocks were sealed from to the front, in one launch for rows of a size."""
-    moves: dict[tuple[torch.device, int], list[tuple[int, int, int]]] = {}
-    tails = [tail for cache in caches for tail in cache.moving_tails()]
-    for tail in tails:
-        if tail.offset:
-            entries = [(address, tail.offset, tail.num_rows) for address in tail.room_addresses()]
-            moves.setdefault((tail.device, tail.row_nbytes // 2), []).extend(entries)
-    for (device, row_nbytes), entries in moves.items():
-        table = np.array(entries, dtype=np.int64)
+    moves: dict[tuple[torch.device, int], list[Numbers]] = {}
+    moving = [tails for tails in (cache.moving_tails() for cache in caches) if tails]
+    for tails in moving:
+        first = tails[0]  # of all layers alike
+        entries = np.empty((2 * len(tails), MOVE_FIELDS), dtype=np.int64)
+        entries[:, 0] = np.array([tail.room_addresses() for tail in tails]).ravel()
+        entries[:, 1], entries[:, 2] = first.offset, first.num_rows
+        moves.setdefault((first.device, first.row_nbytes // 2), []).append(entries)
+    for (device, row_nbytes), parts in moves.items():
+        table = np.concatenate(parts)
         move_rows(_sent(table, device), row_nbytes, int(table[:, 1].min()))
-    for tail in tails:
-        tail.offset = 0
+    for tails in moving:
+        for tail in tails:
+            tail.offset = 0
 
 
 def _sent(numbers: Numbers, device: torch.device) -> Tensor:

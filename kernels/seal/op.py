@@ -54,7 +54,8 @@ def serves(key: SealKey) -> bool:
     """Whether the kernels pack such blocks."""
     rows = key.num_rows
     fits = 16 <= rows <= _MOST_ROWS and rows & (rows - 1) == 0 and rows % key.chunk == 0
-    return fits and key.head_dim % 16 == 0 and key.dtype in _TAILS and _packs(key.keys, rows) and _packs(key.values, rows)
+    fits = fits and key.head_dim % 16 == 0 and key.dtype in _TAILS
+    return fits and _packs(key.keys, rows) and _packs(key.values, rows)
 
 
 def _packs(layout: Layout, num_rows: int) -> bool:

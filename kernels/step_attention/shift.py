@@ -1,5 +1,5 @@
-"""Tables of a sequence that has sealed blocks in place: a few numbers of its block are others, and no address of what was
-there before is."""
+"""Tables of a sequence that has sealed blocks in place: some numbers of its block are others, but what was there before
+lies where it did."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def shifted(block: Block, shift: Shift) -> Block | None:
         own = table.numpy().copy()
         own[:, 0, _TAIL_FIRST] = shift.first
         tails[dtype] = torch.from_numpy(own)
-    return replace(block, items=items, choices=choices, tails=tails, most_chunks=max(block.most_chunks, shift.most_chunks))
+    most_chunks = max(block.most_chunks, shift.most_chunks)
+    return replace(block, items=items, choices=choices, tails=tails, most_chunks=most_chunks)
 
 
 def _chosen(numbers: Numbers, shift: Shift) -> Numbers:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..hot_set import HOT_FIELDS, HotKey
@@ -16,6 +18,8 @@ from .blocks import OUT_FIELD, Block
 from .blocks import TAIL_FIELDS as TAIL_FIELDS
 from .blocks import AttendKey as AttendKey
 from .blocks import ChoiceKey as ChoiceKey
+
+Numbers = NDArray[np.int64]
 
 _ROW = 0
 _MOSTS = ("most_chunks", "most_chosen", "most_hidden", "most_slots")
@@ -75,22 +79,24 @@ class Tables:
             return False
         for key, table in block.items.items():
             start = place.starts[key]
-            self.items[key][:, start : start + table.shape[1]] = _placed(table, row, place.first)
+            _place(self.items[key].numpy()[:, start : start + table.shape[1]], table.numpy(), row, place.first)
         for own, new in ((self.choices, block.choices), (self.hots, block.hots), (self.tails, block.tails)):
             for name, numbers in new.items():  # type: ignore[attr-defined]
-                own[name][:, row] = numbers[:, 0]  # type: ignore[index]
+                own[name].numpy()[:, row] = numbers.numpy()[:, 0]  # type: ignore[index]
         return True
 
     def copy_rows(self, other: Tables, rows: Sequence[int]) -> None:
-        """Take over the numbers of some rows of tables that have the same places."""
+        """Take over the numbers of some rows of tables on the host that have the same places."""
+        columns: dict[AttendKey, list[int]] = {}
         for row in rows:
             place = self.places[row]
             for key, count in place.shape[0]:  # type: ignore[attr-defined]
-                span = slice(place.starts[key], place.starts[key] + count)
-                self.items[key][:, span].copy_(other.items[key][:, span], non_blocking=True)
-            for mine, theirs in ((self.choices, other.choices), (self.hots, other.hots), (self.tails, other.tails)):
-                for name, table in mine.items():  # type: ignore[attr-defined]
-                    table[:, row].copy_(theirs[name][:, row], non_blocking=True)  # type: ignore[index]
+                columns.setdefault(key, []).extend(range(place.starts[key], place.starts[key] + count))
+        for key, own in columns.items():
+            _copy_columns(self.items[key], other.items[key], own)
+        for mine, theirs in ((self.choices, other.choices), (self.hots, other.hots), (self.tails, other.tails)):
+            for name, table in mine.items():  # type: ignore[attr-defined]
+                _copy_columns(table, theirs[name], rows)  # type: ignore[index]
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -192,10 +198,30 @@ def step_tables(blocks: Sequence[Block]) -> Tables:
 
 def _placed(table: Tensor, row: int, first: int) -> Tensor:
     """A block's items for a row whose partial results begin at `first`."""
-    own = table.clone()
-    own[:, :, _ROW] = torch.where(own[:, :, _ROW] < 0, -1, row)
-    own[:, :, OUT_FIELD] += first
+    own = torch.empty_like(table)
+    _place(own.numpy(), table.numpy(), row, first)
     return own
+
+
+def _place(out: Numbers, items: Numbers, row: int, first: int) -> None:
+    """Write a block's items for a row whose partial results begin at `first`."""
+    out[...] = items
+    out[..., _ROW][items[..., _ROW] >= 0] = row
+    out[..., OUT_FIELD] += first
+
+
+def _copy_columns(own: Tensor, new: Tensor, columns: Sequence[int]) -> None:
+    """Columns of int64 [L, n, fields] from the host: two copies and a kernel, however many they are."""
+    if not len(columns):
+        return
+    at = torch.tensor(columns)
+    if not own.is_cuda:
+        own[:, at] = new[:, at]
+        return
+    picked = torch.empty(new.shape[0], len(columns), new.shape[2], dtype=torch.int64, pin_memory=True)
+    torch.index_select(new, 1, at, out=picked)
+    places, numbers = at.pin_memory().to(own.device, non_blocking=True), picked.to(own.device, non_blocking=True)
+    own.index_copy_(1, places, numbers)
 
 
 def _round(size: int, least: int) -> int:

@@ -10,7 +10,18 @@ import triton.language as tl
 
 from ...quantize.triton import group_codes, group_scale, packed_bytes
 from ...step_attention.triton.tiles import (
-    BALANCED, BITS, CHANNEL, DENSE, DTYPE, FLOAT8, GROUP_SIZE, HEAD_DIM, KIND, NUM_KV_HEADS, RANK, product,
+    BALANCED,
+    BITS,
+    CHANNEL,
+    DENSE,
+    DTYPE,
+    FLOAT8,
+    GROUP_SIZE,
+    HEAD_DIM,
+    KIND,
+    NUM_KV_HEADS,
+    RANK,
+    product,
 )  # fmt: skip
 
 # fields of a job; the packed tensors of keys and of values, and what each share, lie next to each other
