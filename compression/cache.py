@@ -111,10 +111,6 @@ class RecipeCache:
         """Of all layers, in order."""
         return [self._layers[layer] for layer in range(self._kit.shape.num_layers)]
 
-    @property
-    def num_layers(self) -> int:
-        return self._kit.shape.num_layers
-
     def note_moved(self) -> None:
         """See `SequenceCache`."""
         self.version += 1

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import TRITON, runs
 from ..kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from .layout import sealed_end
 from .rooms import NUM_PLACES, GrownRoom, Numbers, seal_key
@@ -231,11 +232,15 @@ def own_angles(kit: Kit) -> Angles:
 
 
 def settle_tails(caches: Sequence[SequenceCache]) -> None:
-    """Move the rows of all tails that blocks were sealed from to the front, in one launch for rows of a size."""
+    """Move the rows of tails that blocks were sealed from to the front, on a GPU in one launch for rows of a size."""
     moves: dict[tuple[torch.device, int], list[Numbers]] = {}
     moving = [tails for tails in (cache.moving_tails() for cache in caches) if tails]
     for tails in moving:
         first = tails[0]  # of all layers alike
+        if not runs(TRITON, first.device):
+            for tail in tails:
+                tail.settle()
+            continue
         entries = np.empty((2 * len(tails), MOVE_FIELDS), dtype=np.int64)
         entries[:, 0] = np.array([tail.room_addresses() for tail in tails]).ravel()
         entries[:, 1], entries[:, 2] = first.offset, first.num_rows

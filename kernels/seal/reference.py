@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..dispatch import require
 from ..landmarks.reference import chunk_means
 from ..quantize.reference import dequantize, quantize
 from ..rope.reference import apply_rope
@@ -29,8 +30,13 @@ def at_address(address: int, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
+def _check_device(table: Tensor) -> None:
+    require(table.device.type == "cpu", f"the reference reads the host's memory, the table is on {table.device}")
+
+
 def seal_blocks(key: SealKey, table: Tensor, cos: Tensor, sin: Tensor) -> None:
     """See `op.seal_blocks`."""
+    _check_device(table)
     rows = (key.num_rows, key.num_kv_heads, key.head_dim)
     for job in table.tolist():
         k, v = (at_address(address, key.dtype, *rows) for address in job[:2])
@@ -89,6 +95,7 @@ def _summarize(key: SealKey, keys: Tensor, place: int, scale_place: int) -> None
 
 def move_rows(table: Tensor, row_nbytes: int, least: int) -> None:
     """See `op.move_rows`."""
+    _check_device(table)
     for address, first, count in table.tolist():
         rows = at_address(address, torch.uint8, first + count, row_nbytes)
         rows[:count] = rows[first:].clone()

@@ -127,11 +127,11 @@ class StepRunner:
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
+        settle_tails([row.cache for row in rows])  # first, as what is packed ahead in this step reads what it moves
         if self._before is not None:
             self._before.record(torch.cuda.current_stream(self.model.device))
         if not runs(TRITON, self.model.device):
             return self._one_by_one(rows)
-        settle_tails([row.cache for row in rows])
         blocks = [self._block(row.cache) for row in rows]
         together = [i for i, block in enumerate(blocks) if block is not None]
         apart = [i for i, block in enumerate(blocks) if block is None]

@@ -169,10 +169,12 @@ def test_tables_are_brought_up_to_date_as_they_would_be_made_anew(name, lab):
             cache.reserve(1, choice.prompt.k[0][:1])
             shift = cache.shift() if block is not None and moves == cache.moves else None
             prepare_seals([cache], [choice.last], 1000, own_angles(choice.alone._kit), [])
+        counted = cache._read_nbytes
         wanted = sequence_block(cache.views())
         found = None if shift is None else shifted(block, shift)
         if found is not None:
             num_shifts += 1
+            assert counted == cache._read_nbytes
             assert found.shape == wanted.shape
             for ours, theirs in (
                 (found.items, wanted.items),
