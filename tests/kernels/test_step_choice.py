@@ -57,3 +57,30 @@ def test_the_best_chunks_are_chosen(counts, wanted, at_once, device):
             assert found[row, head] == (-7 if untouched else len(best))
             assert chosen[row, head, : len(best)].tolist() == best.tolist()
             assert (chosen[row, head, len(best) :] == -7).all()
+
+
+def test_scores_that_are_no_numbers_are_chosen_within_the_room_there_is(device):
+    """A query that is no number has no best chunks; what is chosen for it must not run into another row's."""
+    most, wanted = 2 * choose.PITCH.value, 5
+    table = torch.zeros(1, choose.CHOICE_FIELDS.value, dtype=torch.int64)
+    table[:, choose.COUNT.value], table[:, choose.WANTED.value] = 40, wanted
+    positions = torch.zeros(1, dtype=torch.int64, device=device)
+    scores = torch.full((1, HEADS, most), float("nan"), device=device)
+    scores[:, :, ::3] = float("-inf")  # hidden
+    peaks = torch.full((1, HEADS, 1, 2), float("nan"), device=device)
+    ranks = torch.full((1, HEADS, most), 9.0, device=device)
+    choose.rank_chunks[(1, HEADS, 1)](
+        table.to(device), positions, scores, peaks, ranks, most, 1,
+        NUM_KV_HEADS=HEADS, GROUP=1, BLOCK_C=BLOCK, BLOCK_P=16, num_warps=4,
+    )  # fmt: skip
+    assert ranks[0, :, :40].isfinite().all() and (ranks[0, :, :40] <= 1).all()
+    chosen = torch.full((2, HEADS, wanted), -7, dtype=torch.int32, device=device)
+    found = torch.empty(1, HEADS, dtype=torch.int32, device=device)
+    for at_once in (False, True):
+        choose.choose_chunks[(1, HEADS)](
+            table.to(device), positions, ranks, chosen, found, most, wanted,
+            NUM_KV_HEADS=HEADS, AT_ONCE=at_once, BLOCK_C=BLOCK, BLOCK_L=1024, num_warps=4,
+        )  # fmt: skip
+        assert (found == wanted).all()
+        assert chosen[0].tolist() == [[1, 2, 4, 5, 7]] * HEADS
+        assert (chosen[1] == -7).all()
