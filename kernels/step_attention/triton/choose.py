@@ -221,6 +221,13 @@ def _least_rank(ranks, count, most_wanted, BLOCK_C: tl.constexpr):
     return least, wanted - tl.sum(above, 0), wanted
 
 
+@triton.jit
+def _choose_again(kept, chosen, num_kept, BLOCK_L: tl.constexpr):
+    for start in range(0, num_kept, BLOCK_L):
+        entry = start + tl.arange(0, BLOCK_L)
+        tl.store(chosen + entry, tl.load(kept + entry, mask=entry < num_kept), mask=entry < num_kept)
+
+
 @triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
 def choose_chunks(
     table_ptr, positions_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
@@ -242,11 +249,8 @@ def choose_chunks(
     kept = tl.load(at + KEPT).to(tl.pointer_type(tl.int32)) + head * most_wanted
     state = tl.load(at + STATE).to(tl.pointer_type(tl.int32)) + head * 2
     if _is_kept(at, head, position):
-        num_kept = tl.load(state)
-        for start in range(0, num_kept, BLOCK_L):
-            entry = start + tl.arange(0, BLOCK_L)
-            tl.store(chosen + entry, tl.load(kept + entry, mask=entry < num_kept), mask=entry < num_kept)
-        tl.store(count_at, num_kept)
+        _choose_again(kept, chosen, tl.load(state), BLOCK_L)
+        tl.store(count_at, tl.load(state))
         return
     count = (tl.load(at + COUNT) + tl.load(at + COUNT_B)).to(tl.int32)
     pitch = most_chunks // PITCH * PITCH  # which the compiler then knows to be a multiple
