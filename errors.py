@@ -15,6 +15,7 @@
     ├── DeadlineExceeded            DEADLINE_EXCEEDED    yes
     ├── CorruptFrame                DATA_LOSS            yes   bytes that are not a frame, or a broken one
     ├── FrameMismatch               FAILED_PRECONDITION  no    a sound frame of another model, recipe or epoch
+    ├── Fenced                      FAILED_PRECONDITION  no    another worker owns the sequence by now
     └── InternalError               INTERNAL             no
 
 The message of an error is public: it never holds prompts, secrets, addresses or paths of the server.
@@ -154,6 +155,13 @@ class FrameMismatch(KvsluiceError):
 
     status = "FAILED_PRECONDITION"
     http_status = 500
+
+
+class Fenced(KvsluiceError):
+    """Another worker has taken the sequence over; what this one still writes does not count."""
+
+    status = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class InternalError(KvsluiceError):

@@ -13,6 +13,7 @@ from .codecs import compact
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
+from .saved_rows import check_rows, put_saved_rows, saved_rows
 from .sealing import Sealing, own_angles, pack_blocks
 from .segment import Kit, Tail
 from .spec import ModelShape, Recipe
@@ -171,6 +172,22 @@ class RecipeCache:
                 self._sealing = Sealing.of(self._kit, layers)
                 self._may_share = False
         return self._sealing
+
+    def rows(self, begin: int, end: int) -> list[EncodedLayer]:
+        """See `SequenceCache`."""
+        return saved_rows([layer.tail for layer in self.layers()], begin, end)
+
+    def put_rows(self, begin: int, layers: Sequence[EncodedLayer]) -> None:
+        """See `SequenceCache`."""
+        tails = [layer.tail for layer in self.layers()]
+        num_rows = check_rows(tails, begin, layers, self._kit.shape)
+        done = 0
+        while done < num_rows:
+            count = min(self.rows_until_seal(begin + done), num_rows - done)
+            put_saved_rows(tails, layers, done, done + count)
+            done += count
+            self.seal(begin + done)
+        self.note_moved()
 
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """See `SequenceCache`."""

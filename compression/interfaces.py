@@ -174,6 +174,20 @@ class SequenceCache(Protocol):
         """Seal every block that is due when the next row will have `next_position`; a pure function of it."""
         ...
 
+    def rows(self, begin: int, end: int) -> list[EncodedLayer]:
+        """Copies of the exact rows at positions begin ≤ p < end, which no layer has sealed yet: of each layer, in
+        order, `k` and `v` [end - begin, Hkv, d] as its tail holds them."""
+        ...
+
+    def put_rows(self, begin: int, layers: Sequence[EncodedLayer]) -> None:
+        """Append what `rows` gave, from position `begin`, the end of what is here, and seal what is due on the way:
+        the cache is then what it was where the rows came from.
+
+        Raises:
+            FrameMismatch: a layer is missing, or its rows are not what its tail holds.
+        """
+        ...
+
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """Pack ahead what `seal` will, where the rows are all here and sealing is due before `next_position`; in so
         many layers at most. Returns in how many. Changes nothing that attention sees; `seal` then has less to do."""

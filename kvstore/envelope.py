@@ -65,6 +65,9 @@ class Fault(StrEnum):
     RECIPE = "the recipe is longer than the limit"
     FRAMES = "no frames or more than the limit"
     ENTRY = "a frame's entry is not valid or stands twice"
+    # a continuation
+    BASE = "the name of the manifest that it continues is not valid"
+    ROWS = "rows of a choice that is not there, or that do not follow each other"
     # a sequence against its manifest
     MISSING = "a frame that the manifest names is missing"
     UNNAMED = "a frame that the manifest does not name"
@@ -136,3 +139,9 @@ def open_envelope(
     if xxhash.xxh3_64_intdigest(view[:body_end]) != checksum:
         raise corrupt(what, Fault.CHECKSUM)
     return Opened(bytes(view[PREFIX_BYTES:body_begin]), view[body_begin:body_end], body_begin, checksum)
+
+
+def checksum_of(data: bytes) -> int:
+    """The checksum that ends an envelope of at least eight bytes, unverified."""
+    (checksum,) = _TRAILER.unpack_from(data, len(data) - TRAILER_BYTES)
+    return int(checksum)

@@ -297,8 +297,8 @@ def decode_frame(data: bytes | bytearray | memoryview, limits: FrameLimits = DEF
     )
 
 
-def header_ident(header: frame_pb2.FrameHeader | frame_pb2.Manifest) -> FrameIdent:
-    """The identity fields that frames and manifests share."""
+def header_ident(header: frame_pb2.FrameHeader | frame_pb2.Manifest | frame_pb2.Continuation) -> FrameIdent:
+    """The identity fields that frames, manifests and continuations share."""
     return FrameIdent(
         request_id=RequestId(header.request_id),
         epoch=header.epoch,

@@ -23,6 +23,7 @@ StoreKey = NewType("StoreKey", str)
 """Names an immutable value of a store."""
 FrameKey = NewType("FrameKey", StoreKey)
 ManifestKey = NewType("ManifestKey", StoreKey)
+"""Names a manifest or a continuation."""
 HeadKey = NewType("HeadKey", str)
 """Names the one value of a sequence that changes: which epoch and manifest are current."""
 
@@ -70,6 +71,16 @@ def frame_key(ident: FrameIdent, index: int) -> FrameKey:
 def manifest_key(ident: FrameIdent) -> ManifestKey:
     """Name of the manifest of a sequence and epoch."""
     return ManifestKey(StoreKey(f"kvsluice:manifest:{sequence_key(ident)}:{ident.epoch}"))
+
+
+def continuation_key(ident: FrameIdent, version: int) -> ManifestKey:
+    """Name of the `version`-th continuation of a sequence and epoch."""
+    return ManifestKey(StoreKey(f"kvsluice:continuation:{sequence_key(ident)}:{ident.epoch}:{version}"))
+
+
+def epoch_of(key: FrameKey | ManifestKey) -> int:
+    """The epoch that a name holds."""
+    return int(key.split(":")[3])
 
 
 def head_key(ident: FrameIdent) -> HeadKey:

@@ -149,7 +149,7 @@ def encode_manifest(manifest: Manifest, limits: ManifestLimits = DEFAULT_MANIFES
         prompt_ids=manifest.prompt_ids,
         choices=[_choice_message(index, choice) for index, choice in enumerate(manifest.choices)],
         seed=manifest.seed,
-        frames=[_entry_message(entry) for entry in manifest.frames],
+        frames=[entry_message(entry) for entry in manifest.frames],
     )
     try:
         _check(message, limits)
@@ -182,7 +182,7 @@ def decode_manifest(data: bytes | bytearray | memoryview, limits: ManifestLimits
         prompt_ids=tuple(message.prompt_ids),
         choices=tuple(_choice(choice) for choice in message.choices),
         seed=message.seed,
-        frames=tuple(_entry(entry) for entry in message.frames),
+        frames=tuple(read_entry(entry) for entry in message.frames),
     )
 
 
@@ -210,7 +210,8 @@ def _choice(message: frame_pb2.ChoiceState) -> ChoiceState:
     return ChoiceState(emitted, message.finish_reason)
 
 
-def _entry_message(entry: FrameEntry) -> frame_pb2.ManifestEntry:
+def entry_message(entry: FrameEntry) -> frame_pb2.ManifestEntry:
+    """An entry as it is encoded."""
     return frame_pb2.ManifestEntry(
         key=entry.key,
         size=entry.size_bytes,
@@ -221,7 +222,8 @@ def _entry_message(entry: FrameEntry) -> frame_pb2.ManifestEntry:
     )
 
 
-def _entry(message: frame_pb2.ManifestEntry) -> FrameEntry:
+def read_entry(message: frame_pb2.ManifestEntry) -> FrameEntry:
+    """An entry that has been checked."""
     return FrameEntry(
         key=FrameKey(StoreKey(message.key)),
         size_bytes=message.size,
@@ -253,7 +255,7 @@ def _check(message: frame_pb2.Manifest, limits: ManifestLimits) -> None:
     if not 0 < len(message.frames) <= limits.max_frames:
         raise corrupt("manifest", Fault.FRAMES)
     keys = {entry.key for entry in message.frames}
-    if len(keys) != len(message.frames) or not all(_entry_is_sound(entry, limits) for entry in message.frames):
+    if len(keys) != len(message.frames) or not all(entry_is_sound(entry, limits) for entry in message.frames):
         raise corrupt("manifest", Fault.ENTRY)
 
 
@@ -268,7 +270,8 @@ def _choice_fault(choice: frame_pb2.ChoiceState, limits: ManifestLimits) -> Faul
     return None
 
 
-def _entry_is_sound(entry: frame_pb2.ManifestEntry, limits: ManifestLimits) -> bool:
+def entry_is_sound(entry: frame_pb2.ManifestEntry, limits: ManifestLimits) -> bool:
+    """Whether an entry's name, size, kind and layers can be."""
     return (
         _FRAME_KEY.fullmatch(entry.key) is not None
         and 0 < entry.size <= limits.max_frame_bytes

@@ -170,3 +170,49 @@ class ChoiceState(_message.Message):
     emitted: _containers.RepeatedCompositeFieldContainer[SampledToken]
     finish_reason: str
     def __init__(self, index: _Optional[int] = ..., emitted: _Optional[_Iterable[_Union[SampledToken, _Mapping]]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
+
+class RowsEntry(_message.Message):
+    __slots__ = ("choice", "token_begin", "token_end", "frames")
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BEGIN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_END_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    token_begin: int
+    token_end: int
+    frames: _containers.RepeatedCompositeFieldContainer[ManifestEntry]
+    def __init__(self, choice: _Optional[int] = ..., token_begin: _Optional[int] = ..., token_end: _Optional[int] = ..., frames: _Optional[_Iterable[_Union[ManifestEntry, _Mapping]]] = ...) -> None: ...
+
+class ContinuedChoice(_message.Message):
+    __slots__ = ("token_ids", "finish_reason")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
+
+class Continuation(_message.Message):
+    __slots__ = ("format_version", "request_id", "epoch", "tenant", "model_fingerprint", "recipe_fingerprint", "base", "base_xxh3", "version", "choices", "rows")
+    FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    BASE_XXH3_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    format_version: int
+    request_id: str
+    epoch: int
+    tenant: str
+    model_fingerprint: str
+    recipe_fingerprint: str
+    base: str
+    base_xxh3: int
+    version: int
+    choices: _containers.RepeatedCompositeFieldContainer[ContinuedChoice]
+    rows: _containers.RepeatedCompositeFieldContainer[RowsEntry]
+    def __init__(self, format_version: _Optional[int] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., recipe_fingerprint: _Optional[str] = ..., base: _Optional[str] = ..., base_xxh3: _Optional[int] = ..., version: _Optional[int] = ..., choices: _Optional[_Iterable[_Union[ContinuedChoice, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowsEntry, _Mapping]]] = ...) -> None: ...

@@ -185,6 +185,56 @@ def test_the_state_is_rebuilt_by_replay(recipe: Recipe, prompt: Any, lab: Any) -
     assert all(torch.equal(x, y) for x, y in zip(*late, strict=True))
 
 
+@pytest.mark.parametrize("every", [16, 40])
+def test_rows_that_were_kept_before_sealing_rebuild_the_state(
+    recipe: Recipe, every: int, prompt: Any, lab: Any
+) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    alone = lab.load(recipe, prompt, encoded)
+    kept, begin, last = [], N, N + NEW - 30
+    for position in range(N, last):
+        lab.step(alone, prompt, position, position + 1)
+        after = position + 1
+        drops = alone.rows_until_seal(position) == 1
+        if after - begin >= every or drops or after == last:
+            kept.append((begin, alone.rows(begin, after)))
+            begin = after
+        alone.seal(after)
+    other = lab.load(recipe, prompt, encoded)
+    for at, layers in kept:
+        other.put_rows(at, layers)
+    assert all(torch.equal(a, b) for a, b in zip(state(alone), state(other), strict=True))
+    assert other.nbytes() <= bound_nbytes(recipe, prompt.shape, N, NEW, 1, 4)
+    for a, b in zip(*(lab.decode(cache, prompt, last, N + NEW) for cache in (alone, other)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_do_not_follow_are_refused(recipe: Recipe, prompt: Any, lab: Any) -> None:
+    encoded, _ = lab.prefill(recipe, prompt)
+    cache, other = (lab.load(recipe, prompt, encoded) for _ in range(2))
+    lab.step(cache, prompt, N, N + 1)
+    rows = cache.rows(N, N + 1)
+    wrong = {
+        "begin": (N + 1, rows),
+        "layers": (N, rows[1:]),
+        "order": (N, rows[::-1]),
+        "tensors": (N, [EncodedLayer(one.layer, {Part.KEYS: one.tensors[Part.TAIL]}) for one in rows]),
+        "shape": (N, [EncodedLayer(one.layer, {Part.TAIL: {"k": one.tensors[Part.TAIL]["k"][:, :1],
+                                                           "v": one.tensors[Part.TAIL]["v"]}}) for one in rows]),
+        "dtype": (N, [EncodedLayer(one.layer, {Part.TAIL: {name: t.to(torch.int8) for name, t in
+                                                           one.tensors[Part.TAIL].items()}}) for one in rows]),
+        "none": (N, [EncodedLayer(one.layer, {Part.TAIL: {name: t[:0] for name, t in
+                                                          one.tensors[Part.TAIL].items()}}) for one in rows]),
+    }  # fmt: skip
+    before = [t.clone() for t in state(other)]
+    for what, (begin, layers) in wrong.items():
+        with pytest.raises(FrameMismatch):
+            other.put_rows(begin, layers)
+            pytest.fail(what)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(other), strict=True)), "nothing was appended"
+    other.put_rows(N, rows)
+
+
 def test_sealing_follows_positions_alone(recipe: Recipe, prompt: Any, lab: Any) -> None:
     encoded, _ = lab.prefill(recipe, prompt)
     cache = lab.load(recipe, prompt, encoded)
