@@ -24,14 +24,23 @@ from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.drawing import DrawnToken
 from ...models.model import Model
-from ...models.sampling import PromptIds, SamplerState
 from ..model_shape import model_shape
-from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, TokensEvent
+from ..staging import Event as DeviceEvent
+from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, TokensEvent
 from .host_pages import HostPages
 from .launch import LaunchedStep, Turn, launch
 from .pages import PagePool
 from .scheduler import Choice, Demand, Phase, Scheduler
-from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, add_layer, check_start, typed
+from .sequence import (
+    ChoiceRun,
+    DecodeRequest,
+    EmittedChoice,
+    KeptRows,
+    RequestRun,
+    add_layer,
+    typed,
+)
+from .start import check_start, start_choices
 from .step import StepRunner
 
 __all__ = [
@@ -41,7 +50,9 @@ __all__ = [
     "Event",
     "FailedEvent",
     "FinishedEvent",
+    "KeptRows",
     "OpenedEvent",
+    "RowsEvent",
     "TokensEvent",
 ]
 
@@ -54,6 +65,7 @@ class DecodeEngine:
         max_num_seqs: choices that run in one step.
         max_waiting: requests that may wait for memory.
         host: host memory that values of prompts lie in where they can; None = all lie on the device.
+        mark: a point behind all that the calling thread has given the device, for rows that are to be kept.
         lookahead: whether a step is launched before the one under way is settled; what it says then comes a call of
             `step` later. Tokens are the same. None = on a CUDA device; elsewhere nothing is gained.
 
@@ -69,8 +81,10 @@ class DecodeEngine:
         max_waiting: int = 64,
         host: HostPages | None = None,
         lookahead: bool | None = None,
+        mark: Callable[[], DeviceEvent | None] = lambda: None,
     ) -> None:
         self.model = model
+        self._mark = mark
         self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
         self.shape = model_shape(model.config)
         self.host = host
@@ -183,11 +197,11 @@ class DecodeEngine:
 
         Args:
             emitted: of every choice in order, the tokens sent so far. The first came from prefill; further ones are
-                replayed as decode steps and not sent again.
+                replayed as decode steps and not sent again, but for those whose rows were kept.
 
         Raises:
             RequestCancelled: there is no such request (any more).
-            FrameMismatch, InvalidRequest: see `sequence.check_start`.
+            FrameMismatch, InvalidRequest: see `start.check_start`.
         """
         run = self._receiving(request_id, epoch)
         config = self.model.config
@@ -196,6 +210,12 @@ class DecodeEngine:
             self._start(run, prompt_ids, emitted)
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
+
+    def lengthen(self, request_id: str, choice: int, rows: float, epoch: int | None = None) -> None:
+        """Rows of a choice are kept now: it may run so many more before it waits for the next ones. Infinite = nobody
+        keeps them any more."""
+        if self._find(request_id, epoch) is not None:
+            self.scheduler.lengthen(Choice(request_id, choice), rows)
 
     def grant(self, request_id: str, tokens: int, epoch: int | None = None) -> None:
         """Allow `tokens` ≥ 0 more to be sent. Without effect on a request that is gone or has no limit."""
@@ -233,6 +253,8 @@ class DecodeEngine:
         self.runner.join()
         turns = [Turn(choice, self._runs[choice.request_id]) for choice in self.scheduler.next_batch()]
         launched = launch(self.runner, turns) if turns else None
+        if launched is not None:
+            self._tell_kept(launched)
         before, self._under_way = self._under_way, launched
         if before is not None:
             self._settle(before)
@@ -292,18 +314,21 @@ class DecodeEngine:
     def _start(self, run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
         request, cache, config = run.request, run.cache, self.model.config
         assert cache is not None, "made when the request was let in"
-        live = [i for i, c in enumerate(emitted) if not c.finish_reason and i not in run.cancelled]
-        prompt, choices = PromptIds(prompt_ids), {}
-        for index in live:
-            sampler = SamplerState(request.sampling, index, prompt, config.vocab_size, config.eos_token_ids)
-            own = cache if index == live[-1] else cache.fork()
-            choices[index] = ChoiceRun(own, sampler, request.num_prompt_tokens, emitted[index].token_ids)
+        choices, turns = start_choices(run, cache, prompt_ids, emitted, config, self.runner.like)
         run.resident_bytes = cache.nbytes()
         run.cache, run.choices = None, choices
-        replays = {i: len(emitted[i].token_ids) - 1 for i in choices}
-        self.scheduler.start(request.request_id, replays, request.sampling.max_tokens - 1)
+        self.scheduler.start(request.request_id, turns)
         if not choices:
             self._finish(run)
+
+    def _tell_kept(self, step: LaunchedStep) -> None:
+        """Tell which rows are to be kept."""
+        after = self._mark() if step.kept else None
+        for turn, kept in step.kept:
+            request = turn.run.request
+            self._events.append(
+                RowsEvent(request.request_id, request.epoch, turn.choice.index, kept.begin, list(kept.layers), after)
+            )
 
     def _settle(self, step: LaunchedStep) -> None:
         """Tell what came of a step, and end what has ended."""

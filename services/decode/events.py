@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...compression.interfaces import EncodedLayer
 from ...errors import KvsluiceError
 from ...models.sampling import Sampled
+from ..staging import Event as DeviceEvent
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,22 @@ class TokensEvent(Event):
     choice: int
     first_index: int
     sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True)
+class RowsEvent(Event):
+    """Generated rows of a choice, to be kept before any of them is sealed.
+
+    Attributes:
+        begin: position of the first one.
+        layers: of all layers, see `SequenceCache.rows`.
+        after: when they are complete, as `HostCopies.mark` gave it.
+    """
+
+    choice: int
+    begin: int
+    layers: list[EncodedLayer]
+    after: DeviceEvent | None
 
 
 @dataclass(frozen=True)

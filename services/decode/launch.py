@@ -20,7 +20,7 @@ import torch
 from ...models.drawing import Drawn, DrawnToken, draw_rows
 from ...models.transfers import sent
 from .scheduler import Choice
-from .sequence import ChoiceRun, RequestRun
+from .sequence import ChoiceRun, KeptRows, RequestRun
 from .step import StepRow, StepRunner
 
 
@@ -52,10 +52,12 @@ class LaunchedStep:
 
     Attributes:
         turns: of all choices that it was to run.
+        kept: rows of some of them that are to be kept, complete once what was launched before is done.
     """
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self.turns = turns
+        self.kept: list[tuple[Turn, KeptRows]] = []
         self.drawn: Drawn | None = None
 
     @property
@@ -75,15 +77,17 @@ class LaunchedStep:
 
 def launch(runner: StepRunner, turns: Sequence[Turn]) -> LaunchedStep:
     """Run one row of each turn and draw the next token of those that sample. Faults are kept in the turns."""
-    parts = []
+    parts, step = [], LaunchedStep(turns)
     for turn in turns:
         state = turn.run.choices[turn.choice.index]
         turn.samples = state.samples_next
         try:
+            kept = state.rows_to_keep()
+            if kept is not None:
+                step.kept.append((turn, kept))
             parts.append(_Part(turn, state, state.next_row()))
         except Exception as exc:
             turn.error = exc
-    step = LaunchedStep(turns)
     if parts:
         try:
             _run(runner, parts, step)

@@ -8,8 +8,9 @@ States of a request, and the only transitions:
        └───────────────────┴──── end_request (cancelled, failed) ─────────────────────────┘
 
 A choice of a RUNNING request runs until `end_choice`. It is *eligible* when its request has credits left, or while it
-replays tokens that were sent before (a replayed token is not sent, so it costs no credit), and has not had its last
-turn. One that is not eligible is paused: it keeps its memory and takes no slot.
+replays tokens that were sent before (a replayed token is not sent, so it costs no credit), has not had its last turn,
+and is not further ahead of who keeps its rows than its leash allows. One that is not eligible is paused: it keeps its
+memory and takes no slot.
 
 Admission is first come, first served by bytes, of the device's memory and of the host's: the head of the queue waits
 until all that its caches may ever take is free, and nothing behind it is let in before it, so a large request is not
@@ -78,12 +79,26 @@ class Demand:
 
 
 @dataclass
+class Turns:
+    """What a started choice may still do.
+
+    Attributes:
+        replays: steps left that only replay tokens.
+        left: turns that it may have, replays included; it waits for its end after the last one.
+        leash: turns before `Scheduler.lengthen`; infinite where nothing has to keep up with it.
+    """
+
+    replays: int = 0
+    left: float = math.inf
+    leash: float = math.inf
+
+
+@dataclass
 class _Request:
     demand: Demand
     credits: int | None
     phase: Phase = Phase.WAITING
-    replays: dict[int, int] = field(default_factory=dict)  # live choice -> steps left that only replay
-    turns: dict[int, float] = field(default_factory=dict)  # live choice -> turns left
+    choices: dict[int, Turns] = field(default_factory=dict)  # live ones
 
 
 class Scheduler:
@@ -126,7 +141,7 @@ class Scheduler:
 
     def live_choices(self, request_id: str) -> tuple[int, ...]:
         """Indices of the choices that are started and not ended."""
-        return tuple(self._requests[request_id].replays)
+        return tuple(self._requests[request_id].choices)
 
     def enqueue(self, request_id: str, demand: Demand, credits: int | None) -> None:
         """Queue a request for admission.
@@ -178,27 +193,21 @@ class Scheduler:
             admitted.append(request_id)
         return admitted
 
-    def start(self, request_id: str, replays: Mapping[int, int], most_turns: float = math.inf) -> None:
-        """Let choices run once the prompt is complete; the tails of those not named are freed.
-
-        Args:
-            replays: choice -> how many of its first steps only replay tokens. Empty = every choice had ended; the
-                request is gone then.
-            most_turns: that each choice may have, replays included. It waits for its end after the last one.
-        """
+    def start(self, request_id: str, choices: Mapping[int, Turns]) -> None:
+        """Let choices run once the prompt is complete; the tails of those not named are freed. None named = every
+        choice had ended; the request is gone then."""
         request = self._requests[request_id]
         assert request.phase is Phase.RECEIVING, "a request starts once, after its admission"
         request.phase = Phase.RUNNING
-        request.replays = dict(replays)
-        request.turns = dict.fromkeys(replays, most_turns)
+        request.choices = dict(choices)
         for index in range(request.demand.num_choices):
-            if index in replays:
+            if index in choices:
                 self._retain_prompt(request_id)
                 self._ring.append(Choice(request_id, index))
             else:
                 self.pool.release(Region(request_id, index))
         self._release_prompt(request_id)
-        if not replays:
+        if not choices:
             del self._requests[request_id]
 
     def grant(self, request_id: str, tokens: int) -> None:
@@ -206,6 +215,12 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None and request.credits is not None:
             request.credits += tokens
+
+    def lengthen(self, choice: Choice, turns: float) -> None:
+        """Let a choice have `turns` more before it waits again. Without effect when it is gone."""
+        request = self._requests.get(choice.request_id)
+        if request is not None and choice.index in request.choices:
+            request.choices[choice.index].leash += turns
 
     def has_eligible(self) -> bool:
         """Whether `next_batch` would give anything."""
@@ -225,11 +240,11 @@ class Scheduler:
     def end_choice(self, choice: Choice) -> bool:
         """A started choice has ended: free what it alone held. True when it was the request's last one."""
         request = self._requests[choice.request_id]
-        del request.replays[choice.index], request.turns[choice.index]
+        del request.choices[choice.index]
         self._ring.remove(choice)
         self.pool.release(Region(choice.request_id, choice.index))
         self._release_prompt(choice.request_id)
-        if request.replays:
+        if request.choices:
             return False
         del self._requests[choice.request_id]
         return True
@@ -238,7 +253,7 @@ class Scheduler:
         """A request is cancelled or has failed, in whatever state: free all it held."""
         request = self._requests[request_id]
         if request.phase is Phase.RUNNING:
-            for index in tuple(request.replays):
+            for index in tuple(request.choices):
                 self.end_choice(Choice(request_id, index))
             return
         if request.phase is Phase.WAITING:
@@ -254,7 +269,7 @@ class Scheduler:
         self.pool.check_integrity()
         by_phase = {phase: {r for r, q in self._requests.items() if q.phase is phase} for phase in Phase}
         assert by_phase[Phase.WAITING] == set(self._queue) and len(set(self._queue)) == len(self._queue)
-        running = {Choice(r, i) for r in by_phase[Phase.RUNNING] for i in self._requests[r].replays}
+        running = {Choice(r, i) for r in by_phase[Phase.RUNNING] for i in self._requests[r].choices}
         assert running == set(self._ring) and len(running) == len(self._ring)
         held: dict[Region, int] = {}
         for request_id in by_phase[Phase.RECEIVING]:
@@ -296,18 +311,21 @@ class Scheduler:
 
     def _eligible(self, choice: Choice) -> bool:
         request = self._requests[choice.request_id]
-        if request.turns[choice.index] <= 0:
+        turns = request.choices[choice.index]
+        if min(turns.left, turns.leash) <= 0:
             return False
-        return request.credits is None or request.credits > 0 or request.replays[choice.index] > 0
+        return request.credits is None or request.credits > 0 or turns.replays > 0
 
     def _spend(self, choice: Choice) -> bool:
         """Take what a turn costs. False where the choice may have none."""
         if not self._eligible(choice):
             return False
         request = self._requests[choice.request_id]
-        request.turns[choice.index] -= 1
-        if request.replays[choice.index] > 0:
-            request.replays[choice.index] -= 1
+        turns = request.choices[choice.index]
+        turns.left -= 1
+        turns.leash -= 1
+        if turns.replays > 0:
+            turns.replays -= 1
         elif request.credits is not None:
             request.credits -= 1
         return True

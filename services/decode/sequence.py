@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ...compression.interfaces import EncodedLayer, SequenceCache
+from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
-from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError
+from ...errors import FrameMismatch, InternalError, KvsluiceError
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import where
 from .scheduler import Demand
@@ -37,6 +38,7 @@ class DecodeRequest:
         epoch: which attempt at the request this is.
         recipe: resolved, no number open.
         credits: tokens that may be sent before more are granted; None = without limit.
+        keep_every: rows after which those of each choice are told, to be kept; None = never.
     """
 
     request_id: str
@@ -45,6 +47,29 @@ class DecodeRequest:
     recipe: Recipe
     sampling: SamplingParams
     credits: int | None = None
+    keep_every: int | None = None
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Generated rows of a choice that were kept, from position `begin` on; see `SequenceCache.rows`."""
+
+    begin: int
+    layers: Sequence[EncodedLayer]
+
+    @property
+    def num_rows(self) -> int:
+        """Positions that were kept together."""
+        tensors = [t for layer in self.layers[:1] for group in layer.tensors.values() for t in group.values()]
+        return len(tensors[0]) if tensors else 0
+
+    def first(self, count: int) -> KeptRows:
+        """The first `count` of them."""
+        return KeptRows(self.begin, [
+            EncodedLayer(one.layer, {part: {name: t[:count] for name, t in group.items()}
+                                     for part, group in one.tensors.items()})
+            for one in self.layers
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +79,12 @@ class EmittedChoice:
     Attributes:
         token_ids: at least one; the first comes from prefill, further ones are replayed.
         finish_reason: "stop" or "length" when the choice has ended, else empty.
+        kept: rows of tokens that need not be replayed, ascending from the end of the prompt.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: str = ""
+    kept: Sequence[KeptRows] = ()
 
 
 class GuardedCache:
@@ -93,6 +120,8 @@ class ChoiceRun:
     Args:
         cache: the choice's own, over the prompt that it shares with the others.
         emitted: at least one token; the last one has not been sampled from yet.
+        num_run: how many of them the cache has rows of.
+        keep_every: see `DecodeRequest`.
 
     Attributes:
         num_emitted: tokens that were told.
@@ -100,7 +129,13 @@ class ChoiceRun:
     """
 
     def __init__(
-        self, cache: SequenceCache, sampler: SamplerState, num_prompt_tokens: int, emitted: Sequence[int]
+        self,
+        cache: SequenceCache,
+        sampler: SamplerState,
+        num_prompt_tokens: int,
+        emitted: Sequence[int],
+        num_run: int = 0,
+        keep_every: int | None = None,
     ) -> None:
         self.cache = cache
         self.sampler = sampler
@@ -110,11 +145,12 @@ class ChoiceRun:
         self.bytes_read = 0
         self.guarded = GuardedCache(cache)
         self._last_position = num_prompt_tokens + sampler.params.max_tokens - 2  # the last token is not run
-        self._position = num_prompt_tokens
-        self._ahead = deque(emitted)  # emitted, not yet run; the last one is sampled from
+        self._position = self._kept_until = num_prompt_tokens + num_run
+        self._keep_every = keep_every
+        self._ahead = deque(emitted[num_run:])  # emitted, not yet run; the last one is sampled from
         self._row = 0  # of the last step that was launched
         self._has_run = False  # the token that is emitted next
-        self._rows_left = cache.rows_until_seal(num_prompt_tokens)
+        self._rows_left = cache.rows_until_seal(self._position)
         for token_id in emitted:
             sampler.force(token_id)
 
@@ -130,6 +166,18 @@ class ChoiceRun:
             self._rows_left = self.cache.rows_until_seal(self._position)
         token_id = self._ahead[0] if self._ahead else sampled_by(self._row)
         return StepRow(token_id, self._position, self.num_prompt_tokens, self._last_position, self.cache, self.guarded)
+
+    def rows_to_keep(self) -> KeptRows | None:
+        """Rows that are to be kept before the next row is run, because there are enough or because sealing would take
+        them; call it before `next_row`."""
+        if self._keep_every is None or self._position == self._kept_until:
+            return None
+        begin, end, recipe = self._kept_until, self._position, self.cache.recipe
+        is_taken = self._rows_left == 0 and sealed_end(recipe, self.num_prompt_tokens, end) > begin
+        if end - begin < self._keep_every and not is_taken:
+            return None
+        self._kept_until = end
+        return KeptRows(begin, self.cache.rows(begin, end))
 
     def launched(self, row: int) -> None:
         """The step is under way whose row `next_row` gave, as its `row`-th."""
@@ -211,7 +259,7 @@ def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: t
     if layer in run.layers:
         raise FrameMismatch(f"request {request_id}: layer {layer} arrived twice")
     try:
-        cache.add_layer(_on_device(encoded, device))
+        cache.add_layer(on_device(encoded, device))
     except KvsluiceError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
@@ -226,33 +274,6 @@ def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: t
         )
 
 
-def check_start(
-    run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice], num_layers: int, vocab_size: int
-) -> None:
-    """Check that nothing is missing before a request starts.
-
-    Raises:
-        FrameMismatch: layers are missing or the prompt has another length than announced.
-        InvalidRequest: the emitted tokens are not what the choices need.
-    """
-    request = run.request
-    missing = sorted(set(range(num_layers)) - run.layers)
-    if missing:
-        raise FrameMismatch(f"request {request.request_id}: layers {missing[:8]} are missing, {len(missing)} in all")
-    if len(prompt_ids) != request.num_prompt_tokens:
-        raise FrameMismatch(
-            f"request {request.request_id}: {len(prompt_ids)} prompt tokens, {request.num_prompt_tokens} were announced"
-        )
-    if len(emitted) != request.sampling.n:
-        raise InvalidRequest("emitted", f"{len(emitted)} choices", f"{request.sampling.n}, one for each choice")
-    for choice in emitted:
-        most = request.sampling.max_tokens if choice.finish_reason else request.sampling.max_tokens - 1
-        if not 1 <= len(choice.token_ids) <= most:
-            raise InvalidRequest("emitted", f"{len(choice.token_ids)} tokens", f"1 to {most}, or a finish reason")
-        if min(choice.token_ids) < 0 or max(choice.token_ids) >= vocab_size:
-            raise InvalidRequest("emitted", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
-
-
 def typed(exc: Exception, request_id: str) -> KvsluiceError:
     """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside."""
     if isinstance(exc, KvsluiceError):
@@ -261,7 +282,9 @@ def typed(exc: Exception, request_id: str) -> KvsluiceError:
     return InternalError(f"decoding failed: {type(exc).__name__}")
 
 
-def _on_device(encoded: EncodedLayer, device: torch.device) -> EncodedLayer:
+def on_device(encoded: EncodedLayer, device: torch.device) -> EncodedLayer:
+    """The layer with its tensors on a device."""
+
     def moved(group: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in group.items()}
 

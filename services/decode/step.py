@@ -110,6 +110,7 @@ class StepRunner:
 
     Attributes:
         computation: of the batched steps.
+        like: one row of keys, [1, Hkv, d].
     """
 
     def __init__(self, model: Model, shape: ModelShape, most_rows: int) -> None:
@@ -123,7 +124,7 @@ class StepRunner:
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
-        self._like = torch.empty(like, dtype=model.dtype, device=model.device)
+        self.like = torch.empty(like, dtype=model.dtype, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
         """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
@@ -192,7 +193,7 @@ class StepRunner:
         known = self._blocks.get(cache)
         if known is not None and known.block is None:
             return None
-        cache.reserve(1, self._like)
+        cache.reserve(1, self.like)
         if known is not None and known.version == cache.version:
             return known.block
         block = None

@@ -23,6 +23,7 @@ from kvsluice.services.decode.engine import (
     Event,
     FailedEvent,
     FinishedEvent,
+    TokensEvent,
 )
 from kvsluice.services.prefill.engine import PrefillEngine, PrefillJob
 
@@ -197,16 +198,19 @@ class DecodeBench:
     engine: DecodeEngine
     events: list[Event] = field(default_factory=list)
 
-    def open(self, name: str, encoded: Encoded, credits: int | None = None) -> None:
-        self.engine.open(DecodeRequest(name, 1, len(encoded.ids), encoded.recipe, encoded.params, credits))
+    def open(self, name: str, encoded: Encoded, credits: int | None = None, keep_every: int | None = None) -> None:
+        size = len(encoded.ids)
+        self.engine.open(DecodeRequest(name, 1, size, encoded.recipe, encoded.params, credits, keep_every))
 
     def feed(self, name: str, encoded: Encoded, emitted: list[EmittedChoice] | None = None) -> None:
         for layer in encoded.layers:
             self.engine.add_layer(name, layer)
         self.engine.commit(name, encoded.ids, emitted or encoded.first)
 
-    def start(self, name: str, encoded: Encoded, emitted: list[EmittedChoice] | None = None, credits=None) -> None:
-        self.open(name, encoded, credits)
+    def start(
+        self, name: str, encoded: Encoded, emitted: list[EmittedChoice] | None = None, credits=None, keep_every=None
+    ) -> None:
+        self.open(name, encoded, credits, keep_every)
         self.feed(name, encoded, emitted)
 
     def step(self) -> list[Event]:
@@ -226,7 +230,7 @@ class DecodeBench:
 
     def tokens(self, name: str, choice: int = 0) -> list[int]:
         """Tokens that were told, in order; their indices must be without gap."""
-        told = [e for e in self.events if e.request_id == name and getattr(e, "choice", None) == choice]
+        told = [event for event in self.of(name, TokensEvent) if event.choice == choice]
         indices = [e.first_index for e in told]
         assert indices == list(range(indices[0], indices[0] + len(indices))) if indices else True
         return [token.token_id for event in told for token in event.sampled]

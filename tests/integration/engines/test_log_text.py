@@ -47,7 +47,7 @@ def test_decode_logs_no_text_of_a_fault(logged, monkeypatch, bench, encode, prom
 def test_decode_logs_no_text_of_a_layer_that_does_not_fit(logged, monkeypatch, bench, encode, prompt, sampling) -> None:
     encoded, b = encode(prompt(30), sampling.drawn(4)), bench()
     b.open("a", encoded)
-    monkeypatch.setattr(sequence, "_on_device", fault)
+    monkeypatch.setattr(sequence, "on_device", fault)
     with pytest.raises(FrameMismatch):
         b.engine.add_layer("a", encoded.layers[0])
     assert "RuntimeError at fault" in logged()

@@ -9,7 +9,7 @@ import pytest
 
 from kvsluice.errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
 from kvsluice.services.decode.pages import PagePool, Region
-from kvsluice.services.decode.scheduler import Choice, Demand, Phase, Scheduler
+from kvsluice.services.decode.scheduler import Choice, Demand, Phase, Scheduler, Turns
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def build() -> Iterator:
 def open_and_start(scheduler: Scheduler, name: str, n: int = 1, credits: int | None = None, replay: int = 0) -> None:
     scheduler.enqueue(name, Demand(10, 5, n), credits)
     assert scheduler.admit() == [name]
-    scheduler.start(name, dict.fromkeys(range(n), replay))
+    scheduler.start(name, {i: Turns(replay) for i in range(n)})
 
 
 def test_a_request_goes_through_its_states_and_leaves_nothing(build) -> None:
@@ -39,7 +39,7 @@ def test_a_request_goes_through_its_states_and_leaves_nothing(build) -> None:
     assert scheduler.phase("a") is Phase.RECEIVING
     assert scheduler.pool.used_bytes == 20
     assert scheduler.next_batch() == []
-    scheduler.start("a", {0: 0, 1: 0})
+    scheduler.start("a", {0: Turns(), 1: Turns()})
     assert scheduler.phase("a") is Phase.RUNNING
     assert scheduler.next_batch() == [Choice("a", 0), Choice("a", 1)]
     scheduler.check_integrity()
@@ -83,7 +83,7 @@ def test_admission_takes_both_memories_or_none(build) -> None:
     scheduler.enqueue("c", Demand(10, 5, 1), None)
     assert scheduler.admit() == ["a"], "c needs no host memory, but does not overtake"
     assert (scheduler.pool.used_bytes, scheduler.host.used_bytes) == (20, 40)
-    scheduler.start("a", {0: 0, 1: 0})
+    scheduler.start("a", {0: Turns(), 1: Turns()})
     scheduler.end_choice(Choice("a", 0))
     scheduler.check_integrity()
     assert scheduler.host.used_bytes == 40, "the other choice reads them"
@@ -120,7 +120,7 @@ def test_ending_a_request_at_any_stage_frees_everything(build, stage: str) -> No
     scheduler.enqueue("a", Demand(40, 10, 2), None)
     scheduler.admit()
     if stage == "running":
-        scheduler.start("a", {0: 0, 1: 0})
+        scheduler.start("a", {0: Turns(), 1: Turns()})
     assert scheduler.phase("a").value == stage
     scheduler.end_request("a")
     scheduler.check_integrity()
@@ -132,7 +132,7 @@ def test_choices_that_had_ended_get_no_turn_and_no_memory(build) -> None:
     scheduler = build()
     scheduler.enqueue("a", Demand(10, 5, 3), None)
     scheduler.admit()
-    scheduler.start("a", {1: 0})
+    scheduler.start("a", {1: Turns()})
     assert scheduler.pool.regions() == {Region("a"): 10, Region("a", 1): 5}
     scheduler.enqueue("b", Demand(10, 5, 1), None)
     scheduler.admit()
@@ -202,7 +202,7 @@ def test_a_choice_that_has_had_its_last_turn_waits_for_its_end() -> None:
     open_and_start(scheduler, "other")
     scheduler.enqueue("a", Demand(10, 5, 2), 9)
     scheduler.admit()
-    scheduler.start("a", {0: 2, 1: 0}, most_turns=3)
+    scheduler.start("a", {0: Turns(2, 3), 1: Turns(0, 3)})
     assert [[c.index for c in scheduler.next_batch() if c.request_id == "a"] for _ in range(4)] == [[0, 1]] * 3 + [[]]
     assert scheduler.num_running == 3
     scheduler.grant("a", 5)
@@ -225,3 +225,22 @@ def test_integrity_notices_a_lost_choice(build) -> None:
     scheduler._ring.clear()
     with pytest.raises(AssertionError):
         scheduler.check_integrity()
+
+
+def test_a_leash_holds_a_choice_until_it_is_lengthened(build) -> None:
+    scheduler = build()
+    scheduler.enqueue("a", Demand(10, 5, 2), credits=9)
+    scheduler.admit()
+    scheduler.start("a", {0: Turns(replays=3, leash=2), 1: Turns()})
+    for _ in range(2):
+        assert len(scheduler.next_batch()) == 2
+    assert scheduler.next_batch() == [Choice("a", 1)], "replays are held as well"
+    scheduler.lengthen(Choice("a", 0), 1)
+    assert len(scheduler.next_batch()) == 2
+    scheduler.end_choice(Choice("a", 1))
+    assert not scheduler.has_eligible()
+    scheduler.lengthen(Choice("a", 0), float("inf"))
+    assert scheduler.has_eligible()
+    scheduler.lengthen(Choice("a", 1), 1)
+    scheduler.lengthen(Choice("b", 0), 1)
+    scheduler.end_request("a")

@@ -1,0 +1,112 @@
+"""How the choices of a request begin: after the prompt, or where another worker's have come to.
+
+What has been emitted is known. The rows of its first tokens may have been kept, and are put into the cache as they are;
+the others are replayed, one step each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...compression.interfaces import SequenceCache
+from ...errors import FrameMismatch, InvalidRequest
+from ...models.hf_config import ModelConfig
+from ...models.sampling import PromptIds, SamplerState
+from .scheduler import Turns
+from .sequence import ChoiceRun, EmittedChoice, RequestRun, on_device
+
+LEASH = 2  # times as many rows as are kept at once may be run before the first of them are
+
+
+def check_start(
+    run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice], num_layers: int, vocab_size: int
+) -> None:
+    """Check that nothing is missing before a request starts.
+
+    Raises:
+        FrameMismatch: layers are missing or the prompt has another length than announced.
+        InvalidRequest: the emitted tokens are not what the choices need.
+    """
+    request = run.request
+    missing = sorted(set(range(num_layers)) - run.layers)
+    if missing:
+        raise FrameMismatch(f"request {request.request_id}: layers {missing[:8]} are missing, {len(missing)} in all")
+    if len(prompt_ids) != request.num_prompt_tokens:
+        raise FrameMismatch(
+            f"request {request.request_id}: {len(prompt_ids)} prompt tokens, {request.num_prompt_tokens} were announced"
+        )
+    if len(emitted) != request.sampling.n:
+        raise InvalidRequest("emitted", f"{len(emitted)} choices", f"{request.sampling.n}, one for each choice")
+    for choice in emitted:
+        most = request.sampling.max_tokens if choice.finish_reason else request.sampling.max_tokens - 1
+        if not 1 <= len(choice.token_ids) <= most:
+            raise InvalidRequest("emitted", f"{len(choice.token_ids)} tokens", f"1 to {most}, or a finish reason")
+        if min(choice.token_ids) < 0 or max(choice.token_ids) >= vocab_size:
+            raise InvalidRequest("emitted", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+
+
+def start_choices(
+    run: RequestRun,
+    cache: SequenceCache,
+    prompt_ids: Sequence[int],
+    emitted: Sequence[EmittedChoice],
+    config: ModelConfig,
+    like: Tensor,
+) -> tuple[dict[int, ChoiceRun], dict[int, Turns]]:
+    """The choices that have not ended, and what each of them may do.
+
+    Args:
+        cache: the prompt's, all layers; one of the choices takes it over.
+        like: of the model's dtype and device.
+
+    Raises:
+        FrameMismatch: see `put_kept`.
+    """
+    request, prompt = run.request, PromptIds(prompt_ids)
+    sampling, num_tokens, every = request.sampling, request.num_prompt_tokens, request.keep_every
+    live = [i for i, choice in enumerate(emitted) if not choice.finish_reason and i not in run.cancelled]
+    choices, turns = {}, {}
+    caches = [*(cache.fork() for _ in live[1:]), cache]  # before rows are put into any
+    for index, own in zip(live, caches, strict=False):
+        sampler = SamplerState(sampling, index, prompt, config.vocab_size, config.eos_token_ids)
+        ids = emitted[index].token_ids
+        num_run = put_kept(own, emitted[index], num_tokens, like)
+        choices[index] = ChoiceRun(own, sampler, num_tokens, ids, num_run, every)
+        leash = math.inf if every is None else LEASH * every
+        turns[index] = Turns(len(ids) - 1 - num_run, sampling.max_tokens - 1 - num_run, leash)
+    return choices, turns
+
+
+def put_kept(cache: SequenceCache, choice: EmittedChoice, num_prompt_tokens: int, like: Tensor) -> int:
+    """Put the kept rows of a choice into its cache, but for those of its last token, which is sampled from. Returns of
+    how many tokens.
+
+    Args:
+        like: of the model's dtype and device.
+
+    Raises:
+        FrameMismatch: rows do not follow each other, or are not such as the cache holds.
+    """
+    recipe = cache.recipe
+    end = num_prompt_tokens + len(choice.token_ids) - 1
+    have = num_prompt_tokens
+    for rows in choice.kept:
+        if rows.begin != have or not rows.num_rows:
+            raise FrameMismatch(f"kept rows begin at {rows.begin}, those before end at {have}")
+        have += rows.num_rows
+    # what is attended to until the next choice of chunks is not kept: replay begins where that is due
+    every = recipe.retrieval.select_every
+    end = max(num_prompt_tokens, min(end, have) // every * every)
+    dtype = torch.bfloat16 if recipe.window.dtype == "bfloat16" else like.dtype
+    for rows in choice.kept:
+        if rows.begin < end:
+            part = rows.first(end - rows.begin)
+            layers = [on_device(layer, like.device) for layer in part.layers]
+            if any(t.dtype != dtype for layer in layers for group in layer.tensors.values() for t in group.values()):
+                raise FrameMismatch(f"kept rows are not {str(dtype).removeprefix('torch.')}")
+            cache.put_rows(rows.begin, layers)
+    return end - num_prompt_tokens
