@@ -16,6 +16,7 @@
     ├── CorruptFrame                DATA_LOSS            yes   bytes that are not a frame, or a broken one
     ├── FrameMismatch               FAILED_PRECONDITION  no    a sound frame of another model, recipe or epoch
     ├── Fenced                      FAILED_PRECONDITION  no    another worker owns the sequence by now
+    ├── SequenceLost                DATA_LOSS            yes   what was stored of a sequence is not there, or not whole
     └── InternalError               INTERNAL             no
 
 The message of an error is public: it never holds prompts, secrets, addresses or paths of the server.
@@ -162,6 +163,14 @@ class Fenced(KvsluiceError):
 
     status = "FAILED_PRECONDITION"
     http_status = 409
+
+
+class SequenceLost(KvsluiceError):
+    """What was stored of a sequence is not there (any more), is not whole, or does not fit."""
+
+    status = "DATA_LOSS"
+    http_status = 500
+    retryable = True
 
 
 class InternalError(KvsluiceError):

@@ -132,7 +132,7 @@ class FramePacker:
 
     Args:
         ident: whom the frames belong to.
-        num_prompt_tokens: rows of the whole prompt.
+        num_tokens: rows of the whole prompt, or those from `begin` on.
         target_payload_bytes: largest payload, unless one row alone is larger.
         pack_bytes: below it a layer waits for others.
         limits: what the receiver decodes with.
@@ -142,16 +142,17 @@ class FramePacker:
     def __init__(
         self,
         ident: FrameIdent,
-        num_prompt_tokens: int,
+        num_tokens: int,
         target_payload_bytes: int = TARGET_PAYLOAD_BYTES,
         pack_bytes: int = PACK_BYTES,
         limits: FrameLimits = DEFAULT_LIMITS,
         copies: HostCopies | None = None,
+        begin: int = 0,
     ) -> None:
         if not 0 < pack_bytes <= target_payload_bytes <= limits.max_payload_bytes:
             raise ValueError("needs 0 < pack_bytes <= target_payload_bytes <= the payload limit")
         self._ident = ident
-        self._tokens = (0, num_prompt_tokens)
+        self._tokens = (begin, begin + num_tokens)
         self._target = target_payload_bytes
         self._pack = pack_bytes
         self._limits = limits

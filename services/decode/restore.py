@@ -1,0 +1,117 @@
+"""Goes on with a sequence that another worker has left in a store.
+
+    claim ──> manifest, continuation ──> frames of the prompt ──> layers ──> kept rows ──> commit
+
+The claim comes first: from then on the sequence does not change under whoever reads it, and its earlier owner is
+fenced. Whatever is missing, broken or does not fit ends in `SequenceLost`; nothing of it is used then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...compression.interfaces import EncodedLayer
+from ...errors import CorruptFrame, FrameMismatch, SequenceLost
+from ...kvstore.continuation import RowsEntry
+from ...kvstore.frame import decode_frame
+from ...kvstore.identity import FrameIdent, epoch_of
+from ...kvstore.sequences import StoredSequence, claim_sequence, find_sequence, read_frames
+from ...kvstore.store import Store
+from ..framing import LayerAssembler
+from .receiver import Target
+from .sequence import EmittedChoice, KeptRows
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """What is to be gone on with.
+
+    Attributes:
+        ident: of the new owner.
+        num_prompt_tokens, num_layers: of the sequence and the model.
+        max_bytes: that all of it may take, as reserved.
+        emitted: what every choice has sent, at least one token each.
+        ttl_s: how long the claim lives.
+    """
+
+    ident: FrameIdent
+    num_prompt_tokens: int
+    num_layers: int
+    max_bytes: int
+    emitted: Sequence[EmittedChoice]
+    ttl_s: float
+
+
+async def restore(store: Store, wanted: Restoring, target: Target) -> StoredSequence:
+    """Read a sequence into `target` and start it there. Returns what was found.
+
+    Raises:
+        SequenceLost: it cannot be gone on with.
+        StoreUnavailable: the store cannot be reached.
+        Fenced: a later attempt has claimed it.
+    """
+    if not await claim_sequence(store, wanted.ident, wanted.ttl_s):
+        raise SequenceLost("the store holds nothing of the sequence")
+    found = await find_sequence(store, wanted.ident)
+    if found is None:
+        raise SequenceLost("the store does not hold the whole sequence")
+    _check(found, wanted)
+    try:
+        await _restore_prompt(store, found, wanted, target)
+        emitted = [await _with_rows(store, found, index, wanted) for index in range(len(wanted.emitted))]
+        await target.commit(found.manifest.prompt_ids, emitted)
+    except (CorruptFrame, FrameMismatch) as exc:
+        raise SequenceLost(f"what was stored of the sequence cannot be used: {exc.message}") from exc
+    return found
+
+
+def _check(found: StoredSequence, wanted: Restoring) -> None:
+    """Compare what was found with what the caller knows.
+
+    Raises:
+        SequenceLost: they contradict each other.
+    """
+    if len(found.manifest.prompt_ids) != wanted.num_prompt_tokens:
+        raise SequenceLost("the stored prompt has another length")
+    stored = [[token.token_id for token in choice.emitted] for choice in found.manifest.choices]
+    if found.continuation is not None:
+        stored = [list(choice.token_ids) for choice in found.continuation.choices]
+    if len(stored) != len(wanted.emitted):
+        raise SequenceLost("the stored sequence has another number of choices")
+    for ids, choice in zip(stored, wanted.emitted, strict=True):
+        both = min(len(ids), len(choice.token_ids))
+        if tuple(ids[:both]) != choice.token_ids[:both]:
+            raise SequenceLost("the stored sequence says other tokens than were sent")
+
+
+async def _restore_prompt(store: Store, found: StoredSequence, wanted: Restoring, target: Target) -> None:
+    assembler = LayerAssembler(found.manifest.ident, wanted.num_layers, wanted.max_bytes)
+    async for data in read_frames(store, found.manifest.frames):
+        for layer in await asyncio.to_thread(assembler.add, data):
+            await target.add_layer(layer)
+
+
+async def _with_rows(store: Store, found: StoredSequence, index: int, wanted: Restoring) -> EmittedChoice:
+    """A choice with those of its rows that need not be computed again."""
+    choice = wanted.emitted[index]
+    if choice.finish_reason:
+        return choice
+    end = wanted.num_prompt_tokens + len(choice.token_ids) - 1
+    entries = [entry for entry in found.rows_of(index) if entry.tokens[0] < end]
+    return replace(choice, kept=[await _rows(store, entry, wanted) for entry in entries])
+
+
+async def _rows(store: Store, entry: RowsEntry, wanted: Restoring) -> KeptRows:
+    ident = replace(wanted.ident, epoch=epoch_of(entry.frames[0].key))
+    assembler = LayerAssembler(ident, wanted.num_layers, wanted.max_bytes)
+    layers: list[EncodedLayer] = []
+    async for data in read_frames(store, entry.frames):
+        frame = decode_frame(data)
+        if frame.tokens != entry.tokens:
+            raise FrameMismatch("kept rows are of other positions than their name says")
+        layers += assembler.add_frame(frame)
+    if assembler.missing():
+        raise FrameMismatch("kept rows of some layers are missing")
+    return KeptRows(entry.tokens[0], sorted(layers, key=lambda layer: layer.layer))
