@@ -200,20 +200,27 @@ class SequenceWriter:
         self._base = (key, checksum_of(data))
         await self._point_to(key)
 
-    def take_over(self, found: StoredSequence, most_rows: Mapping[int, int]) -> None:
+    def take_over(self, found: StoredSequence, ends: Mapping[int, int]) -> list[int]:
         """Go on with a sequence that was claimed.
 
         Args:
-            most_rows: choice -> position up to which its rows are continued; what is kept beyond is not named again.
+            ends: choice -> position up to which its kept rows are of use; what is kept beyond is not named again.
+
+        Returns:
+            Choices of which rows that were kept together are of use in part: those are to be kept again.
         """
         self._head = found.head
         self._base = (found.manifest_key, found.manifest_checksum)
         self._frames = [entry.key for entry in found.manifest.frames]
-        for choice in range(len(found.manifest.choices)):
+        parts = []
+        for choice, end in sorted(ends.items()):
             for rows in found.rows_of(choice):
-                if rows.tokens[1] <= most_rows.get(choice, 0):
+                if rows.tokens[1] <= end:
                     self._rows.append(rows)
                     self._frames += [entry.key for entry in rows.frames]
+                elif rows.tokens[0] < end:
+                    parts.append(choice)
+        return parts
 
     async def extend(self, rows: Sequence[Rows], choices: Sequence[ContinuedChoice]) -> None:
         """Keep more rows, and say how far the choices have come."""

@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes")
+    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class WorkerInfo(_message.Message):
     PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HAS_STORE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     model: str
@@ -41,7 +42,8 @@ class WorkerInfo(_message.Message):
     pending_tokens: int
     host_capacity_bytes: int
     host_free_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ...) -> None: ...
+    has_store: bool
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "logprobs", "n")
@@ -129,7 +131,7 @@ class Shipped(_message.Message):
     def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits")
+    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "restored")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +139,8 @@ class Open(_message.Message):
     RECIPE_JSON_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    KEEPING_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     tenant: str
@@ -144,7 +148,15 @@ class Open(_message.Message):
     recipe_json: str
     sampling: Sampling
     credits: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ...) -> None: ...
+    keeping: Keeping
+    restored: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ContinuedChoice]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., restored: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ...) -> None: ...
+
+class Keeping(_message.Message):
+    __slots__ = ("keep_every",)
+    KEEP_EVERY_FIELD_NUMBER: _ClassVar[int]
+    keep_every: int
+    def __init__(self, keep_every: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("request_id", "epoch", "tokens")
@@ -157,14 +169,16 @@ class Credit(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("request_id", "epoch", "choice")
+    __slots__ = ("request_id", "epoch", "choice", "keep")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     choice: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
+    keep: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., choice: _Optional[int] = ..., keep: _Optional[bool] = ...) -> None: ...
 
 class ToDecode(_message.Message):
     __slots__ = ("open", "credit", "cancel")
@@ -225,18 +239,22 @@ class TokenBatch(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("request_id", "epoch", "resident_bytes", "bytes_read", "steps")
+    __slots__ = ("request_id", "epoch", "resident_bytes", "bytes_read", "steps", "stored_bytes", "kept")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     BYTES_READ_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     resident_bytes: int
     bytes_read: int
     steps: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    stored_bytes: int
+    kept: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., steps: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
 
 class FromDecode(_message.Message):
     __slots__ = ("opened", "failed", "tokens", "finished")

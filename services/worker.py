@@ -34,7 +34,7 @@ class WorkerIdentity:
 
     def info(self, **load: int) -> wpb.WorkerInfo:
         """The answer to an `Info` call; `load` fills the fields that change."""
-        return wpb.WorkerInfo(
+        info = wpb.WorkerInfo(
             worker_id=self.worker_id,
             role=self.role,
             model=self.model,
@@ -42,8 +42,10 @@ class WorkerIdentity:
             vocab_size=self.vocab_size,
             model_shape_json=self.shape.to_json(),
             profile_json=json.dumps(dict(self.profile), sort_keys=True),
-            **load,
         )
+        for name, value in load.items():
+            setattr(info, name, value)
+        return info
 
     def frame_ident(self, message: wpb.Open | wpb.PrefillRequest, recipe: Recipe) -> FrameIdent:
         """Whose frames belong to the attempt that `message` starts; both sides of a handoff must agree on it."""

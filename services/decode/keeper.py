@@ -17,16 +17,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ...compression.interfaces import Part
 from ...errors import Fenced, KvsluiceError
 from ...kvstore.continuation import ContinuedChoice
 from ...kvstore.identity import FrameIdent
 from ...kvstore.manifest import Manifest
 from ...kvstore.sequences import Rows, SequenceWriter
 from ..framing import FramePacker
+from ..staging import Event as DeviceEvent
 from ..staging import HostCopies
 from ..telemetry import Recorder, where
 from .events import RowsEvent
+from .restore import Restored
+from .sequence import KeptRows
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Keeper:
         self._changed = asyncio.Event()  # there is a job, or room
         self._tokens: list[list[int]] = []
         self._reasons: list[str] = []
-        self._task = asyncio.create_task(self._run())
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -83,11 +85,26 @@ class Keeper:
 
     def manifest(self, manifest: Manifest) -> None:
         """Store the manifest of all frames so far."""
-        self.begin([[token.token_id for token in choice.emitted] for choice in manifest.choices])
+        self._begin([[token.token_id for token in choice.emitted] for choice in manifest.choices])
         self._add(manifest)
 
-    def begin(self, emitted: Sequence[Sequence[int]]) -> None:
-        """Say what every choice has emitted before it goes on here."""
+    async def take_over(self, restored: Restored) -> None:
+        """Go on keeping what was restored. Rows of which only a part is of use are stored as what they are now."""
+        self._begin([choice.token_ids for choice in restored.emitted])
+        ends = {i: choice.kept[-1].end for i, choice in enumerate(restored.emitted) if choice.kept}
+        parts = self._writer.take_over(restored.found, ends)
+        again = [(i, restored.emitted[i].kept[-1]) for i in parts]
+        try:
+            if again:
+                rows = await asyncio.to_thread(lambda: [self._packed(i, kept, None) for i, kept in again])
+                await self._writer.extend(rows, self._choices())
+        except Exception as exc:
+            self._give_up(exc)
+        else:
+            self._start()
+
+    def _begin(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Note what every choice has emitted before it goes on here."""
         self._tokens, self._reasons = [list(ids) for ids in emitted], ["" for _ in emitted]
 
     def tokens(self, choice: int, token_ids: Sequence[int], finish_reason: str) -> None:
@@ -105,8 +122,9 @@ class Keeper:
         Args:
             delete: what was written is of no use to anyone; otherwise it expires.
         """
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         was_kept, self.is_kept = self.is_kept, False
         self._jobs.clear()
         self._changed.set()
@@ -121,6 +139,11 @@ class Keeper:
             self._jobs.append(job)
             self._queued_bytes += num_bytes
             self._changed.set()
+            self._start()
+
+    def _start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
 
     async def _turn(self) -> None:
         """Wait until something has changed."""
@@ -170,19 +193,21 @@ class Keeper:
         return more  # type: ignore[return-value]
 
     async def _keep_rows(self, events: Sequence[RowsEvent]) -> None:
-        rows = await asyncio.to_thread(lambda: [self._packed(event) for event in events])
-        choices = [ContinuedChoice(tuple(ids), reason) for ids, reason in zip(self._tokens, self._reasons, strict=True)]
-        await self._writer.extend(rows, choices)
+        kept = [(event.choice, KeptRows(event.begin, event.layers), event.after) for event in events]
+        rows = await asyncio.to_thread(lambda: [self._packed(*one) for one in kept])
+        await self._writer.extend(rows, self._choices())
         for one in rows:
             num_rows = one.tokens[1] - one.tokens[0]
             self._record("decode.rows_kept", choice=one.choice, rows=num_rows, nbytes=sum(map(len, one.frames)))
             self._lengthen(one.choice, num_rows)
 
-    def _packed(self, event: RowsEvent) -> Rows:
-        num_rows = len(event.layers[0].tensors[Part.TAIL]["k"])
-        packer = FramePacker(self._ident, num_rows, copies=self._copies, begin=event.begin)
-        frames = [data for layer in event.layers for data in packer.add(layer, event.after)] + packer.flush()
-        return Rows(event.choice, (event.begin, event.begin + num_rows), frames)
+    def _choices(self) -> list[ContinuedChoice]:
+        return [ContinuedChoice(tuple(ids), reason) for ids, reason in zip(self._tokens, self._reasons, strict=True)]
+
+    def _packed(self, choice: int, kept: KeptRows, after: DeviceEvent | None) -> Rows:
+        packer = FramePacker(self._ident, kept.num_rows, copies=self._copies, begin=kept.begin)
+        frames = [data for layer in kept.layers for data in packer.add(layer, after)] + packer.flush()
+        return Rows(choice, (kept.begin, kept.end), frames)
 
     def _give_up(self, error: Exception) -> None:
         self.is_kept = False

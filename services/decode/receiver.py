@@ -10,7 +10,7 @@ from ...compression.interfaces import EncodedLayer
 from ...errors import FrameMismatch
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent, frame_key
-from ...kvstore.manifest import FrameEntry, decode_manifest, frame_entry, verify
+from ...kvstore.manifest import FrameEntry, Manifest, decode_manifest, frame_entry, verify
 from ...protos import worker_pb2 as wpb
 from ..framing import LayerAssembler
 from ..telemetry import Recorder
@@ -24,6 +24,13 @@ class Target(Protocol):
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None: ...
 
 
+class Keeping(Protocol):
+    """Writes what has arrived to a store."""
+
+    async def frame(self, data: bytes) -> None: ...
+    def manifest(self, manifest: Manifest) -> None: ...
+
+
 class Receiver:
     """Frames in order, the manifest last; whatever is not exactly that ends the stream with an error.
 
@@ -33,6 +40,7 @@ class Receiver:
         max_bytes: of all layers together, as reserved when the request was let in.
         target: where finished layers go.
         acknowledge: sends an acknowledgement.
+        keeper: takes what has arrived, before it is acknowledged; None = it is not kept.
     """
 
     def __init__(
@@ -43,8 +51,10 @@ class Receiver:
         target: Target,
         acknowledge: Callable[[wpb.FrameAck], Awaitable[None]],
         recorder: Recorder,
+        keeper: Keeping | None = None,
     ) -> None:
         self._ident = ident
+        self._keeper = keeper
         self._target = target
         self._acknowledge = acknowledge
         self._recorder = recorder
@@ -84,6 +94,8 @@ class Receiver:
             layer_begin=entry.layers[0],
             layer_end=entry.layers[1],
         )
+        if self._keeper is not None:
+            await self._keeper.frame(data)
         await self._acknowledge(wpb.FrameAck(index=index))
 
     def _place(self, data: bytes) -> tuple[list[EncodedLayer], FrameEntry]:
@@ -100,6 +112,8 @@ class Receiver:
             EmittedChoice(tuple(token.token_id for token in choice.emitted), choice.finish_reason)
             for choice in manifest.choices
         ]
+        if self._keeper is not None:  # before the first token can be told
+            self._keeper.manifest(manifest)
         await self._target.commit(manifest.prompt_ids, emitted)
         self._committed = True
         self._recorder.record("decode.committed", request_id=self._ident.request_id, epoch=self._ident.epoch)

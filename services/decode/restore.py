@@ -1,6 +1,6 @@
 """Goes on with a sequence that another worker has left in a store.
 
-    claim ──> manifest, continuation ──> frames of the prompt ──> layers ──> kept rows ──> commit
+    claim ──> manifest, continuation ──> frames of the prompt ──> layers ──> kept rows ──> the caller commits
 
 The claim comes first: from then on the sequence does not change under whoever reads it, and its earlier owner is
 fenced. Whatever is missing, broken or does not fit ends in `SequenceLost`; nothing of it is used then.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...compression.interfaces import EncodedLayer
+from ...compression.recipe import Recipe
 from ...errors import CorruptFrame, FrameMismatch, SequenceLost
 from ...kvstore.continuation import RowsEntry
 from ...kvstore.frame import decode_frame
@@ -22,6 +23,7 @@ from ...kvstore.store import Store
 from ..framing import LayerAssembler
 from .receiver import Target
 from .sequence import EmittedChoice, KeptRows
+from .start import usable_rows
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Restoring:
 
     Attributes:
         ident: of the new owner.
+        recipe: resolved.
         num_prompt_tokens, num_layers: of the sequence and the model.
         max_bytes: that all of it may take, as reserved.
         emitted: what every choice has sent, at least one token each.
@@ -37,6 +40,7 @@ class Restoring:
     """
 
     ident: FrameIdent
+    recipe: Recipe
     num_prompt_tokens: int
     num_layers: int
     max_bytes: int
@@ -44,8 +48,22 @@ class Restoring:
     ttl_s: float
 
 
-async def restore(store: Store, wanted: Restoring, target: Target) -> StoredSequence:
-    """Read a sequence into `target` and start it there. Returns what was found.
+@dataclass(frozen=True)
+class Restored:
+    """What was read.
+
+    Attributes:
+        found: names of all of it.
+        emitted: every choice with those of its rows that are of use; the last of them may be a part of what was kept
+            together.
+    """
+
+    found: StoredSequence
+    emitted: list[EmittedChoice]
+
+
+async def restore(store: Store, wanted: Restoring, target: Target) -> Restored:
+    """Read a sequence and put its layers into `target`; it is not started yet.
 
     Raises:
         SequenceLost: it cannot be gone on with.
@@ -61,10 +79,9 @@ async def restore(store: Store, wanted: Restoring, target: Target) -> StoredSequ
     try:
         await _restore_prompt(store, found, wanted, target)
         emitted = [await _with_rows(store, found, index, wanted) for index in range(len(wanted.emitted))]
-        await target.commit(found.manifest.prompt_ids, emitted)
     except (CorruptFrame, FrameMismatch) as exc:
         raise SequenceLost(f"what was stored of the sequence cannot be used: {exc.message}") from exc
-    return found
+    return Restored(found, emitted)
 
 
 def _check(found: StoredSequence, wanted: Restoring) -> None:
@@ -95,12 +112,13 @@ async def _restore_prompt(store: Store, found: StoredSequence, wanted: Restoring
 
 async def _with_rows(store: Store, found: StoredSequence, index: int, wanted: Restoring) -> EmittedChoice:
     """A choice with those of its rows that need not be computed again."""
-    choice = wanted.emitted[index]
-    if choice.finish_reason:
+    choice, entries = wanted.emitted[index], found.rows_of(index)
+    if choice.finish_reason or not entries:
         return choice
-    end = wanted.num_prompt_tokens + len(choice.token_ids) - 1
-    entries = [entry for entry in found.rows_of(index) if entry.tokens[0] < end]
-    return replace(choice, kept=[await _rows(store, entry, wanted) for entry in entries])
+    size = wanted.num_prompt_tokens
+    end = size + usable_rows(wanted.recipe, size, len(choice.token_ids), entries[-1].tokens[1] - size)
+    kept = [await _rows(store, entry, wanted) for entry in entries if entry.tokens[0] < end]
+    return replace(choice, kept=[rows.first(end - rows.begin) for rows in kept])
 
 
 async def _rows(store: Store, entry: RowsEntry, wanted: Restoring) -> KeptRows:

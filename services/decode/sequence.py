@@ -63,6 +63,11 @@ class KeptRows:
         tensors = [t for layer in self.layers[:1] for group in layer.tensors.values() for t in group.values()]
         return len(tensors[0]) if tensors else 0
 
+    @property
+    def end(self) -> int:
+        """Position behind the last one."""
+        return self.begin + self.num_rows
+
     def first(self, count: int) -> KeptRows:
         """The first `count` of them."""
         return KeptRows(self.begin, [

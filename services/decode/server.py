@@ -12,13 +12,11 @@ import grpc.aio
 
 from ...compression.interfaces import EncodedLayer
 from ...compression.recipe import Recipe
-from ...errors import DuplicateRequest, FrameMismatch, InternalError, InvalidRequest, KvsluiceError
+from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLost
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent
 from ...kvstore.manifest import decode_manifest
 from ...models.model import Model
-from ...models.sampling import SamplingParams
-from ...protos import frame_pb2 as fpb
 from ...protos import worker_pb2 as wpb
 from ...protos import worker_pb2_grpc
 from ..config import ServeConfig
@@ -26,7 +24,7 @@ from ..lifecycle import EngineThread
 from ..rpc import current_request_id
 from ..telemetry import NullRecorder, Recorder
 from ..uploads import Uploads, make_uploads
-from ..worker import WorkerIdentity, sampling_fields, use_threads
+from ..worker import WorkerIdentity, use_threads
 from .engine import (
     DecodeEngine,
     DecodeRequest,
@@ -35,10 +33,15 @@ from .engine import (
     FailedEvent,
     FinishedEvent,
     OpenedEvent,
+    RowsEvent,
     TokensEvent,
 )
 from .host_pages import HostPages
+from .keeper import Keeper
+from .keeping import KeptRequests
+from .messages import decode_request, event_message, failed_message, restored_choices, tell_keeper, token_entry
 from .receiver import Receiver
+from .restore import Restoring
 from .sequence import typed
 
 
@@ -67,6 +70,10 @@ class _Request:
     session: _Session
     ident: FrameIdent
     max_bytes: int
+    recipe: Recipe
+    num_prompt_tokens: int
+    keeper: Keeper | None = None
+    restored: Sequence[EmittedChoice] = ()
     receiving: bool = False
 
 
@@ -95,6 +102,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     """Serves one decode engine, which runs on a thread of its own.
 
     Args:
+        store: where requests are kept that ask for it, and restored from; None = nowhere.
         setup: settings of the engine's thread.
         on_crash: called when the engine's thread ends by an exception.
     """
@@ -104,11 +112,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         engine: DecodeEngine,
         identity: WorkerIdentity,
         *,
+        store: KeptRequests | None = None,
         recorder: Recorder | None = None,
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine = engine
+        self._store = store
         self._uploads = make_uploads(engine.model.device)
         self._identity = identity
         self._recorder = recorder or NullRecorder()
@@ -125,11 +135,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._thread.stop)
+        if self._store is not None:
+            await self._store.stop()
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
         """See `worker.proto`."""
         engine = self.engine
-        return self._identity.info(
+        info = self._identity.info(
             capacity_bytes=engine.capacity_bytes,
             free_bytes=engine.free_bytes,
             running=engine.num_running,
@@ -137,6 +149,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             host_capacity_bytes=engine.host_capacity_bytes,
             host_free_bytes=engine.host_free_bytes,
         )
+        info.has_store = self._store is not None
+        return info
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`. When the stream ends, so do the requests that were opened on it."""
@@ -150,8 +164,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             writer.cancel()
             # before anything is awaited: a call may be cancelled again while it cleans up
             for request_id, request in list(self._requests.items()):
-                if request.session is session:
-                    self._close(request_id)
+                if request.session is session:  # another worker may be told to go on with what is kept
+                    self._close(request_id, keep=True)
             await asyncio.gather(writer, return_exceptions=True)
 
     async def PutFrames(self, request_iterator: Any, context: Any) -> None:
@@ -177,15 +191,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request = self._requests.get(ident.request_id)
         if request is None or request.ident.epoch != ident.epoch:
             raise FrameMismatch("no such request and epoch is open here")
-        if request.receiving:
-            raise FrameMismatch("the request's frames come by another stream already")
+        if request.receiving or request.restored:
+            raise FrameMismatch("the request's frames come by another way already")
         request.receiving = True
         return request
 
     def _receiver(self, request: _Request, context: Any) -> Receiver:
-        target = _EngineTarget(self._thread, self.engine, self._uploads, request.ident.request_id, request.ident.epoch)
-        num_layers = self._identity.shape.num_layers
-        return Receiver(request.ident, num_layers, request.max_bytes, target, context.write, self._recorder)
+        ident, num_layers, target = request.ident, self._identity.shape.num_layers, self._target(request)
+        return Receiver(ident, num_layers, request.max_bytes, target, context.write, self._recorder, request.keeper)
+
+    def _target(self, request: _Request) -> _EngineTarget:
+        ident = request.ident
+        return _EngineTarget(self._thread, self.engine, self._uploads, ident.request_id, ident.epoch)
 
     async def _write(self, session: _Session, context: Any) -> None:
         while True:
@@ -208,21 +225,57 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             choice = message.cancel.choice
             self._thread.post(lambda: self._cancel(request_id, choice, epoch))
         elif kind == "cancel":
-            self._close(request_id)
+            self._close(request_id, message.cancel.keep)
 
     def _open(self, session: _Session, message: wpb.Open) -> None:
         try:
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
-            request = _decode_request(message)
+            request = decode_request(message)
+            restored = restored_choices(message)
             max_bytes = self.engine.demand(request).most_bytes
         except Exception as exc:  # whatever it is, the stream's other requests go on
-            session.send(_failed(message.request_id, message.epoch, typed(exc, message.request_id)))
+            session.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
-        self._requests[message.request_id] = _Request(
-            session, self._identity.frame_ident(message, request.recipe), max_bytes
-        )
+        ident = self._identity.frame_ident(message, request.recipe)
+        keeper = self._keeper(ident) if self._store is not None and message.HasField("keeping") else None
+        opened = _Request(session, ident, max_bytes, request.recipe, request.num_prompt_tokens, keeper, restored)
+        self._requests[message.request_id] = opened
         self._thread.post(lambda: self._open_in_engine(request))
+
+    def _keeper(self, ident: FrameIdent) -> Keeper:
+        """Of a request that asks to be kept."""
+        assert self._store is not None
+
+        def lengthen(choice: int, rows: float) -> None:
+            self._thread.post(lambda: self.engine.lengthen(ident.request_id, choice, rows, ident.epoch))
+
+        return self._store.keeper(ident, lengthen, lambda error: self._refuse(ident, error))
+
+    async def _restore(self, store: KeptRequests, request: _Request) -> None:
+        """Go on with what an earlier attempt has left in the store; an error ends the request."""
+        ident, num_layers = request.ident, self._identity.shape.num_layers
+        try:
+            wanted = Restoring(
+                ident, request.recipe, request.num_prompt_tokens, num_layers, request.max_bytes, request.restored,
+                store.ttl_s,
+            )  # fmt: skip
+            await store.restore(wanted, self._target(request), request.keeper)
+        except Exception as exc:
+            self._refuse(ident, typed(exc, ident.request_id))
+
+    def _begin_restoring(self, request: _Request) -> None:
+        if self._store is None:
+            self._refuse(request.ident, SequenceLost("this worker has no store"))
+        else:
+            self._store.start(self._restore(self._store, request))
+
+    def _refuse(self, ident: FrameIdent, error: KvsluiceError) -> None:
+        """End a request with an error that did not come from the engine; another worker may go on with it."""
+        request = self._requests.get(ident.request_id)
+        if request is not None and request.ident == ident:
+            request.session.send(failed_message(ident.request_id, ident.epoch, error))
+            self._close(ident.request_id, keep=True)
 
     def _open_in_engine(self, request: DecodeRequest) -> None:
         try:
@@ -230,10 +283,20 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except Exception as exc:
             self._tell([FailedEvent(request.request_id, request.epoch, typed(exc, request.request_id))])
 
-    def _close(self, request_id: str) -> None:
-        """Forget a request and free what the engine holds of it."""
-        epoch = self._requests.pop(request_id).ident.epoch
+    def _close(self, request_id: str, keep: bool) -> None:
+        """Forget a request and free what the engine holds of it.
+
+        Args:
+            keep: leave what the store holds of it.
+        """
+        request = self._requests.pop(request_id)
+        self._end_keeping(request, keep)
+        epoch = request.ident.epoch
         self._thread.post(lambda: self._cancel(request_id, None, epoch))
+
+    def _end_keeping(self, request: _Request, keep: bool) -> None:
+        if request.keeper is not None and self._store is not None:
+            self._store.end(request.keeper, delete=not keep)
 
     def _cancel(self, request_id: str, choice: int | None, epoch: int) -> None:
         self.engine.cancel(request_id, choice, epoch)
@@ -257,12 +320,17 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 continue
             session = request.session
             touched.add(session)
+            if request.keeper is not None:
+                tell_keeper(request.keeper, event)
             if isinstance(event, TokensEvent):
-                session.add(_entry(event))
-            else:
-                session.send(_message(event))
+                session.add(token_entry(event))
+            elif not isinstance(event, RowsEvent):
+                session.send(event_message(event, request.keeper))
+            if isinstance(event, OpenedEvent) and request.restored:
+                self._begin_restoring(request)
             if isinstance(event, (FinishedEvent, FailedEvent)):
                 del self._requests[event.request_id]
+                self._end_keeping(request, keep=isinstance(event, FailedEvent))
         for session in touched:
             session.flush()
 
@@ -284,49 +352,3 @@ def make_decode_service(
         setup=use_threads(config.torch_threads, config.decode_workers),
         on_crash=on_crash,
     )
-
-
-def _decode_request(message: wpb.Open) -> DecodeRequest:
-    return DecodeRequest(
-        request_id=message.request_id,
-        epoch=message.epoch,
-        num_prompt_tokens=message.num_prompt_tokens,
-        recipe=Recipe.from_json(message.recipe_json),
-        sampling=SamplingParams(**sampling_fields(message.sampling)),
-        credits=message.credits,
-    )
-
-
-def _failed(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode:
-    failed = wpb.Failed(request_id=request_id, epoch=epoch, error_type=type(error).__name__, message=error.message)
-    if isinstance(error, InvalidRequest):
-        failed.field, failed.allowed = error.field, error.allowed
-    return wpb.FromDecode(failed=failed)
-
-
-def _message(event: Event) -> wpb.FromDecode:
-    ident: dict[str, Any] = {"request_id": event.request_id, "epoch": event.epoch}
-    if isinstance(event, OpenedEvent):
-        return wpb.FromDecode(opened=wpb.Opened(**ident))
-    if isinstance(event, FailedEvent):
-        return _failed(event.request_id, event.epoch, event.error)
-    if isinstance(event, FinishedEvent):
-        return wpb.FromDecode(
-            finished=wpb.Finished(
-                **ident, resident_bytes=event.resident_bytes, bytes_read=event.bytes_read, steps=event.steps
-            )
-        )
-    raise InternalError(f"unknown event {type(event).__name__}")
-
-
-def _entry(event: TokensEvent) -> wpb.TokenEntry:
-    entry = wpb.TokenEntry(
-        request_id=event.request_id, epoch=event.epoch, choice=event.choice, first_index=event.first_index
-    )
-    for sampled in event.sampled:
-        token = entry.tokens.add(token_id=sampled.token_id)
-        if sampled.logprob is not None:
-            token.logprob = sampled.logprob
-            token.top_logprobs.extend(fpb.TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top)
-        entry.finish_reason = sampled.finish_reason
-    return entry

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...compression.interfaces import SequenceCache
+from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
 from ...models.sampling import PromptIds, SamplerState
@@ -81,9 +82,17 @@ def start_choices(
     return choices, turns
 
 
+def usable_rows(recipe: Recipe, num_prompt_tokens: int, num_told: int, num_kept: int) -> int:
+    """Of how many told tokens the rows need not be computed again, if those of the first `num_kept` are kept. The last
+    token is sampled from, so it is run."""
+    end = num_prompt_tokens + min(num_told - 1, num_kept)
+    # what is attended to until the next choice of chunks is not kept: replay begins where that is due
+    every = recipe.retrieval.select_every
+    return max(0, end // every * every - num_prompt_tokens)
+
+
 def put_kept(cache: SequenceCache, choice: EmittedChoice, num_prompt_tokens: int, like: Tensor) -> int:
-    """Put the kept rows of a choice into its cache, but for those of its last token, which is sampled from. Returns of
-    how many tokens.
+    """Put the kept rows of a choice into its cache, as far as they are of use. Returns of how many tokens.
 
     Args:
         like: of the model's dtype and device.
@@ -91,22 +100,18 @@ def put_kept(cache: SequenceCache, choice: EmittedChoice, num_prompt_tokens: int
     Raises:
         FrameMismatch: rows do not follow each other, or are not such as the cache holds.
     """
-    recipe = cache.recipe
-    end = num_prompt_tokens + len(choice.token_ids) - 1
-    have = num_prompt_tokens
+    recipe, have = cache.recipe, num_prompt_tokens
     for rows in choice.kept:
         if rows.begin != have or not rows.num_rows:
             raise FrameMismatch(f"kept rows begin at {rows.begin}, those before end at {have}")
         have += rows.num_rows
-    # what is attended to until the next choice of chunks is not kept: replay begins where that is due
-    every = recipe.retrieval.select_every
-    end = max(num_prompt_tokens, min(end, have) // every * every)
+    num_run = usable_rows(recipe, num_prompt_tokens, len(choice.token_ids), have - num_prompt_tokens)
+    end = num_prompt_tokens + num_run
     dtype = torch.bfloat16 if recipe.window.dtype == "bfloat16" else like.dtype
     for rows in choice.kept:
         if rows.begin < end:
-            part = rows.first(end - rows.begin)
-            layers = [on_device(layer, like.device) for layer in part.layers]
+            layers = [on_device(layer, like.device) for layer in rows.first(end - rows.begin).layers]
             if any(t.dtype != dtype for layer in layers for group in layer.tensors.values() for t in group.values()):
                 raise FrameMismatch(f"kept rows are not {str(dtype).removeprefix('torch.')}")
             cache.put_rows(rows.begin, layers)
-    return end - num_prompt_tokens
+    return num_run

@@ -95,10 +95,11 @@ class Worker:
     async def restored(self, told: list[list[int]]) -> None:
         """It goes on after what was told."""
         emitted = [EmittedChoice(tuple(ids), "length" if len(ids) == TOKENS else "") for ids in told]
-        wanted = Restoring(self.ident, len(self.encoded.ids), 4, 1 << 24, emitted, TTL_S)
-        found = await restore(self.store, wanted, Target(self.engine, "x"))
-        self.writer.take_over(found, {i: len(self.encoded.ids) + len(ids) - 1 for i, ids in enumerate(told)})
-        self.keeper.begin(told)
+        size, recipe = len(self.encoded.ids), self.encoded.recipe
+        target = Target(self.engine, "x")
+        restored = await restore(self.store, Restoring(self.ident, recipe, size, 4, 1 << 24, emitted, TTL_S), target)
+        await self.keeper.take_over(restored)
+        await target.commit(restored.found.manifest.prompt_ids, restored.emitted)
 
     async def run(self, told: list[list[int]], most: int = TOKENS, patience: int = 200) -> None:
         """Step until every choice has told `most` tokens in all, or nothing happens any more; adds them to `told`."""
@@ -175,6 +176,32 @@ async def test_workers_may_die_anywhere(bench, prompted, store, name) -> None:
         assert told == wanted, f"stopped at {stops}"
         assert worker.bench.ended("x").steps <= TOKENS - stops[-1] + LEASH * EVERY
         await worker.keeper.close(delete=True)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+async def test_less_may_have_been_sent_than_is_kept(bench, prompted, store, name) -> None:
+    encoded = prompted(name)
+    wanted = answers(bench, encoded)
+    told = first_of(encoded)
+    worker = Worker(bench(), store, encoded, 1)
+    await worker.prefilled()
+    await worker.run(told, 30)
+    await asyncio.sleep(0.02)
+    await worker.die()
+    for epoch, sent in enumerate((27, 21, 18, 9, 2), 2):
+        told = [wanted[0][:sent]]
+        worker = Worker(bench(), store, encoded, epoch)
+        await worker.restored(told)
+        await worker.run(told, sent + 3)
+        await asyncio.sleep(0.02)
+        assert worker.keeper.is_kept
+        await worker.die()
+    told = [wanted[0][:2]]
+    worker = Worker(bench(), store, encoded, 9)
+    await worker.restored(told)
+    await worker.run(told)
+    assert told == wanted
+    await worker.keeper.close(delete=True)
 
 
 async def test_choices_go_on_where_each_has_come_to(bench, prompted, store) -> None:

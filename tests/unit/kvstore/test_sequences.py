@@ -105,7 +105,8 @@ async def test_who_takes_over_goes_on_where_it_wants(store, kept):
     assert await claim_sequence(store, NEW, TTL_S)
     found = await find_sequence(store, NEW)
     writer = SequenceWriter(store, NEW, TTL_S)
-    writer.take_over(found, {0: kept, 1: 6})
+    assert writer.take_over(found, {0: kept, 1: 6}) == []
+    assert SequenceWriter(store, NEW, TTL_S).take_over(found, {0: 4}) == [0], "rows that are of use in part"
     end = {0: 3, 3: 3, 5: 5, 6: 6}[kept]
     await writer.extend([rows(NEW, 0, end, end + 1)], EMITTED)
     after = await find_sequence(store, replace(NEW, epoch=9))

@@ -1,0 +1,95 @@
+"""Messages of the worker protocol, and what the engine takes and tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...compression.recipe import Recipe
+from ...errors import InternalError, InvalidRequest, KvsluiceError
+from ...models.sampling import SamplingParams
+from ...protos import frame_pb2 as fpb
+from ...protos import worker_pb2 as wpb
+from ..worker import sampling_fields
+from .engine import (
+    DecodeRequest,
+    EmittedChoice,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    OpenedEvent,
+    RowsEvent,
+    TokensEvent,
+)
+from .keeper import Keeper
+
+
+def decode_request(message: wpb.Open) -> DecodeRequest:
+    """What the engine is asked for."""
+    return DecodeRequest(
+        request_id=message.request_id,
+        epoch=message.epoch,
+        num_prompt_tokens=message.num_prompt_tokens,
+        recipe=Recipe.from_json(message.recipe_json),
+        sampling=SamplingParams(**sampling_fields(message.sampling)),
+        credits=message.credits,
+        keep_every=message.keeping.keep_every or None,
+    )
+
+
+def failed_message(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode:
+    """The end of a request by an error."""
+    failed = wpb.Failed(request_id=request_id, epoch=epoch, error_type=type(error).__name__, message=error.message)
+    if isinstance(error, InvalidRequest):
+        failed.field, failed.allowed = error.field, error.allowed
+    return wpb.FromDecode(failed=failed)
+
+
+def restored_choices(message: wpb.Open) -> list[EmittedChoice]:
+    """What an earlier attempt has sent; empty where there was none.
+
+    Raises:
+        InvalidRequest: there is a choice of which nothing was sent, or not one of each choice.
+    """
+    choices = [EmittedChoice(tuple(one.token_ids), one.finish_reason) for one in message.restored]
+    if choices and (len(choices) != message.sampling.n or not all(choice.token_ids for choice in choices)):
+        raise InvalidRequest("restored", f"{len(choices)} choices", f"{message.sampling.n}, with a token each")
+    return choices
+
+
+def tell_keeper(keeper: Keeper, event: Event) -> None:
+    """What a keeper has to know of what happened."""
+    if isinstance(event, RowsEvent):
+        keeper.rows(event)
+    elif isinstance(event, TokensEvent):
+        keeper.tokens(event.choice, [token.token_id for token in event.sampled], event.sampled[-1].finish_reason)
+
+
+def event_message(event: Event, keeper: Keeper | None) -> wpb.FromDecode:
+    """What the gateway hears of an event, but for tokens."""
+    ident: dict[str, Any] = {"request_id": event.request_id, "epoch": event.epoch}
+    if isinstance(event, OpenedEvent):
+        return wpb.FromDecode(opened=wpb.Opened(**ident))
+    if isinstance(event, FailedEvent):
+        return failed_message(event.request_id, event.epoch, event.error)
+    if isinstance(event, FinishedEvent):
+        finished = wpb.Finished(
+            **ident, resident_bytes=event.resident_bytes, bytes_read=event.bytes_read, steps=event.steps
+        )
+        if keeper is not None:
+            finished.stored_bytes, finished.kept = keeper.stored_bytes, keeper.is_kept
+        return wpb.FromDecode(finished=finished)
+    raise InternalError(f"unknown event {type(event).__name__}")
+
+
+def token_entry(event: TokensEvent) -> wpb.TokenEntry:
+    """Tokens of a choice."""
+    entry = wpb.TokenEntry(
+        request_id=event.request_id, epoch=event.epoch, choice=event.choice, first_index=event.first_index
+    )
+    for sampled in event.sampled:
+        token = entry.tokens.add(token_id=sampled.token_id)
+        if sampled.logprob is not None:
+            token.logprob = sampled.logprob
+            token.top_logprobs.extend(fpb.TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top)
+        entry.finish_reason = sampled.finish_reason
+    return entry
