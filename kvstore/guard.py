@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,7 +25,6 @@ T = TypeVar("T")
 RETRY_WAIT_S = 0.02
 """Waits between attempts are drawn from 0 to this, doubled each time."""
 RETRY_WAIT_MAX_S = 0.5
-CLOSE_POLL_S = 0.005
 
 
 class Cause(Enum):
@@ -208,8 +207,10 @@ class Guard:
         self._bounds = bounds
         self._operations = Budget(bounds.max_operations)
         self._bytes = Budget(bounds.max_bytes_in_flight)
-        self._breaker: Breaker | None = None
+        self._breakers: dict[Hashable, Breaker] = {}
         self._scopes: set[asyncio.Timeout] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closed = False
 
     async def close(self) -> None:
@@ -218,16 +219,19 @@ class Guard:
         now = asyncio.get_running_loop().time()
         for scope in self._scopes:
             scope.reschedule(now)
-        while self.counters.operations_in_flight:
-            await asyncio.sleep(CLOSE_POLL_S)
+        await self._idle.wait()
 
-    async def run(self, attempt: Callable[[], Awaitable[T]], num_bytes: int) -> T:
+    async def run(
+        self, attempt: Callable[[], Awaitable[T]], num_bytes: int, server: Callable[[], Hashable] = lambda: None
+    ) -> T:
         """The result of the first attempt that succeeds.
 
         Args:
             attempt: one whole operation; raises `Trouble` where the store is at fault, and releases what it holds
                 when it is cancelled.
             num_bytes: what it reads and writes at most; not above `max_bytes_in_flight`.
+            server: which one an attempt would go to now; each has a breaker of its own, so that one dead server of
+                several does not stop the work with the others.
 
         Raises:
             Trouble: with the cause of the last attempt, or of there being none.
@@ -236,7 +240,7 @@ class Guard:
         deadline = asyncio.get_running_loop().time() + self._bounds.total_timeout_s
         try:
             async with self._place(num_bytes, deadline):
-                return await self._tries(attempt, deadline)
+                return await self._tries(attempt, deadline, server)
         except Trouble as exc:
             self.counters.failed_calls[exc.cause] += 1
             raise
@@ -286,6 +290,7 @@ class Guard:
         counters = self.counters
         counters.operations_in_flight += operations
         counters.bytes_in_flight += num_bytes
+        (self._idle.clear if counters.operations_in_flight else self._idle.set)()
         counters.peak_operations = max(counters.peak_operations, counters.operations_in_flight)
         counters.peak_bytes = max(counters.peak_bytes, counters.bytes_in_flight)
 
@@ -293,7 +298,7 @@ class Guard:
         if self._closed:
             raise Trouble(Cause.CLOSED)
 
-    async def _tries(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+    async def _tries(self, attempt: Callable[[], Awaitable[T]], deadline: float, server: Callable[[], Hashable]) -> T:
         loop = asyncio.get_running_loop()
 
         def used_up(state: RetryCallState) -> bool:
@@ -308,16 +313,20 @@ class Guard:
         async for trial in retrying:
             with trial:
                 self.counters.retries += trial.retry_state.attempt_number > 1
-                return await self._try(attempt, deadline)
+                return await self._try(attempt, deadline, self._breaker(server()))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _try(self, attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+    def _breaker(self, server: Hashable) -> Breaker:
+        if server not in self._breakers:
+            clock = asyncio.get_running_loop().time
+            self._breakers[server] = Breaker(self._bounds.breaker_failures, self._bounds.breaker_pause_s, clock)
+        return self._breakers[server]
+
+    async def _try(self, attempt: Callable[[], Awaitable[T]], deadline: float, breaker: Breaker) -> T:
         """One attempt, told to the breaker and to the counters."""
         loop = asyncio.get_running_loop()
-        if self._breaker is None:
-            self._breaker = Breaker(self._bounds.breaker_failures, self._bounds.breaker_pause_s, loop.time)
         self._check_admission()
-        admission = self._breaker.admit()
+        admission = breaker.admit()
         if admission is Admission.REFUSED:
             raise Trouble(Cause.OPEN)
         self.counters.attempts += 1
@@ -338,9 +347,9 @@ class Guard:
             raise
         finally:
             if heard:
-                self._breaker.alive()
+                breaker.alive()
             elif cause is not None:
-                self._breaker.dead(admission)
+                breaker.dead(admission)
             else:
-                self._breaker.unknown(admission)
-            self.counters.breaker_openings = self._breaker.openings
+                breaker.unknown(admission)
+            self.counters.breaker_openings = sum(each.openings for each in self._breakers.values())

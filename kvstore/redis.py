@@ -227,14 +227,14 @@ class RedisStore:
             async with self._links.session_at((moving.host, moving.port), asking=True) as session:
                 return await operation(session)
 
-        return await self._guard.run(lambda: self._translated(attempt()), num_bytes)
+        return await self._guard.run(lambda: self._translated(attempt()), num_bytes, lambda: self._links.place_of(key))
 
     async def _at(self, place: Place, operation: Callable[[Session], Awaitable[T]]) -> T:
         async def attempt() -> T:
             async with self._links.session_at(place) as session:
                 return await operation(session)
 
-        return await self._guard.run(lambda: self._translated(attempt()), 0)
+        return await self._guard.run(lambda: self._translated(attempt()), 0, lambda: place)
 
     @staticmethod
     async def _translated(work: Awaitable[T]) -> T:

@@ -192,6 +192,10 @@ class Links(Protocol):
         """Async context manager: a session with one server."""
         ...
 
+    def place_of(self, key: str) -> Place:
+        """Where a session with a key's server would lead now, as far as that is known."""
+        ...
+
     async def places(self) -> list[Place]:
         """Every server that takes writes."""
         ...
@@ -239,6 +243,9 @@ class SingleLinks:
     def session_at(self, place: Place, asking: bool = False) -> Any:
         return _lent(self._pool, asking)
 
+    def place_of(self, key: str) -> Place:
+        return None
+
     async def places(self) -> list[Place]:
         return [None]
 
@@ -271,13 +278,18 @@ class ClusterLinks:
     @asynccontextmanager
     async def session(self, key: str) -> AsyncIterator[Session]:
         await self._refresh()
-        node = self._topology.get_node_from_slot(key_slot(key.encode()))
-        async with self.session_at((node.host, int(node.port))) as session:
+        async with self.session_at(self.place_of(key)) as session:
             yield session
+
+    def place_of(self, key: str) -> Place:
+        nodes = self._topology.slots_cache.get(key_slot(key.encode()))
+        return (nodes[0].host, int(nodes[0].port)) if nodes else None
 
     @asynccontextmanager
     async def session_at(self, place: Place, asking: bool = False) -> AsyncIterator[Session]:
-        assert place is not None
+        if place is None:
+            self._stale = True
+            raise exceptions.SlotNotCoveredError("no server is known")
         if place not in self._pools:
             self._pools[place] = ConnectionPool(host=place[0], port=place[1], **self._options)
         try:
@@ -293,13 +305,11 @@ class ClusterLinks:
         return [(node.host, int(node.port)) for node in self._topology.get_nodes_by_server_type("primary")]
 
     async def probe_keys(self, prefix: str) -> list[str]:
-        await self._refresh()
-        wanted, keys = {node.name for node in self._topology.get_nodes_by_server_type("primary")}, []
+        wanted, keys = set(await self.places()), []
         for _ in range(10_000):
             key = _new_key(prefix)
-            name = self._topology.get_node_from_slot(key_slot(key.encode())).name
-            if name in wanted:
-                wanted.discard(name)
+            if self.place_of(key) in wanted:
+                wanted.discard(self.place_of(key))
                 keys.append(key)
             if not wanted:
                 break

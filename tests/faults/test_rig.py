@@ -187,7 +187,10 @@ def test_a_server_keeps_its_port_and_loses_what_it_held(tmp_path):
 def test_a_paused_server_answers_nothing_until_it_goes_on(tmp_path):
     with running(RedisServer(tmp_path)) as server:
         server.pause()
-        with redis.Redis(HOST, server.port, socket_timeout=0.2, retry=None) as client, pytest.raises(redis.TimeoutError):
+        with (
+            redis.Redis(HOST, server.port, socket_timeout=0.2, retry=None) as client,
+            pytest.raises(redis.TimeoutError),
+        ):
             client.ping()
         server.resume()
         assert server.answers()

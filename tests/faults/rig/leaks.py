@@ -11,6 +11,8 @@ from typing import Any
 from kvsluice.tests.faults.rig.processes import PATIENCE_S
 from kvsluice.tests.faults.rig.redis_server import RedisServer
 
+CHECK_EVERY_S = 0.02
+
 
 def descriptors(pid: int | str = "self") -> Counter[str]:
     """Open descriptors of a process by kind: socket, pipe, anon_inode, or the path of a file."""
@@ -49,8 +51,8 @@ class Baseline:
 
     async def check(self) -> None:
         """Assert that nothing has grown; waits for what is just ending."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + PATIENCE_S
-        while self.grown() and loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        for _ in range(int(PATIENCE_S / CHECK_EVERY_S)):
+            if not self.grown():
+                return
+            await asyncio.sleep(CHECK_EVERY_S)
         assert self.grown() == {}, "something has not been let go of"

@@ -144,7 +144,8 @@ class Proxy:
         connection = self._open[number] = _Connection(number, writer, far_writer)
         try:
             await asyncio.gather(
-                self._pump("requests", connection, reader, far_writer), self._pump("replies", connection, far_reader, writer)
+                self._pump("requests", connection, reader, far_writer),
+                self._pump("replies", connection, far_reader, writer),
             )
         except (OSError, asyncio.CancelledError):
             pass  # one side is gone, or the proxy ends
@@ -163,11 +164,9 @@ class Proxy:
         """Carry one direction of a connection until its end."""
         position = 0
         while True:
-            while self._rules(direction, connection).hold:
-                await asyncio.sleep(POLL_S)
+            await self._released(direction, connection)
             data = await source.read(CHUNK_BYTES)
-            while self._rules(direction, connection).hold:
-                await asyncio.sleep(POLL_S)
+            await self._released(direction, connection)
             rules = self._rules(direction, connection)
             if rules.drop:
                 if not data:
@@ -179,6 +178,13 @@ class Proxy:
             await self._wait(rules, len(data))
             position = await self._pass_on(direction, rules, connection, data, position, sink)
 
+    async def _released(self, direction: str, connection: _Connection) -> None:
+        """Wait until nothing is held; rules are set by other threads, which wake nobody."""
+        while True:
+            if not self._rules(direction, connection).hold:
+                return
+            await asyncio.sleep(POLL_S)
+
     @staticmethod
     async def _wait(rules: Rules, num_bytes: int) -> None:
         wait_s = rules.delay_s + random.uniform(0, rules.jitter_s)
@@ -187,7 +193,13 @@ class Proxy:
             await asyncio.sleep(wait_s)
 
     async def _pass_on(
-        self, direction: str, rules: Rules, connection: _Connection, data: bytes, position: int, sink: asyncio.StreamWriter
+        self,
+        direction: str,
+        rules: Rules,
+        connection: _Connection,
+        data: bytes,
+        position: int,
+        sink: asyncio.StreamWriter,
     ) -> int:
         """Send what the rules leave of a chunk; returns the position after it."""
         if rules.flip_at is not None and position <= rules.flip_at < position + len(data):

@@ -199,7 +199,7 @@ def running(server: RedisServer) -> Iterator[RedisServer]:
 @contextmanager
 def redis_cluster(folder: Path, num_masters: int = 3, store_password: str | None = None) -> Iterator[list[RedisServer]]:
     """A cluster of masters that share the slots evenly, ready for use."""
-    settings = {"cluster-enabled": "yes", "cluster-node-timeout": 5000, "cluster-announce-ip": HOST}
+    settings = {"cluster-enabled": "yes", "cluster-node-timeout": 15_000, "cluster-announce-ip": HOST}
     servers = [
         RedisServer(folder / str(i), settings=settings | {"cluster-port": free_port()}, store_password=store_password)
         for i in range(num_masters)
@@ -234,7 +234,7 @@ def redis_sentinel(folder: Path) -> Iterator[tuple[RedisServer, RedisServer, Red
         replica = RedisServer(
             folder / "replica", settings={"replicaof": f"{HOST} {master.port}", "repl-ping-replica-period": 1}
         )
-        watched = [f"down-after-milliseconds main 1000", "failover-timeout main 3000"]
+        watched = ["down-after-milliseconds main 1000", "failover-timeout main 3000"]
         lines = {"sentinel": [f"monitor main {HOST} {master.port} 1", *watched]}
         sentinel = RedisServer(folder / "sentinel", settings=lines, sentinel=True)
         with running(replica):
