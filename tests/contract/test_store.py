@@ -82,25 +82,36 @@ async def test_a_living_value_never_changes(store):
     assert await store.get(KEY) == b"w"
 
 
-async def test_a_full_store_refuses_and_keeps_what_it_has(store):
-    keys = [frame_key(IDENT, index) for index in range(100)]
+async def test_a_full_store_refuses_and_keeps_what_it_has(rig):
+    store, value = rig.store, bytes(rig.value_bytes)
+    rig.limit()
+    keys = rig.together([frame_key(IDENT, index) for index in range(200)])
     stored = []
     with pytest.raises(StoreUnavailable):
         for key in keys:
-            await store.put(key, bytes(4096), 60)
+            await store.put(key, value, 60)
             stored.append(key)
     assert 5 < len(stored) < 17
     assert [await store.exists(key) for key in stored] == [True] * len(stored)
+    assert await store.get(stored[-1]) == value
     await store.delete(stored[0])
-    await store.put(keys[-1], bytes(4096), 60)
+    await store.put(keys[-1], value[: rig.value_bytes // 2], 60)
 
 
 async def test_what_has_expired_makes_room(rig):
+    rig.limit()
+    keys = rig.together([frame_key(IDENT, index) for index in range(200)])
     for round_number in range(3):
-        for index in range(10):
-            await rig.store.put(frame_key(IDENT, 10 * round_number + index), bytes(4096), 10)
+        for key in keys[10 * round_number :][:10]:
+            await rig.store.put(key, bytes(rig.value_bytes), 10)
         rig.advance(11)
     assert await rig.store.scan("") == []
+
+
+async def test_a_value_that_never_fits_is_refused_like_any_other(rig):
+    with pytest.raises(StoreUnavailable):
+        await rig.store.put(KEY, bytes(6 * 1024 * 1024), 60)
+    assert await rig.store.get(KEY) is None
 
 
 @pytest.mark.parametrize("ttl_s", [0, -1, float("nan"), float("inf")])
