@@ -27,13 +27,14 @@ from ..services.staging import make_host_copies
 from .bench_results import Floor, Row, Timing
 from .rows import measured
 from .sequences import fill_layers, told
-from .subject import Bench
+from .subject import Bench, bench_ident
 from .timing import summarize, time_once
 
 STAGES = ("to host", "frames", "layers", "cache")
 GRPC = "gRPC"
 REQUEST = "handed-over"
 NEW_TOKENS = 2
+FRAME_BYTES = 1 << 20  # of the service
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -54,6 +55,11 @@ def absent_library(module: str) -> str | None:
     except ModuleNotFoundError as exc:
         return exc.name
     return None
+
+
+def _cut(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The rows, as many together as a frame holds."""
+    return tensor.split(max(1, FRAME_BYTES * len(tensor) // max(1, tensor.nbytes)))
 
 
 def _rows(bench: Bench, label: str, recipe: Recipe, context: int) -> list[Row]:
@@ -97,15 +103,7 @@ class Handoff:
     layers: list[EncodedLayer]
 
     def __post_init__(self) -> None:
-        from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
-
-        self.ident = FrameIdent(
-            request_id=RequestId(REQUEST),
-            epoch=1,
-            tenant=TenantId("bench"),
-            model_fingerprint=ModelFingerprint(self.bench.model.fingerprint),
-            recipe_fingerprint=RecipeFingerprint(self.recipe.fingerprint),
-        )
+        self.ident = bench_ident(REQUEST, self.bench.model.fingerprint, self.recipe.fingerprint)
         self.copies = make_host_copies(self.bench.device)
         self.on_host = [_on_host(layer) for layer in self.layers]
         self.frames = self.pack(self.on_host)
@@ -123,8 +121,8 @@ class Handoff:
 
     def copy_out(self) -> None:
         """Every tensor's bytes to the host, through the buffers that the service copies through."""
-        groups = [[t] for layer in self.layers for group in layer.tensors.values() for t in group.values()]
-        for _ in self.copies.to_host(groups, self.copies.mark()):
+        tensors = [t for layer in self.layers for group in layer.tensors.values() for t in group.values()]
+        for _ in self.copies.to_host(([rows] for t in tensors for rows in _cut(t)), self.copies.mark()):
             pass
 
     def assemble(self) -> list[EncodedLayer]:

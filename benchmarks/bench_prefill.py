@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,12 +29,16 @@ from .flops import prompt_flops
 from .prefill_memory import DiscardingSink
 from .rows import compared, measured
 from .step_profile import profile
-from .subject import Bench
+from .subject import Bench, bench_ident
 from .timing import peak_bytes, summarize, synchronize, time_wall
 
+if TYPE_CHECKING:
+    from ..services.framing import FramePacker
+
 PACK_TOKENS = 2048  # of the service
-LAYERS_UNDER_WAY = 2  # to the host, as the service has it
+MAX_LAYERS = 2  # that wait to be packed, as the service has it
 HELD_BACK_S = 1e-4  # between two looks at whether a sink is ready again
+COPY_OUT = "copy_out"  # a row's condition
 FIRST_TOKEN, BESIDE = "time to first token", "time to first token beside a long prompt"
 
 
@@ -88,34 +92,40 @@ class CountingSink(DiscardingSink):
 
 
 class CopyingSink(CountingSink):
-    """Also copies every layer to the host while the next one computes, as the service's publisher does.
+    """Also packs every layer into frames on the host while the next one computes, as the service's publisher does.
 
     Args:
-        copies: how tensors come to the host.
-        worker: the thread that waits for them.
+        packer: of the prompt.
+        copies: how its tensors come to the host.
+        worker: the thread that packs.
     """
 
-    def __init__(self, copies: HostCopies, worker: ThreadPoolExecutor) -> None:
+    def __init__(self, packer: FramePacker, copies: HostCopies, worker: ThreadPoolExecutor) -> None:
         super().__init__()
+        self._packer = packer
         self._copies = copies
         self._worker = worker
         self._under_way: list[Future[None]] = []
 
     def ready(self) -> bool:
-        self._under_way = [one for one in self._under_way if not one.done()]
-        return len(self._under_way) < LAYERS_UNDER_WAY
+        self._under_way = [one for one in self._under_way if not _is_packed(one)]
+        return len(self._under_way) < MAX_LAYERS
 
     def on_layer(self, encoded: EncodedLayer) -> None:
         super().on_layer(encoded)
-        self._under_way.append(self._worker.submit(self._copy, encoded, self._copies.mark()))
+        self._under_way.append(self._worker.submit(self._pack, encoded, self._copies.mark()))
 
     def finish(self) -> None:
         wait(self._under_way)
+        self.ready()
 
-    def _copy(self, encoded: EncodedLayer, after: Event | None) -> None:
-        groups = [[tensor] for group in encoded.tensors.values() for tensor in group.values()]
-        for _ in self._copies.to_host(groups, after):
-            pass  # sending would copy it again from here
+    def _pack(self, encoded: EncodedLayer, after: Event | None) -> None:
+        self._packer.add(encoded, after)  # the frames would be written to gRPC
+
+
+def _is_packed(packing: Future[None]) -> bool:
+    """Whether it is done. Raises what it raised."""
+    return packing.done() and packing.result() is None
 
 
 @dataclass
@@ -130,15 +140,20 @@ class _Passes:
 
 @dataclass
 class EngineRun:
-    """Prompts of one recipe through one engine."""
+    """Prompts of one recipe through one engine.
+
+    Attributes:
+        copies_out: whether encoded layers are packed into frames on the host; they are dropped else.
+    """
 
     bench: Bench
     recipe: Recipe
+    copies_out: bool = False
     engine: PrefillEngine = field(init=False)
     passes: _Passes = field(default_factory=_Passes)
 
     def __post_init__(self) -> None:
-        self._copies = make_host_copies(self.bench.device) if self.bench.options.copy_out else None
+        self._copies = make_host_copies(self.bench.device) if self.copies_out else None
         self._worker = ThreadPoolExecutor(1)
         self._sinks: list[CountingSink] = []
         chunk = self.bench.chunk_tokens
@@ -148,12 +163,20 @@ class EngineRun:
     def submit(self, name: str, prompt: tuple[int, ...]) -> CountingSink:
         """Queue a prompt of which two tokens are wanted, so that the last layer is encoded as well."""
         bench = self.bench
-        sink = CountingSink() if self._copies is None else CopyingSink(self._copies, self._worker)
-        self._sinks.append(sink)
         recipe = resolve(self.recipe, bench.subject.shape, len(prompt), bench.subject.profile).recipe
+        sink = self._make_sink(name, recipe, len(prompt))
+        self._sinks.append(sink)
         sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         self.engine.submit(PrefillJob(name, 1, prompt, recipe, sampling), sink)
         return sink
+
+    def _make_sink(self, name: str, recipe: Recipe, num_tokens: int) -> CountingSink:
+        if self._copies is None:
+            return CountingSink()
+        from ..services.framing import FramePacker
+
+        ident = bench_ident(name, self.bench.model.fingerprint, recipe.fingerprint)
+        return CopyingSink(FramePacker(ident, num_tokens, copies=self._copies), self._copies, self._worker)
 
     def drain(self) -> None:
         """Run until nothing is left."""
@@ -203,7 +226,8 @@ def measure(bench: Bench) -> list[Row]:
     """A row for every recipe, context and batch, and for transformers where it is asked for."""
     options, rows = bench.options, []
     sides = [*bench.subject.recipes, *([TRANSFORMERS] if options.baseline else [])]
-    bench.progress.expect(len(sides) * len(options.contexts) * len(options.batches))
+    runs = len(sides) + (len(bench.subject.recipes) if options.copy_out else 0)
+    bench.progress.expect(runs * len(options.contexts) * len(options.batches))
     if options.beside is not None:
         bench.progress.expect(len(bench.subject.recipes) * len(options.contexts))
     other = baseline.transformers_model(bench.model) if options.baseline else None
@@ -211,8 +235,7 @@ def measure(bench: Bench) -> list[Row]:
         for batch in options.batches:
             assert batch is not None, "prefill takes numbers only"
             for side in sides:
-                bench.progress.begin(f"prefill of {batch} × {context} tokens, {side}")
-                rows.append(_first_token_row(bench, side, context, batch, other))
+                rows += _first_token_rows(bench, side, context, batch, other)
         if options.beside is not None:
             for label in bench.subject.recipes:
                 bench.progress.begin(f"prefill of {options.beside} tokens beside {context}, {label}")
@@ -220,9 +243,9 @@ def measure(bench: Bench) -> list[Row]:
     return compared(rows, (TRANSFORMERS, EXACT))
 
 
-def _first_token_row(bench: Bench, side: str, context: int, batch: int, other: Any) -> Row:
+def _first_token_rows(bench: Bench, side: str, context: int, batch: int, other: Any) -> list[Row]:
+    """One row; with `--copy-out` a second one for a recipe, whose layers are packed on the host meanwhile."""
     recipe = bench.subject.recipes.get(side)
-    conditions = {"copy_out": True} if bench.options.copy_out and recipe is not None else {}
     empty = Row(
         what=FIRST_TOKEN,
         side=side,
@@ -230,17 +253,21 @@ def _first_token_row(bench: Bench, side: str, context: int, batch: int, other: A
         recipe_fingerprint=None if recipe is None else recipe.fingerprint,
         context=context,
         batch=batch,
-        conditions=conditions,
     )
+    bench.progress.begin(f"prefill of {batch} × {context} tokens, {side}")
     if recipe is None:
-        return measured(bench, empty, partial(_time_transformers, bench, other))
-    return measured(bench, empty, partial(_time_engine, bench, recipe))
+        return [measured(bench, empty, partial(_time_transformers, bench, other))]
+    rows = [measured(bench, empty, partial(_time_engine, bench, recipe))]
+    if bench.options.copy_out:
+        bench.progress.begin(f"prefill of {batch} × {context} tokens, {side}, copied to the host")
+        rows.append(measured(bench, replace(empty, conditions={COPY_OUT: True}), partial(_time_engine, bench, recipe)))
+    return rows
 
 
 def _time_engine(bench: Bench, recipe: Recipe, empty: Row) -> Row:
     assert empty.context is not None and empty.batch is not None
     prompts = [bench.prompt(empty.context, index) for index in range(empty.batch)]
-    run = EngineRun(bench, recipe)
+    run = EngineRun(bench, recipe, bool(empty.conditions.get(COPY_OUT)))
     peak = peak_bytes(bench.device, partial(run.run, prompts))
     for _ in range(max(0, bench.options.warmup - 1)):
         run.run(prompts)

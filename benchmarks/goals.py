@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .bench_decode import STEP
-from .bench_prefill import BESIDE, FIRST_TOKEN
+from .bench_prefill import BESIDE, COPY_OUT, FIRST_TOKEN
 from .bench_results import Row
 from .bench_service import BENCH, STREAMS
 
@@ -52,7 +52,7 @@ class Place:
 
     Attributes:
         batch: None = the largest that fits.
-        conditions: that it has to have.
+        conditions: that it has to have; None = that it must not have.
     """
 
     what: str
@@ -108,8 +108,8 @@ def _longer(place: Place, than: Place) -> Value:
     return value
 
 
-def _first(side: str, context: int, batch: int = 1, **conditions: Any) -> Place:
-    return Place(FIRST_TOKEN, side, context, batch, conditions)
+def _first(side: str, context: int, batch: int = 1, copy_out: bool | None = None) -> Place:
+    return Place(FIRST_TOKEN, side, context, batch, {COPY_OUT: copy_out})
 
 
 def _step(side: str, context: int, batch: int | None = 1, hit_rate: float | None = None) -> Place:

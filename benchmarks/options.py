@@ -75,7 +75,7 @@ PARTS: Mapping[str, Part] = {
          Option("batch", "N,N", "prompts that arrive together and share packs", "1"),
          Option("beside", "N", "also let a prompt of N tokens arrive while each one runs: its time to first token "
                 "beside it and alone"),
-         Option("copy-out", "", "copy every encoded layer to the host, as sending it would", flag=True),
+         Option("copy-out", "", "also with every layer packed into frames on the host meanwhile", flag=True),
          _CHUNK,
          Option("pack-tokens", "N", "prompt rows of a step; default: 2048, or a work item's where that is more"),
          _BASELINE, _PROFILE, _REPEATS, _WARMUP, *_COMMON),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from ..services.model_shape import model_shape
 from .bench_results import BenchModel, Limits, Row
 from .options import BenchOptions
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..kvstore.identity import FrameIdent
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,19 @@ class Bench:
         """Random token ids."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + index)
         return tuple(torch.randint(self.subject.config.vocab_size, (num_tokens,), generator=generator).tolist())
+
+
+def bench_ident(request_id: str, model_fingerprint: str, recipe_fingerprint: str) -> FrameIdent:
+    """Whom a measured prompt's frames belong to."""
+    from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
+
+    return FrameIdent(
+        request_id=RequestId(request_id),
+        epoch=1,
+        tenant=TenantId("bench"),
+        model_fingerprint=ModelFingerprint(model_fingerprint),
+        recipe_fingerprint=RecipeFingerprint(recipe_fingerprint),
+    )
 
 
 def choose_device(options: BenchOptions) -> torch.device:

@@ -42,9 +42,13 @@ def test_prefill_stands_beside_transformers(bench, tmp_path, capsys):
     assert results.environment["commit"] == "some-commit"
     assert results.models[0].name == "tiny"
     assert len(results.models[0].fingerprint) == 32
-    assert len(results.rows) == 2 * 3
+    assert len(results.rows) == 2 * (2 * 2 + 1)
     for batch in (1, 3):
-        exact, sluice, other = (named(results, side, batch=batch) for side in ("exact", "sluice", "transformers"))
+        exact, sluice, other = (
+            named(results, side, batch=batch, conditions={}) for side in ("exact", "sluice", "transformers")
+        )
+        copied = named(results, "exact", batch=batch, conditions={"copy_out": True})
+        assert copied.ratios["exact"] == pytest.approx(exact.time.median_s / copied.time.median_s)
         assert exact.recipe_fingerprint == get_recipe("exact").fingerprint
         assert sluice.recipe_fingerprint == results.recipes["sluice"].fingerprint
         assert (other.recipe_fingerprint, other.context) == (None, 512)
