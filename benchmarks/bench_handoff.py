@@ -57,9 +57,10 @@ def absent_library(module: str) -> str | None:
     return None
 
 
-def _cut(tensor: Tensor) -> tuple[Tensor, ...]:
+def _cut(tensor: Tensor) -> list[Tensor]:
     """The rows, as many together as a frame holds."""
-    return tensor.split(max(1, FRAME_BYTES * len(tensor) // max(1, tensor.nbytes)))
+    step = max(1, FRAME_BYTES * len(tensor) // max(1, tensor.nbytes))
+    return [tensor[begin : begin + step] for begin in range(0, len(tensor), step)]
 
 
 def _rows(bench: Bench, label: str, recipe: Recipe, context: int) -> list[Row]:

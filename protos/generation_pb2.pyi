@@ -27,7 +27,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "token_ids", "chat", "sampling", "recipe", "session_id", "tools", "response_format", "prompt_logprobs")
+    __slots__ = ("request_id", "model", "prompt", "token_ids", "chat", "sampling", "recipe", "session_id", "durability", "tools", "response_format", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -47,10 +48,11 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     recipe: RecipeChoice
     session_id: str
+    durability: str
     tools: str
     response_format: str
     prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recipe: _Optional[_Union[RecipeChoice, _Mapping]] = ..., session_id: _Optional[str] = ..., tools: _Optional[str] = ..., response_format: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recipe: _Optional[_Union[RecipeChoice, _Mapping]] = ..., session_id: _Optional[str] = ..., durability: _Optional[str] = ..., tools: _Optional[str] = ..., response_format: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "logprobs", "n")
@@ -140,16 +142,36 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., token: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Complete(_message.Message):
-    __slots__ = ("choices", "usage", "recipe", "timing")
+    __slots__ = ("choices", "usage", "recipe", "timing", "durability")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[Choice]
     usage: Usage
     recipe: RecipeReport
     timing: Timing
-    def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., recipe: _Optional[_Union[RecipeReport, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+    durability: DurabilityReport
+    def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., recipe: _Optional[_Union[RecipeReport, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., durability: _Optional[_Union[DurabilityReport, _Mapping]] = ...) -> None: ...
+
+class DurabilityReport(_message.Message):
+    __slots__ = ("level", "kept", "stored_bytes", "migrations", "recomputed_tokens", "recomputed_prompt_tokens", "stalled_s")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    level: str
+    kept: bool
+    stored_bytes: int
+    migrations: int
+    recomputed_tokens: int
+    recomputed_prompt_tokens: int
+    stalled_s: float
+    def __init__(self, level: _Optional[str] = ..., kept: _Optional[bool] = ..., stored_bytes: _Optional[int] = ..., migrations: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., recomputed_prompt_tokens: _Optional[int] = ..., stalled_s: _Optional[float] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("index", "finish_reason", "stop_match", "completion_tokens")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvsluice.protos import frame_pb2 as kvsluice_dot_protos_dot_frame__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvsluice/protos/worker.proto\x12\x12kvsluice.worker.v1\x1a\x1bkvsluice/protos/frame.proto\"\r\n\x0bInfoRequest\"\xca\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x18\n\x10model_shape_json\x18\x05 \x01(\t\x12\x14\n\x0cprofile_json\x18\x06 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x04\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x16\n\x0epending_tokens\x18\x0c \x01(\r\x12\x1b\n\x13host_capacity_bytes\x18\r \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x0e \x01(\x04\x12\x11\n\thas_store\x18\x0f \x01(\x08\"\xa1\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12?\n\nlogit_bias\x18\t \x03(\x0b\x32+.kvsluice.worker.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\t\n\x01n\x18\x0f \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobs\"\xb4\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x13\n\x0brecipe_json\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvsluice.worker.v1.Sampling\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x07 \x01(\t\"\x80\x01\n\x0cPrefillEvent\x12\x37\n\x0c\x66irst_tokens\x18\x01 \x01(\x0b\x32\x1f.kvsluice.worker.v1.FirstTokensH\x00\x12.\n\x07shipped\x18\x02 \x01(\x0b\x32\x1b.kvsluice.worker.v1.ShippedH\x00\x42\x07\n\x05\x65vent\"b\n\x0b\x46irstTokens\x12/\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x1e.kvsluice.frame.v1.ChoiceState\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\"0\n\x07Shipped\x12\x15\n\rpayload_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\"\x8e\x02\n\x04Open\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x13\n\x0brecipe_json\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvsluice.worker.v1.Sampling\x12\x0f\n\x07\x63redits\x18\x07 \x01(\r\x12,\n\x07keeping\x18\x08 \x01(\x0b\x32\x1b.kvsluice.worker.v1.Keeping\x12\x34\n\x08restored\x18\t \x03(\x0b\x32\".kvsluice.frame.v1.ContinuedChoice\"\x1d\n\x07Keeping\x12\x12\n\nkeep_every\x18\x01 \x01(\r\";\n\x06\x43redit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"Y\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x06\x63hoice\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x42\t\n\x07_choice\"\x9b\x01\n\x08ToDecode\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.kvsluice.worker.v1.OpenH\x00\x12,\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x1a.kvsluice.worker.v1.CreditH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.kvsluice.worker.v1.CancelH\x00\x42\t\n\x07message\"+\n\x06Opened\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"p\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05\x66ield\x18\x05 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x06 \x01(\t\"\xb0\x01\n\nTokenEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12/\n\x06tokens\x18\x05 \x03(\x0b\x32\x1f.kvsluice.frame.v1.SampledToken\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x12\n\nstop_match\x18\x07 \x01(\t\"=\n\nTokenBatch\x12/\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1e.kvsluice.worker.v1.TokenEntry\"\x8c\x01\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x12\n\nbytes_read\x18\x04 \x01(\x04\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04kept\x18\x07 \x01(\x08\"\xd7\x01\n\nFromDecode\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.kvsluice.worker.v1.OpenedH\x00\x12,\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x1a.kvsluice.worker.v1.FailedH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.kvsluice.worker.v1.TokenBatchH\x00\x12\x30\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.kvsluice.worker.v1.FinishedH\x00\x42\t\n\x07message\":\n\x08\x46ramePut\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08manifest\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\",\n\x08\x46rameAck\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x32\xab\x01\n\rPrefillWorker\x12Q\n\x07Prefill\x12\".kvsluice.worker.v1.PrefillRequest\x1a .kvsluice.worker.v1.PrefillEvent0\x01\x12G\n\x04Info\x12\x1f.kvsluice.worker.v1.InfoRequest\x1a\x1e.kvsluice.worker.v1.WorkerInfo2\xf0\x01\n\x0c\x44\x65\x63odeWorker\x12J\n\x06\x41ttach\x12\x1c.kvsluice.worker.v1.ToDecode\x1a\x1e.kvsluice.worker.v1.FromDecode(\x01\x30\x01\x12K\n\tPutFrames\x12\x1c.kvsluice.worker.v1.FramePut\x1a\x1c.kvsluice.worker.v1.FrameAck(\x01\x30\x01\x12G\n\x04Info\x12\x1f.kvsluice.worker.v1.InfoRequest\x1a\x1e.kvsluice.worker.v1.WorkerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvsluice/protos/worker.proto\x12\x12kvsluice.worker.v1\x1a\x1bkvsluice/protos/frame.proto\"\r\n\x0bInfoRequest\"\xca\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x18\n\x10model_shape_json\x18\x05 \x01(\t\x12\x14\n\x0cprofile_json\x18\x06 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x04\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07running\x18\t \x01(\r\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x16\n\x0epending_tokens\x18\x0c \x01(\r\x12\x1b\n\x13host_capacity_bytes\x18\r \x01(\x04\x12\x17\n\x0fhost_free_bytes\x18\x0e \x01(\x04\x12\x11\n\thas_store\x18\x0f \x01(\x08\"\xa1\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12?\n\nlogit_bias\x18\t \x03(\x0b\x32+.kvsluice.worker.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\t\n\x01n\x18\x0f \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0b\n\t_logprobs\"\xc5\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x13\n\x0brecipe_json\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvsluice.worker.v1.Sampling\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x07 \x01(\t\x12\x0f\n\x07resumed\x18\x08 \x01(\x08\"\x80\x01\n\x0cPrefillEvent\x12\x37\n\x0c\x66irst_tokens\x18\x01 \x01(\x0b\x32\x1f.kvsluice.worker.v1.FirstTokensH\x00\x12.\n\x07shipped\x18\x02 \x01(\x0b\x32\x1b.kvsluice.worker.v1.ShippedH\x00\x42\x07\n\x05\x65vent\"b\n\x0b\x46irstTokens\x12/\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x1e.kvsluice.frame.v1.ChoiceState\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\"0\n\x07Shipped\x12\x15\n\rpayload_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x02 \x01(\r\"\x9e\x02\n\x04Open\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x13\n\x0brecipe_json\x18\x05 \x01(\t\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.kvsluice.worker.v1.Sampling\x12\x0f\n\x07\x63redits\x18\x07 \x01(\r\x12,\n\x07keeping\x18\x08 \x01(\x0b\x32\x1b.kvsluice.worker.v1.Keeping\x12\x30\n\x04sent\x18\t \x03(\x0b\x32\".kvsluice.frame.v1.ContinuedChoice\x12\x12\n\nfrom_store\x18\n \x01(\x08\"\x1d\n\x07Keeping\x12\x12\n\nkeep_every\x18\x01 \x01(\r\";\n\x06\x43redit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"Y\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x06\x63hoice\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04keep\x18\x04 \x01(\x08\x42\t\n\x07_choice\"\x9b\x01\n\x08ToDecode\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.kvsluice.worker.v1.OpenH\x00\x12,\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x1a.kvsluice.worker.v1.CreditH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.kvsluice.worker.v1.CancelH\x00\x42\t\n\x07message\"+\n\x06Opened\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"p\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nerror_type\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05\x66ield\x18\x05 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x06 \x01(\t\"\xb0\x01\n\nTokenEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\x12/\n\x06tokens\x18\x05 \x03(\x0b\x32\x1f.kvsluice.frame.v1.SampledToken\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x12\n\nstop_match\x18\x07 \x01(\t\"=\n\nTokenBatch\x12/\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1e.kvsluice.worker.v1.TokenEntry\"\x8c\x01\n\x08\x46inished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12\x12\n\nbytes_read\x18\x04 \x01(\x04\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04kept\x18\x07 \x01(\x08\"i\n\x07Resumed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x03 \x01(\r\x12 \n\x18recomputed_prompt_tokens\x18\x04 \x01(\r\"\x87\x02\n\nFromDecode\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.kvsluice.worker.v1.OpenedH\x00\x12,\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32\x1a.kvsluice.worker.v1.FailedH\x00\x12\x30\n\x06tokens\x18\x03 \x01(\x0b\x32\x1e.kvsluice.worker.v1.TokenBatchH\x00\x12\x30\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.kvsluice.worker.v1.FinishedH\x00\x12.\n\x07resumed\x18\x05 \x01(\x0b\x32\x1b.kvsluice.worker.v1.ResumedH\x00\x42\t\n\x07message\":\n\x08\x46ramePut\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12\x12\n\x08manifest\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\",\n\x08\x46rameAck\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x32\xab\x01\n\rPrefillWorker\x12Q\n\x07Prefill\x12\".kvsluice.worker.v1.PrefillRequest\x1a .kvsluice.worker.v1.PrefillEvent0\x01\x12G\n\x04Info\x12\x1f.kvsluice.worker.v1.InfoRequest\x1a\x1e.kvsluice.worker.v1.WorkerInfo2\xf0\x01\n\x0c\x44\x65\x63odeWorker\x12J\n\x06\x41ttach\x12\x1c.kvsluice.worker.v1.ToDecode\x1a\x1e.kvsluice.worker.v1.FromDecode(\x01\x30\x01\x12K\n\tPutFrames\x12\x1c.kvsluice.worker.v1.FramePut\x1a\x1c.kvsluice.worker.v1.FrameAck(\x01\x30\x01\x12G\n\x04Info\x12\x1f.kvsluice.worker.v1.InfoRequest\x1a\x1e.kvsluice.worker.v1.WorkerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,41 +43,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=786
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=834
   _globals['_PREFILLREQUEST']._serialized_start=850
-  _globals['_PREFILLREQUEST']._serialized_end=1030
-  _globals['_PREFILLEVENT']._serialized_start=1033
-  _globals['_PREFILLEVENT']._serialized_end=1161
-  _globals['_FIRSTTOKENS']._serialized_start=1163
-  _globals['_FIRSTTOKENS']._serialized_end=1261
-  _globals['_SHIPPED']._serialized_start=1263
-  _globals['_SHIPPED']._serialized_end=1311
-  _globals['_OPEN']._serialized_start=1314
-  _globals['_OPEN']._serialized_end=1584
-  _globals['_KEEPING']._serialized_start=1586
-  _globals['_KEEPING']._serialized_end=1615
-  _globals['_CREDIT']._serialized_start=1617
-  _globals['_CREDIT']._serialized_end=1676
-  _globals['_CANCEL']._serialized_start=1678
-  _globals['_CANCEL']._serialized_end=1767
-  _globals['_TODECODE']._serialized_start=1770
-  _globals['_TODECODE']._serialized_end=1925
-  _globals['_OPENED']._serialized_start=1927
-  _globals['_OPENED']._serialized_end=1970
-  _globals['_FAILED']._serialized_start=1972
-  _globals['_FAILED']._serialized_end=2084
-  _globals['_TOKENENTRY']._serialized_start=2087
-  _globals['_TOKENENTRY']._serialized_end=2263
-  _globals['_TOKENBATCH']._serialized_start=2265
-  _globals['_TOKENBATCH']._serialized_end=2326
-  _globals['_FINISHED']._serialized_start=2329
-  _globals['_FINISHED']._serialized_end=2469
-  _globals['_FROMDECODE']._serialized_start=2472
-  _globals['_FROMDECODE']._serialized_end=2687
-  _globals['_FRAMEPUT']._serialized_start=2689
-  _globals['_FRAMEPUT']._serialized_end=2747
-  _globals['_FRAMEACK']._serialized_start=2749
-  _globals['_FRAMEACK']._serialized_end=2793
-  _globals['_PREFILLWORKER']._serialized_start=2796
-  _globals['_PREFILLWORKER']._serialized_end=2967
-  _globals['_DECODEWORKER']._serialized_start=2970
-  _globals['_DECODEWORKER']._serialized_end=3210
+  _globals['_PREFILLREQUEST']._serialized_end=1047
+  _globals['_PREFILLEVENT']._serialized_start=1050
+  _globals['_PREFILLEVENT']._serialized_end=1178
+  _globals['_FIRSTTOKENS']._serialized_start=1180
+  _globals['_FIRSTTOKENS']._serialized_end=1278
+  _globals['_SHIPPED']._serialized_start=1280
+  _globals['_SHIPPED']._serialized_end=1328
+  _globals['_OPEN']._serialized_start=1331
+  _globals['_OPEN']._serialized_end=1617
+  _globals['_KEEPING']._serialized_start=1619
+  _globals['_KEEPING']._serialized_end=1648
+  _globals['_CREDIT']._serialized_start=1650
+  _globals['_CREDIT']._serialized_end=1709
+  _globals['_CANCEL']._serialized_start=1711
+  _globals['_CANCEL']._serialized_end=1800
+  _globals['_TODECODE']._serialized_start=1803
+  _globals['_TODECODE']._serialized_end=1958
+  _globals['_OPENED']._serialized_start=1960
+  _globals['_OPENED']._serialized_end=2003
+  _globals['_FAILED']._serialized_start=2005
+  _globals['_FAILED']._serialized_end=2117
+  _globals['_TOKENENTRY']._serialized_start=2120
+  _globals['_TOKENENTRY']._serialized_end=2296
+  _globals['_TOKENBATCH']._serialized_start=2298
+  _globals['_TOKENBATCH']._serialized_end=2359
+  _globals['_FINISHED']._serialized_start=2362
+  _globals['_FINISHED']._serialized_end=2502
+  _globals['_RESUMED']._serialized_start=2504
+  _globals['_RESUMED']._serialized_end=2609
+  _globals['_FROMDECODE']._serialized_start=2612
+  _globals['_FROMDECODE']._serialized_end=2875
+  _globals['_FRAMEPUT']._serialized_start=2877
+  _globals['_FRAMEPUT']._serialized_end=2935
+  _globals['_FRAMEACK']._serialized_start=2937
+  _globals['_FRAMEACK']._serialized_end=2981
+  _globals['_PREFILLWORKER']._serialized_start=2984
+  _globals['_PREFILLWORKER']._serialized_end=3155
+  _globals['_DECODEWORKER']._serialized_start=3158
+  _globals['_DECODEWORKER']._serialized_end=3398
 # @@protoc_insertion_point(module_scope)

@@ -87,7 +87,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "tenant", "prompt_ids", "recipe_json", "sampling", "decode_address")
+    __slots__ = ("request_id", "epoch", "tenant", "prompt_ids", "recipe_json", "sampling", "decode_address", "resumed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,7 @@ class PrefillRequest(_message.Message):
     RECIPE_JSON_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     tenant: str
@@ -102,7 +103,8 @@ class PrefillRequest(_message.Message):
     recipe_json: str
     sampling: Sampling
     decode_address: str
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., decode_address: _Optional[str] = ...) -> None: ...
+    resumed: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., decode_address: _Optional[str] = ..., resumed: _Optional[bool] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("first_tokens", "shipped")
@@ -131,7 +133,7 @@ class Shipped(_message.Message):
     def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "restored")
+    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "from_store")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -140,7 +142,8 @@ class Open(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     KEEPING_FIELD_NUMBER: _ClassVar[int]
-    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    FROM_STORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     tenant: str
@@ -149,8 +152,9 @@ class Open(_message.Message):
     sampling: Sampling
     credits: int
     keeping: Keeping
-    restored: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ContinuedChoice]
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., restored: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ...) -> None: ...
+    sent: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ContinuedChoice]
+    from_store: bool
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., sent: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ..., from_store: _Optional[bool] = ...) -> None: ...
 
 class Keeping(_message.Message):
     __slots__ = ("keep_every",)
@@ -256,17 +260,31 @@ class Finished(_message.Message):
     kept: bool
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., steps: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
 
+class Resumed(_message.Message):
+    __slots__ = ("request_id", "epoch", "recomputed_tokens", "recomputed_prompt_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    recomputed_tokens: int
+    recomputed_prompt_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., recomputed_prompt_tokens: _Optional[int] = ...) -> None: ...
+
 class FromDecode(_message.Message):
-    __slots__ = ("opened", "failed", "tokens", "finished")
+    __slots__ = ("opened", "failed", "tokens", "finished", "resumed")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     failed: Failed
     tokens: TokenBatch
     finished: Finished
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+    resumed: Resumed
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ...) -> None: ...
 
 class FramePut(_message.Message):
     __slots__ = ("frame", "manifest")

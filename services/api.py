@@ -21,13 +21,16 @@ MAX_TIMEOUT_S = 365 * 86400
 class Options(TypedDict, total=False):
     """Keyword arguments of `generate` and `stream`; names and meanings as in the OpenAI API.
 
-    `slots` replaces single slots of the recipe. `timeout_s` is the deadline of the whole request.
+    `slots` replaces single slots of the recipe. `timeout_s` is the deadline of the whole request. `durability` says
+    what is kept in the service's store while the request runs: `none`, `handoff` (the prompt) or `tokens` (the answer
+    as well).
     """
 
     model: str
     request_id: str
     recipe: str
     slots: Mapping[str, Any]
+    durability: str
     timeout_s: float | None
     max_tokens: int
     temperature: float
@@ -108,6 +111,28 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class DurabilityReport:
+    """What became of a request's workers, and what was kept of it.
+
+    Attributes:
+        level: none, handoff or tokens.
+        kept: the store held it until its end.
+        stored_bytes: written to the store by the last worker.
+        migrations: how often other workers went on with it.
+        recomputed_tokens, recomputed_prompt_tokens: that were run more than once.
+        stalled_s: between the last token before a migration and the first one behind it.
+    """
+
+    level: str
+    kept: bool
+    stored_bytes: int
+    migrations: int
+    recomputed_tokens: int
+    recomputed_prompt_tokens: int
+    stalled_s: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """One finished choice.
 
@@ -132,6 +157,7 @@ class Completion:
     usage: Usage
     recipe: RecipeReport
     timing: Timing
+    durability: DurabilityReport
 
     @property
     def text(self) -> str:
@@ -164,6 +190,7 @@ def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     request = pb.GenerateRequest(request_id=_text("request_id", given.pop("request_id", "")) or uuid.uuid4().hex)
     request.model = _text("model", given.pop("model", ""))
     request.recipe.name = _text("recipe.name", given.pop("recipe", ""))
+    request.durability = _text("durability", given.pop("durability", ""))
     _set_input(request, prompt)
     slots = given.pop("slots", None)
     if slots:
@@ -295,7 +322,7 @@ class Collector:
         return self._completion
 
     def _complete(self, complete: pb.Complete) -> Completion:
-        usage, recipe, timing = complete.usage, complete.recipe, complete.timing
+        usage, recipe, timing, durability = complete.usage, complete.recipe, complete.timing, complete.durability
         choices = []
         for choice in complete.choices:
             parts = self._parts.get(choice.index, _Parts())
@@ -324,4 +351,13 @@ class Collector:
                 recipe.bytes_read_per_step,
             ),
             timing=Timing(timing.queue_s, timing.prefill_s, timing.time_to_first_token_s, timing.decode_s),
+            durability=DurabilityReport(
+                durability.level,
+                durability.kept,
+                durability.stored_bytes,
+                durability.migrations,
+                durability.recomputed_tokens,
+                durability.recomputed_prompt_tokens,
+                durability.stalled_s,
+            ),
         )

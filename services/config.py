@@ -79,6 +79,17 @@ class ServeConfig(BaseModel):
     max_frame_bytes: int = Field(16 * MIB, ge=9 * MIB, le=512 * MIB, description="largest message between workers")
     default_deadline_s: Seconds = Field(600.0, description="deadline of requests that bring none")
     worker_wait_s: Seconds = Field(30.0, description="how long a request waits for a worker to (re)appear")
+    worker_lease_s: Seconds = Field(10.0, description="a worker that gives no sign of life for so long is lost")
+    max_migrations: int = Field(
+        3, ge=0, le=64, description="how often other workers may go on with a request whose workers are lost"
+    )
+    retries_per_minute: Positive = Field(1000, description="requests that other workers may go on with, in a minute")
+    durability: Literal["none", "handoff", "tokens"] = Field(
+        "none", description="what of a request that does not say so is kept in the store while it runs"
+    )
+    store_keep_every: int = Field(
+        16, ge=1, le=4096, description="generated rows of a choice that are written to the store together"
+    )
     stream_credits: int = Field(64, ge=2, le=2**16, description="tokens a choice may run ahead of its client")
     handoff_window: int = Field(8, ge=1, le=1024, description="frames under way from prefill to decode, per request")
     grace_s: Seconds = Field(30.0, description="how long running requests may take to finish on shutdown")

@@ -109,6 +109,9 @@ class GatewayMetrics:
         self._failed = self._counter("request_failure", "Requests that ended with an error", ["error_type"])
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self._generation_tokens = self._counter("generation_tokens", "Generated tokens of finished requests")
+        self._migrations = self._counter("request_migrations", "Requests that other workers went on with", ["start"])
+        self._recomputed = self._counter("recomputed_tokens", "Tokens run more than once after a loss", ["kind"])
+        self._stalls = self._histogram("migration_stall_seconds", "Last token before a loss to the next", _LATENCY_S)
         self._handoff = self._counter("handoff_bytes", "Bytes sent from prefill to decode", ["recipe"])
         self._handoff_bf16 = self._counter("handoff_bf16_bytes", "Bytes the same caches take in bf16", ["recipe"])
 
@@ -145,6 +148,18 @@ class GatewayMetrics:
         """`num_tokens` tokens of one choice that came `seconds` after the ones before."""
         for _ in range(num_tokens):
             self._itl.observe(seconds / num_tokens)
+
+    def migrated(self, start: str) -> None:
+        """Other workers go on with a request."""
+        self._migrations.labels(**self._label, start=start).inc()
+
+    def resumed(self, seconds: float) -> None:
+        """The first token behind a migration came so long after the one before it."""
+        self._stalls.observe(seconds)
+
+    def recomputed(self, tokens: int, prompt_tokens: int) -> None:
+        self._recomputed.labels(**self._label, kind="answer").inc(tokens)
+        self._recomputed.labels(**self._label, kind="prompt").inc(prompt_tokens)
 
     def finished(self, reason: str, seconds: float, prompt_tokens: int, generation_tokens: int) -> None:
         self._e2e.observe(seconds)

@@ -29,6 +29,7 @@ MAX_NAME_CHARS = 64
 MAX_SLOTS_JSON_CHARS = 16 * 1024
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 0.01
+DURABILITIES = ("none", "handoff", "tokens")
 ROLES = ("system", "user", "assistant")
 
 T = TypeVar("T", int, None)
@@ -47,6 +48,8 @@ class ServedModel:
         max_new_tokens: answer length of requests that name none, at most.
         default_recipe: recipe of requests that name none.
         has_chat_template: whether chat messages can be turned into a prompt.
+        has_store: whether requests can be kept beyond the life of a worker.
+        default_durability: of requests that name none.
     """
 
     name: str
@@ -55,6 +58,8 @@ class ServedModel:
     max_new_tokens: int
     default_recipe: str
     has_chat_template: bool
+    has_store: bool = False
+    default_durability: str = "none"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class CheckedRequest:
         sampling: all fields but `max_tokens` are final.
         max_tokens: as asked for; None = as much as fits.
         input_field: the field that holds the prompt, for error messages.
+        durability: none, handoff or tokens.
     """
 
     request_id: str
@@ -77,6 +83,7 @@ class CheckedRequest:
     stop: tuple[str, ...]
     recipe: Recipe
     recipe_name: str
+    durability: str = "none"
 
 
 def check_request(request: pb.GenerateRequest, model: ServedModel, default_seed: Callable[[], int]) -> CheckedRequest:
@@ -112,6 +119,7 @@ def check_request(request: pb.GenerateRequest, model: ServedModel, default_seed:
         stop=_stops(request.sampling.stop),
         recipe=_recipe(recipe_name, request.recipe.slots_json),
         recipe_name=recipe_name,
+        durability=_durability(request.durability, model),
     )
 
 
@@ -216,6 +224,15 @@ def _stops(stops: Sequence[str]) -> tuple[str, ...]:
                 f"1 to {MAX_STOP_CHARS} characters without NUL",
             )
     return tuple(stops)
+
+
+def _durability(level: str, model: ServedModel) -> str:
+    level = level or model.default_durability
+    if level not in DURABILITIES:
+        raise InvalidRequest("durability", f"got {_shown(level)}", ", ".join(DURABILITIES))
+    if level != "none" and not model.has_store:
+        raise InvalidRequest("durability", f"{level} needs a store, and no decode worker has one", "none")
+    return level
 
 
 def _recipe(name: str, slots_json: str) -> Recipe:

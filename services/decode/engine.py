@@ -192,8 +192,10 @@ class DecodeEngine:
         prompt_ids: Sequence[int],
         emitted: Sequence[EmittedChoice],
         epoch: int | None = None,
-    ) -> None:
+    ) -> int:
         """Start a request whose layers are all here. A fault ends the request and is raised as well.
+
+        Returns how many tokens are replayed, over all choices.
 
         Args:
             emitted: of every choice in order, the tokens sent so far. The first came from prefill; further ones are
@@ -207,7 +209,7 @@ class DecodeEngine:
         config = self.model.config
         try:
             check_start(run, prompt_ids, emitted, config.num_layers, config.vocab_size)
-            self._start(run, prompt_ids, emitted)
+            return self._start(run, prompt_ids, emitted)
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
@@ -311,15 +313,18 @@ class DecodeEngine:
             raise FrameMismatch(f"request {request_id} takes no layers while it is {phase.value}")
         return run
 
-    def _start(self, run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
+    def _start(self, run: RequestRun, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> int:
+        """Returns how many tokens are replayed."""
         request, cache, config = run.request, run.cache, self.model.config
         assert cache is not None, "made when the request was let in"
         choices, turns = start_choices(run, cache, prompt_ids, emitted, config, self.runner.like)
         run.resident_bytes = cache.nbytes()
         run.cache, run.choices = None, choices
+        replayed = sum(turn.replays for turn in turns.values())
         self.scheduler.start(request.request_id, turns)
         if not choices:
             self._finish(run)
+        return replayed
 
     def _tell_kept(self, step: LaunchedStep) -> None:
         """Tell which rows are to be kept."""

@@ -28,7 +28,7 @@ from ..staging import HostCopies
 from ..telemetry import Recorder, where
 from .events import RowsEvent
 from .restore import Restored
-from .sequence import KeptRows
+from .sequence import EmittedChoice, KeptRows
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,13 @@ class Keeper:
             await self._turn()
         self._add(data, len(data))
 
-    def manifest(self, manifest: Manifest) -> None:
-        """Store the manifest of all frames so far."""
-        self._begin([[token.token_id for token in choice.emitted] for choice in manifest.choices])
+    def manifest(self, manifest: Manifest, emitted: Sequence[EmittedChoice]) -> None:
+        """Store the manifest of all frames so far.
+
+        Args:
+            emitted: with what the choices begin.
+        """
+        self._begin([choice.token_ids for choice in emitted])
         self._add(manifest)
 
     async def take_over(self, restored: Restored) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...compression.recipe import Recipe
 from ...errors import InternalError, InvalidRequest, KvsluiceError
+from ...kvstore.identity import FrameIdent
 from ...models.sampling import SamplingParams
 from ...protos import frame_pb2 as fpb
 from ...protos import worker_pb2 as wpb
@@ -44,15 +45,16 @@ def failed_message(request_id: str, epoch: int, error: KvsluiceError) -> wpb.Fro
     return wpb.FromDecode(failed=failed)
 
 
-def restored_choices(message: wpb.Open) -> list[EmittedChoice]:
-    """What an earlier attempt has sent; empty where there was none.
+def sent_choices(message: wpb.Open) -> list[EmittedChoice]:
+    """What earlier attempts have told; empty where there was none.
 
     Raises:
-        InvalidRequest: there is a choice of which nothing was sent, or not one of each choice.
+        InvalidRequest: there is a choice of which nothing was told, or not one of each choice.
     """
-    choices = [EmittedChoice(tuple(one.token_ids), one.finish_reason) for one in message.restored]
-    if choices and (len(choices) != message.sampling.n or not all(choice.token_ids for choice in choices)):
-        raise InvalidRequest("restored", f"{len(choices)} choices", f"{message.sampling.n}, with a token each")
+    choices = [EmittedChoice(tuple(one.token_ids), one.finish_reason) for one in message.sent]
+    told = len(choices) == message.sampling.n and all(choice.token_ids for choice in choices)
+    if not told and (choices or message.from_store):
+        raise InvalidRequest("sent", f"{len(choices)} choices", f"{message.sampling.n}, with a token each")
     return choices
 
 
@@ -79,6 +81,18 @@ def event_message(event: Event, keeper: Keeper | None) -> wpb.FromDecode:
             finished.stored_bytes, finished.kept = keeper.stored_bytes, keeper.is_kept
         return wpb.FromDecode(finished=finished)
     raise InternalError(f"unknown event {type(event).__name__}")
+
+
+def resumed_message(ident: FrameIdent, tokens: int, prompt_tokens: int) -> wpb.FromDecode:
+    """How much has to be computed again before a request can go on."""
+    return wpb.FromDecode(
+        resumed=wpb.Resumed(
+            request_id=ident.request_id,
+            epoch=ident.epoch,
+            recomputed_tokens=tokens,
+            recomputed_prompt_tokens=prompt_tokens,
+        )
+    )
 
 
 def token_entry(event: TokensEvent) -> wpb.TokenEntry:

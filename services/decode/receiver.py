@@ -28,7 +28,7 @@ class Keeping(Protocol):
     """Writes what has arrived to a store."""
 
     async def frame(self, data: bytes) -> None: ...
-    def manifest(self, manifest: Manifest) -> None: ...
+    def manifest(self, manifest: Manifest, emitted: Sequence[EmittedChoice]) -> None: ...
 
 
 class Receiver:
@@ -41,6 +41,7 @@ class Receiver:
         target: where finished layers go.
         acknowledge: sends an acknowledgement.
         keeper: takes what has arrived, before it is acknowledged; None = it is not kept.
+        sent: of every choice what earlier attempts have told, which counts, not what prefill has drawn again.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Receiver:
         acknowledge: Callable[[wpb.FrameAck], Awaitable[None]],
         recorder: Recorder,
         keeper: Keeping | None = None,
+        sent: Sequence[EmittedChoice] = (),
     ) -> None:
         self._ident = ident
+        self._sent = sent
         self._keeper = keeper
         self._target = target
         self._acknowledge = acknowledge
@@ -108,12 +111,12 @@ class Receiver:
         if manifest.ident != self._ident:
             raise FrameMismatch("the manifest belongs to another request, epoch, model or recipe")
         verify(manifest, self._entries)
-        emitted = [
+        emitted = self._sent or [
             EmittedChoice(tuple(token.token_id for token in choice.emitted), choice.finish_reason)
             for choice in manifest.choices
         ]
         if self._keeper is not None:  # before the first token can be told
-            self._keeper.manifest(manifest)
+            self._keeper.manifest(manifest, emitted)
         await self._target.commit(manifest.prompt_ids, emitted)
         self._committed = True
         self._recorder.record("decode.committed", request_id=self._ident.request_id, epoch=self._ident.epoch)

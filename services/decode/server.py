@@ -39,7 +39,15 @@ from .engine import (
 from .host_pages import HostPages
 from .keeper import Keeper
 from .keeping import KeptRequests
-from .messages import decode_request, event_message, failed_message, restored_choices, tell_keeper, token_entry
+from .messages import (
+    decode_request,
+    event_message,
+    failed_message,
+    resumed_message,
+    sent_choices,
+    tell_keeper,
+    token_entry,
+)
 from .receiver import Receiver
 from .restore import Restoring
 from .sequence import typed
@@ -73,21 +81,20 @@ class _Request:
     recipe: Recipe
     num_prompt_tokens: int
     keeper: Keeper | None = None
-    restored: Sequence[EmittedChoice] = ()
+    sent: Sequence[EmittedChoice] = ()
+    from_store: bool = False
     receiving: bool = False
 
 
 class _EngineTarget:
     """A request's layers on their way into the engine."""
 
-    def __init__(
-        self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request_id: str, epoch: int
-    ) -> None:
+    def __init__(self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request: _Request) -> None:
         self._thread = thread
         self._engine = engine
         self._uploads = uploads
-        self._request_id = request_id
-        self._epoch = epoch
+        self._request = request
+        self._request_id, self._epoch = request.ident.request_id, request.ident.epoch
 
     async def add_layer(self, encoded: EncodedLayer) -> None:
         # the engine's thread goes on with its steps meanwhile
@@ -95,7 +102,11 @@ class _EngineTarget:
         await self._thread.call(lambda: self._engine.add_layer(self._request_id, layer, self._epoch, wait))
 
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
-        await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
+        request = self._request
+        again = await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
+        if request.sent:
+            prompt_again = 0 if request.from_store else len(prompt_ids)
+            request.session.send(resumed_message(request.ident, again, prompt_again))
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -191,18 +202,19 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request = self._requests.get(ident.request_id)
         if request is None or request.ident.epoch != ident.epoch:
             raise FrameMismatch("no such request and epoch is open here")
-        if request.receiving or request.restored:
+        if request.receiving or request.from_store:
             raise FrameMismatch("the request's frames come by another way already")
         request.receiving = True
         return request
 
     def _receiver(self, request: _Request, context: Any) -> Receiver:
         ident, num_layers, target = request.ident, self._identity.shape.num_layers, self._target(request)
-        return Receiver(ident, num_layers, request.max_bytes, target, context.write, self._recorder, request.keeper)
+        return Receiver(
+            ident, num_layers, request.max_bytes, target, context.write, self._recorder, request.keeper, request.sent
+        )
 
     def _target(self, request: _Request) -> _EngineTarget:
-        ident = request.ident
-        return _EngineTarget(self._thread, self.engine, self._uploads, ident.request_id, ident.epoch)
+        return _EngineTarget(self._thread, self.engine, self._uploads, request)
 
     async def _write(self, session: _Session, context: Any) -> None:
         while True:
@@ -232,14 +244,16 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = decode_request(message)
-            restored = restored_choices(message)
+            sent = sent_choices(message)
             max_bytes = self.engine.demand(request).most_bytes
         except Exception as exc:  # whatever it is, the stream's other requests go on
             session.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
         ident = self._identity.frame_ident(message, request.recipe)
         keeper = self._keeper(ident) if self._store is not None and message.HasField("keeping") else None
-        opened = _Request(session, ident, max_bytes, request.recipe, request.num_prompt_tokens, keeper, restored)
+        opened = _Request(
+            session, ident, max_bytes, request.recipe, request.num_prompt_tokens, keeper, sent, message.from_store
+        )
         self._requests[message.request_id] = opened
         self._thread.post(lambda: self._open_in_engine(request))
 
@@ -257,7 +271,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         ident, num_layers = request.ident, self._identity.shape.num_layers
         try:
             wanted = Restoring(
-                ident, request.recipe, request.num_prompt_tokens, num_layers, request.max_bytes, request.restored,
+                ident, request.recipe, request.num_prompt_tokens, num_layers, request.max_bytes, request.sent,
                 store.ttl_s,
             )  # fmt: skip
             await store.restore(wanted, self._target(request), request.keeper)
@@ -326,7 +340,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 session.add(token_entry(event))
             elif not isinstance(event, RowsEvent):
                 session.send(event_message(event, request.keeper))
-            if isinstance(event, OpenedEvent) and request.restored:
+            if isinstance(event, OpenedEvent) and request.from_store:
                 self._begin_restoring(request)
             if isinstance(event, (FinishedEvent, FailedEvent)):
                 del self._requests[event.request_id]

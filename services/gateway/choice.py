@@ -25,18 +25,22 @@ class Choice:
         index: which of the n choices.
         stops: stop strings.
         min_tokens: stop strings completed up to this token do not end the choice.
+
+    Attributes:
+        token_ids: all that were taken.
     """
 
     def __init__(self, index: int, tokenizer: Detokenizer, stops: Sequence[str], min_tokens: int) -> None:
         self.index = index
         self.finish_reason = ""
         self.stop_match = ""
+        self.token_ids: list[int] = []
         self._tokenizer = tokenizer
         self._text = ChoiceText(tokenizer.stream(), stops, min_tokens)
 
     @property
     def num_tokens(self) -> int:
-        return self._text.num_tokens
+        return len(self.token_ids)
 
     def extend(self, first_index: int, tokens: Iterable[fpb.SampledToken], finish_reason: str) -> pb.Chunk:
         """Add tokens as a worker reports them; those behind a stop string are dropped.
@@ -83,6 +87,7 @@ class Choice:
         )
 
     def _append_token(self, chunk: pb.Chunk, token: fpb.SampledToken) -> None:
+        self.token_ids.append(token.token_id)
         chunk.token_ids.append(token.token_id)
         if token.HasField("logprob"):
             chunk.logprobs.append(

@@ -26,10 +26,10 @@ from .routing import DecodeLoad, PrefillLoad
 log = logging.getLogger("kvsluice.gateway")
 
 INFO_PERIOD_S = 1.0
-INFO_TIMEOUT_S = 5.0
+GREETING_TIMEOUT_S = 5.0
 RECONNECT_S = 0.2
 
-Event = wpb.Opened | wpb.TokenEntry | wpb.Finished | wpb.FirstTokens | wpb.Shipped
+Event = wpb.Opened | wpb.Resumed | wpb.TokenEntry | wpb.Finished | wpb.FirstTokens | wpb.Shipped
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,49 @@ class WorkerModel:
 
 
 class Inbox:
-    """What workers report of one request. Its length is bounded by the credits that the request has given."""
+    """What workers report of one attempt. Its length is bounded by the credits that the attempt has given."""
 
-    def __init__(self, on_error: Callable[[KvsluiceError], None]) -> None:
-        self._queue: Queue[Event] = Queue()
-        self.fail = on_error
+    def __init__(self) -> None:
+        self._queue: Queue[Event | KvsluiceError] = Queue()
+        self._error: KvsluiceError | None = None
+        self._failed = asyncio.Event()
 
     def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
 
+    def fail(self, error: KvsluiceError) -> None:
+        """Nothing comes any more but this error; the first one counts."""
+        if self._error is None:
+            self._error = error
+            self._queue.put_nowait(error)
+            self._failed.set()
+
     async def take(self) -> list[Event]:
-        """All events that have arrived, at least one."""
-        events = [await self._queue.get()]
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
+        """All events that have arrived, at least one. Raises what `fail` was given once those before it are taken."""
+        events: list[Event] = []
+        while not (events and self._queue.empty()):
+            item = await self._queue.get()
+            if isinstance(item, KvsluiceError):
+                self._queue.put_nowait(item)  # for the next call
+                if not events:
+                    raise item
+                break
+            events.append(item)
         return events
+
+    async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for something else, or raise what `fail` is given meanwhile."""
+        tasks = asyncio.create_task(work), asyncio.create_task(self._failed.wait())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+            elif self._error is not None:
+                raise self._error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
@@ -90,14 +118,19 @@ async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
 
 
 class Link:
-    """What both kinds of links share: the loop that connects, and the worker's own account of itself."""
+    """What both kinds of links share: the loop that connects, and the worker's own account of itself.
 
-    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
+    Args:
+        lease_s: a worker that gives no account of itself for so long is lost, though its connection may live.
+    """
+
+    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
         self.member = member
         self.model: WorkerModel | None = None
         self.info = wpb.WorkerInfo()
         self.up = False
         self._max_message_bytes = max_message_bytes
+        self._lease_s = lease_s
         self._on_change = on_change
         self._task: Task[None] | None = None
 
@@ -139,7 +172,7 @@ class Link:
         return "worker" if self.info.role == "both" else f"{self.member.role} worker"
 
     async def _greet(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
-        self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S, wait_for_ready=True)
+        self.info = await stub.Info(wpb.InfoRequest(), timeout=GREETING_TIMEOUT_S, wait_for_ready=True)
         if self.info.worker_id != self.member.worker_id:
             # ports are used again: whoever listens there now is not who was registered
             raise WorkerLost("another worker listens at this address")
@@ -147,10 +180,8 @@ class Link:
 
     async def _refresh(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
         while True:
-            await asyncio.sleep(INFO_PERIOD_S)
-            # a slow answer is no loss: the connection itself tells when the worker is gone
-            with contextlib.suppress(grpc.RpcError):
-                self.info = await stub.Info(wpb.InfoRequest(), timeout=INFO_TIMEOUT_S)
+            await asyncio.sleep(min(INFO_PERIOD_S, self._lease_s / 4))
+            self.info = await stub.Info(wpb.InfoRequest(), timeout=self._lease_s)
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
         raise NotImplementedError
@@ -162,8 +193,8 @@ class Link:
 class PrefillLink(Link):
     """Watches the connection to a prefill worker and starts prompts on it."""
 
-    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
-        super().__init__(member, max_message_bytes, on_change)
+    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
+        super().__init__(member, max_message_bytes, lease_s, on_change)
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
 
@@ -200,8 +231,8 @@ class PrefillLink(Link):
 class DecodeLink(Link):
     """The multiplexed stream to a decode worker. It is always drained: every entry goes to its request's inbox."""
 
-    def __init__(self, member: Member, max_message_bytes: int, on_change: Callable[[], None]) -> None:
-        super().__init__(member, max_message_bytes, on_change)
+    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
+        super().__init__(member, max_message_bytes, lease_s, on_change)
         self._outbox: Queue[wpb.ToDecode] = Queue()
         self._inboxes: dict[tuple[str, int], Inbox] = {}
 

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 from asyncio import CancelledError, Event, Task
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ...errors import KvsluiceError, WorkerLost
 from ..config import ServeConfig
@@ -21,9 +23,9 @@ WATCH_S = 30.0
 
 @dataclass(frozen=True)
 class Route:
-    """The workers of one attempt at a request; both serve the same model."""
+    """The workers of one attempt at a request; both serve the same model. None = no prefill is needed."""
 
-    prefill: PrefillLink
+    prefill: PrefillLink | None
     decode: DecodeLink
     model: WorkerModel
 
@@ -67,11 +69,32 @@ class WorkerPool:
         """Set once, when the next worker comes or goes."""
         return self._changed
 
-    async def route(self) -> Route:
-        """Pick workers, waiting for them for a bounded time. Raises `WorkerLost`."""
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a decode worker that can keep requests."""
+        return any(link.info.has_store for link in self._decodes())
+
+    async def route(
+        self,
+        model_fingerprint: str | None = None,
+        prefill: bool = True,
+        store: bool = False,
+        avoid: Set[Member] = frozenset(),
+    ) -> Route:
+        """Pick workers, waiting for them for a bounded time.
+
+        Args:
+            model_fingerprint: that they have to serve; None = any.
+            prefill: a prefill worker is needed.
+            store: the decode worker has to have one.
+            avoid: those that are taken only where there are no others.
+
+        Raises:
+            WorkerLost: none came in time.
+        """
         try:
             async with asyncio.timeout(self._config.worker_wait_s):
-                while (route := self._pick()) is None:
+                while (route := self._pick(model_fingerprint, prefill, store, avoid)) is None:
                     await self._changed.wait()
                 self.model = route.model
                 return route
@@ -84,26 +107,28 @@ class WorkerPool:
     def _decodes(self) -> list[DecodeLink]:
         return [link for link in self._links.values() if isinstance(link, DecodeLink) and link.up]
 
-    def _pick(self) -> Route | None:
-        prefills = [link for link in self._links.values() if isinstance(link, PrefillLink) and link.up]
-        served = {link.model.fingerprint for link in prefills if link.model}
-        decodes = {
-            link.member.worker_id: link
-            for link in self._decodes()
-            if link.model is not None and link.model.fingerprint in served
-        }
-        decode_id = pick_decode([link.load() for link in decodes.values()])
-        if decode_id is None:
+    def _pick(
+        self,
+        model_fingerprint: str | None = None,
+        prefill: bool = True,
+        store: bool = False,
+        avoid: Set[Member] = frozenset(),
+    ) -> Route | None:
+        prefills = [link for link in self._links.values() if isinstance(link, PrefillLink) and link.up and link.model]
+        decodes = [link for link in self._decodes() if link.model and (link.info.has_store or not store)]
+        served = {link.model.fingerprint for link in decodes if link.model}
+        if prefill:
+            served &= {link.model.fingerprint for link in prefills if link.model}
+        if model_fingerprint is not None:
+            served &= {model_fingerprint}
+        decode = _picked(decodes, served, avoid, lambda links: pick_decode([link.load() for link in links]))
+        if decode is None or decode.model is None:
             return None
-        decode = decodes[decode_id]
-        assert decode.model is not None
-        matching = {
-            link.member.worker_id: link
-            for link in prefills
-            if link.model is not None and link.model.fingerprint == decode.model.fingerprint
-        }
-        prefill_id = pick_prefill([link.load() for link in matching.values()])
-        return None if prefill_id is None else Route(matching[prefill_id], decode, decode.model)
+        if not prefill:
+            return Route(None, decode, decode.model)
+        same = {decode.model.fingerprint}
+        chosen = _picked(prefills, same, avoid, lambda links: pick_prefill([link.load() for link in links]))
+        return None if chosen is None else Route(chosen, decode, decode.model)
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, Event()
@@ -136,6 +161,23 @@ class WorkerPool:
 
     def _connect(self, member: Member) -> PrefillLink | DecodeLink:
         kind: type[PrefillLink] | type[DecodeLink] = PrefillLink if member.role == "prefill" else DecodeLink
-        link = kind(member, self._config.max_frame_bytes, self._notify)
+        link = kind(member, self._config.max_frame_bytes, self._config.worker_lease_s, self._notify)
         link.start()
         return link
+
+
+AnyLink = TypeVar("AnyLink", PrefillLink, DecodeLink)
+
+
+def _picked(
+    links: Sequence[AnyLink], served: Set[str], avoid: Set[Member], pick: Callable[[list[AnyLink]], str | None]
+) -> AnyLink | None:
+    """The link that is picked among those to workers of the models; those to be avoided only where there are no others.
+
+    Args:
+        pick: the id of the chosen worker.
+    """
+    fitting = [link for link in links if link.model is not None and link.model.fingerprint in served]
+    fitting = [link for link in fitting if link.member not in avoid] or fitting
+    worker_id = pick(fitting)
+    return next((link for link in fitting if link.member.worker_id == worker_id), None)

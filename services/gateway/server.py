@@ -25,8 +25,10 @@ from ..rpc import bind, current_request_id, join_address, make_server
 from ..telemetry import GatewayMetrics, NullRecorder, Recorder
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission
-from .call import Call, Epochs, Job, Ticket
+from .call import Call
 from .choice import Detokenizer
+from .failover import RetryBudget
+from .job import Epochs, Job, Ticket
 from .links import WorkerModel
 from .membership import Membership
 from .pool import WorkerPool
@@ -70,6 +72,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self.pool = WorkerPool(membership, config)
         self._admission = Admission(config.max_num_seqs * config.decode_workers, config.max_queue)
         self._epochs = Epochs()
+        self._retries = RetryBudget(config.retries_per_minute, time.monotonic)
         self._tickets: dict[str, Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
@@ -190,23 +193,23 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
                     prompt_ids = await self._tokenize(checked)
                     sampling = check_prompt(checked, len(prompt_ids), served)
                     job = Job(request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s)
-                    await self._run(job, ticket, context.write)
+                    await self._run(job, context.write)
         finally:
             del self._tickets[request_id]
             if not self._tickets:
                 self._idle.set()
             self._report_load()
 
-    async def _run(self, job: Job, ticket: Ticket, write: Callable[[pb.GenerateResponse], Any]) -> None:
+    async def _run(self, job: Job, write: Callable[[pb.GenerateResponse], Any]) -> None:
         self._report_load()
         call = Call(
             job,
-            ticket,
             write,
             pool=self.pool,
             tokenizer=self._tokenizer,
             config=self._config,
             epochs=self._epochs,
+            budget=self._retries,
             metrics=self.metrics,
             recorder=self._recorder,
         )
@@ -230,6 +233,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             max_new_tokens=self._config.max_new_tokens,
             default_recipe=self._config.default_recipe,
             has_chat_template=self._tokenizer.has_chat_template,
+            has_store=self.pool.has_store,
+            default_durability=self._config.durability,
         )
 
     def _report_load(self) -> None:

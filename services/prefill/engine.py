@@ -73,6 +73,7 @@ class PrefillJob:
         epoch: which attempt at the request this is.
         prompt_ids: at least one token id.
         recipe: resolved, no number open.
+        resumed: first tokens were told by an earlier attempt: the layers are wanted whatever is drawn here.
     """
 
     request_id: str
@@ -80,6 +81,7 @@ class PrefillJob:
     prompt_ids: tuple[int, ...]
     recipe: Recipe
     sampling: SamplingParams
+    resumed: bool = False
 
 
 @dataclass
@@ -294,7 +296,7 @@ class PrefillEngine:
             running.sink.on_first_tokens(sampled)
             if request_id not in self._running:  # the sink has cancelled it
                 return
-            if all(token.finish_reason for token in sampled):
+            if all(token.finish_reason for token in sampled) and not running.job.resumed:
                 self._end(request_id, lambda sink: sink.on_done())
                 return
         self._hand_over(request_id)  # the layer before, where it was encoded beside this one

@@ -123,6 +123,8 @@ class Publisher:
 
     @property
     def _ended(self) -> bool:
+        if self._job.resumed:
+            return False
         return bool(self._choices) and all(choice.finish_reason for choice in self._choices)
 
     # --- the event loop's side -----------------------------------------------------------------------------

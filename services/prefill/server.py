@@ -174,4 +174,5 @@ def _job(request: wpb.PrefillRequest) -> PrefillJob:
         prompt_ids=tuple(request.prompt_ids),
         recipe=Recipe.from_json(request.recipe_json),
         sampling=SamplingParams(**sampling_fields(request.sampling)),
+        resumed=request.resumed,
     )

@@ -89,7 +89,7 @@ class Worker:
             self.engine.add_layer("x", layer)
         choices = tuple(ChoiceState((EmittedToken(c.token_ids[0]),), c.finish_reason) for c in self.encoded.first)
         ids = self.encoded.ids
-        self.keeper.manifest(Manifest(self.ident, "{}", ids, choices, 7, tuple(entries)))
+        self.keeper.manifest(Manifest(self.ident, "{}", ids, choices, 7, tuple(entries)), self.encoded.first)
         self.engine.commit("x", ids, self.encoded.first)
 
     async def restored(self, told: list[list[int]]) -> None:

@@ -94,6 +94,9 @@ class Script:
         silent: whether prefill ends without any token.
         report: what decode waits for between the last token and its report.
         refusal: what decode answers instead of making room.
+        has_store: whether decode workers say that they have one.
+        store_refusal: what decode answers where it is to go on from the store.
+        stalled: workers that accept connections and answer nothing.
     """
 
     text: str = "Hello, world"
@@ -105,6 +108,9 @@ class Script:
     silent: bool = False
     report: Callable[[], Awaitable[Any]] | None = None
     refusal: wpb.Failed | None = None
+    has_store: bool = False
+    store_refusal: wpb.Failed | None = None
+    stalled: set[str] = field(default_factory=set)
     opens: list[wpb.Open] = field(default_factory=list)
     cancels: list[wpb.Cancel] = field(default_factory=list)
     prefills: list[wpb.PrefillRequest] = field(default_factory=list)
@@ -123,13 +129,18 @@ class Script:
 class _Service:
     def __init__(self, worker_id: str, script: Script) -> None:
         self.script = script
+        self._worker_id = worker_id
         self._identity = WorkerIdentity(worker_id, "decode", "chars", "f" * 32, VOCAB_SIZE, SHAPE, {})
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
-        return self._identity.info(capacity_bytes=1000, free_bytes=1000)
+        if self._worker_id in self.script.stalled:
+            await asyncio.Event().wait()
+        info = self._identity.info(capacity_bytes=1000, free_bytes=1000)
+        info.has_store = self.script.has_store
+        return info
 
 
 class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
@@ -197,17 +208,22 @@ class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
 
     async def _decode(self, body: wpb.Open, credit: asyncio.Semaphore, ended: set[Any], context: Any) -> None:
         ident = {"request_id": body.request_id, "epoch": body.epoch}
-        if self.script.refusal is not None:
-            self.script.refusal.MergeFrom(wpb.Failed(**ident))
-            await context.write(wpb.FromDecode(failed=self.script.refusal))
+        refusal = self.script.store_refusal if body.from_store else self.script.refusal
+        if refusal is not None:
+            refusal.MergeFrom(wpb.Failed(**ident))
+            await context.write(wpb.FromDecode(failed=refusal))
             return
         await context.write(wpb.FromDecode(opened=wpb.Opened(**ident)))
-        await STARTED[body.request_id, body.epoch].wait()
-        live = set(range(body.sampling.n))
-        index = 0
-        while live:
-            index += 1
+        if not body.from_store:
+            await STARTED[body.request_id, body.epoch].wait()
+        if body.sent:
+            resumed = wpb.Resumed(**ident, recomputed_tokens=3, recomputed_prompt_tokens=0 if body.from_store else 7)
+            await context.write(wpb.FromDecode(resumed=resumed))
+        told = {i: len(one.token_ids) for i, one in enumerate(body.sent)} or dict.fromkeys(range(body.sampling.n), 1)
+        live = {i for i in told if not (body.sent and body.sent[i].finish_reason)}
+        while live and self._worker_id not in self.script.stalled:
             for choice in sorted(live):
+                index = told[choice]
                 if self.script.gate is not None:
                     await self.script.gate()
                 if (*ident.values(), choice) in ended:
@@ -216,11 +232,14 @@ class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
                 await credit.acquire()
                 token, reason = self.script.token(index, body.sampling.max_tokens)
                 entry = wpb.TokenEntry(**ident, choice=choice, first_index=index, tokens=[token], finish_reason=reason)
+                told[choice] += 1
                 self.script.sent_tokens += 1
                 await context.write(wpb.FromDecode(tokens=wpb.TokenBatch(entries=[entry])))
                 if reason:
                     live.discard(choice)
             await asyncio.sleep(0)
+        if live:
+            await asyncio.Event().wait()
         if self.script.report is not None:
             await self.script.report()
         finished = wpb.Finished(**ident, resident_bytes=777, bytes_read=30, steps=3)

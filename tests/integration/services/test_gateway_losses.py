@@ -10,14 +10,15 @@ from kvsluice.errors import InternalError, InvalidRequest, WorkerLost
 from kvsluice.protos import worker_pb2 as wpb
 
 
-async def test_prefill_lost_after_decodes_first_token_but_before_its_own_ends_the_request(fleet, until):
+async def test_prefill_lost_for_good_before_its_first_token_ends_the_request(make_fleet, until):
+    fleet = await make_fleet(worker_wait_s=1.0)
     fleet.script.early = True
     fleet.script.prefill = lambda request: asyncio.Event().wait()
     running = asyncio.create_task(fleet.client.generate("abc", timeout_s=8))
     await until(lambda: fleet.script.sent_tokens >= 3)
     await asyncio.sleep(0.2)  # for them to arrive
     await fleet.kill_worker("prefill-0")
-    with pytest.raises(WorkerLost, match="while it worked"):
+    with pytest.raises(WorkerLost, match="was lost while it worked on the request; no prefill worker is there"):
         await running
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvsluice.client import Choice, Completion, RecipeReport, Timing, TokenLogprob, Usage
+from kvsluice.client import Choice, Completion, DurabilityReport, RecipeReport, Timing, TokenLogprob, Usage
 from kvsluice.evals import parity
 
 PROMPT = [5, 9, 11, 40]
@@ -39,7 +39,8 @@ def completion(tokens: list[int], logprobs: list[float], finish_reason: str = "l
     listed = tuple(TokenLogprob(token, "", logprob) for token, logprob in zip(tokens, logprobs, strict=True))
     choice = Choice(0, "", tuple(tokens), listed, finish_reason, "")
     report = RecipeReport("exact", "exact", "", "", 0, 0, 0, 0)
-    return Completion("r", (choice,), Usage(4, len(tokens), 0), report, Timing(0, 0, 0, 0))
+    kept = DurabilityReport("none", False, 0, 0, 0, 0, 0.0)
+    return Completion("r", (choice,), Usage(4, len(tokens), 0), report, Timing(0, 0, 0, 0), kept)
 
 
 def test_the_same_tokens_are_equal(model, reference):

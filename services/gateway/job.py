@@ -1,0 +1,85 @@
+"""An accepted request, as the gateway's parts share it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from asyncio import CancelledError, Task
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InvalidRequest, KvsluiceError
+from ...protos import generation_pb2 as pb
+from ...protos import worker_pb2 as wpb
+from ..validation import CheckedRequest
+
+_EPOCH_UNIT_NS = 1000
+
+Write = Callable[[pb.GenerateResponse], Awaitable[None]]
+
+
+class Epochs:
+    """Attempt numbers that only ever grow, across requests and restarts, so that no late frame or token fits again."""
+
+    def __init__(self) -> None:
+        self._last = time.time_ns() // _EPOCH_UNIT_NS
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
+
+
+class Ticket:
+    """Lets others end the task that works on a request."""
+
+    def __init__(self, request_id: str, task: Task[Any]) -> None:
+        self.request_id = request_id
+        self.error: KvsluiceError | None = None
+        self._task = task
+
+    def interrupt(self, error: KvsluiceError) -> None:
+        """End the request with this error, whatever it waits for; the first error counts."""
+        if self.error is None:
+            self.error = error
+            self._task.cancel()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Turn the cancellation that `interrupt` causes into its error."""
+        try:
+            yield
+        except CancelledError:
+            if self.error is None:
+                raise
+            self._task.uncancel()
+            raise self.error from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated, tokenized request.
+
+    Attributes:
+        accepted_s: monotonic time at which the request arrived.
+        deadline_s: monotonic time of its deadline.
+    """
+
+    request_id: str
+    checked: CheckedRequest
+    prompt_ids: tuple[int, ...]
+    sampling: wpb.Sampling
+    accepted_s: float
+    deadline_s: float
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what decode holds of it is written to a store."""
+        return self.checked.durability != "none"
+
+
+def public_error(error: KvsluiceError, input_field: str) -> KvsluiceError:
+    """A worker's error in the words of the public API: workers know of a prompt's length only."""
+    if isinstance(error, InvalidRequest) and error.field == "num_prompt_tokens":
+        return type(error)(input_field, error.problem, error.allowed)
+    return error
