@@ -27,7 +27,7 @@ def ranks_of(rows: int, most: int, device: torch.device) -> torch.Tensor:
     return ranks.to(device)
 
 
-def choose_best(table, positions, ranks, chosen, found, at_once) -> None:
+def choose_best(table, positions, ranks, chosen, found, at_once, both=True) -> None:
     """What `launch` does with ranks [rows, HEADS, most]; BLOCK chunks are looked at at once, or all."""
     rows, _, most = ranks.shape
     parts = -(-most // PART)
@@ -35,8 +35,8 @@ def choose_best(table, positions, ranks, chosen, found, at_once) -> None:
     before = torch.full((rows, HEADS, parts, 2), 1 << 20, dtype=torch.int32, device=ranks.device)
     choose.bound_ranks[(rows, HEADS)](
         table, positions, ranks, bounds, before, most, parts,
-        NUM_KV_HEADS=HEADS, AT_ONCE=at_once, BLOCK_C=max(PART, triton.next_power_of_2(most)) if at_once else BLOCK,
-        BLOCK_L=PART, num_warps=4,
+        NUM_KV_HEADS=HEADS, BOTH=both, AT_ONCE=at_once,
+        BLOCK_C=max(PART, triton.next_power_of_2(most)) if at_once else BLOCK, BLOCK_L=PART, num_warps=4,
     )  # fmt: skip
     choose.list_chunks[(rows, HEADS, parts)](
         table, positions, ranks, bounds, before, chosen, found, most, chosen.shape[2],
@@ -44,7 +44,7 @@ def choose_best(table, positions, ranks, chosen, found, at_once) -> None:
     )  # fmt: skip
 
 
-def check(ranks, counts, wanted, at_once, device) -> None:
+def check(ranks, counts, wanted, at_once, device, both=True) -> None:
     """The chunks that are listed for ranks [rows, HEADS, most], of which `counts` are there, are those of a sort."""
     table = torch.zeros(len(counts), choose.CHOICE_FIELDS.value, dtype=torch.int64)
     table[:, choose.COUNT.value] = torch.tensor(counts)
@@ -52,7 +52,7 @@ def check(ranks, counts, wanted, at_once, device) -> None:
     chosen = torch.full((len(counts), HEADS, max(wanted)), -7, dtype=torch.int32, device=device)
     found = torch.full((len(counts), HEADS), -7, dtype=torch.int32, device=device)
     positions = torch.zeros(len(counts), dtype=torch.int64, device=device)
-    choose_best(table.to(device), positions, ranks.to(device), chosen, found, at_once)
+    choose_best(table.to(device), positions, ranks.to(device), chosen, found, at_once, both)
     for row, (count, number) in enumerate(zip(counts, wanted, strict=True)):
         for head in range(HEADS):
             best = expected(ranks[row, head, :count], number)
@@ -97,8 +97,8 @@ def tied_ranks(name: str, count: int) -> torch.Tensor:
     return ranks
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_any_ranks_are_chosen_as_a_sort_would(at_once, device):
+@pytest.mark.parametrize(("at_once", "both"), [(False, True), (True, True), (True, False)])
+def test_any_ranks_are_chosen_as_a_sort_would(at_once, both, device):
     names = ("softmax", "close", "same", "zero", "one", "sink", "vanishing", "steps", "sampled", "hidden")
     count = 2 * BLOCK + 29
     most = -(-count // choose.PITCH.value) * choose.PITCH.value
@@ -106,7 +106,7 @@ def test_any_ranks_are_chosen_as_a_sort_would(at_once, device):
     for row in range(len(ranks)):
         for head in range(HEADS):
             ranks[row, head, :count] = tied_ranks(names[(row + head) % len(names)], count)
-    check(ranks, [count - row for row in range(len(ranks))], [256, 1, 257, 3999, 2 * PART] * 2, at_once, device)
+    check(ranks, [count - row for row in range(len(ranks))], [256, 1, 257, 3999, 2 * PART] * 2, at_once, device, both)
 
 
 def test_ranks_that_all_reach_fill_a_block(device):

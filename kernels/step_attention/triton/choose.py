@@ -165,20 +165,30 @@ def rank_chunks(
 
 
 @triton.jit
-def _reaching(held, ranks, count, first, second, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """How many ranks reach `first`, and how many `second`, which is no less. AT_ONCE: `held` has all of them."""
+def _reaching(
+    held, ranks, count, first, second, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """How many ranks reach `first`, and how many `second`, which is no less; the same unless BOTH. AT_ONCE: `held` has
+    all of them."""
     if AT_ONCE:
-        # no more than 2^15 each, so that one sum of 32 bits counts both
-        sums = tl.sum((held >= first).to(tl.uint32) + ((held >= second).to(tl.uint32) << 16), 0)
-        return (sums & 0xFFFF).to(tl.int32), (sums >> 16).to(tl.int32)
+        # a difference's sign takes half the instructions of a comparison; each thread sums its own before they meet
+        width: tl.constexpr = min(BLOCK_C, max(BLOCK_C // 16, 1024))
+        bits = tl.reshape(held, (BLOCK_C // width, width))
+        below = tl.sum((bits - first).to(tl.uint32, bitcast=True) >> 31, 0)
+        if BOTH:
+            below += tl.sum((bits - second).to(tl.uint32, bitcast=True) >> 31, 0) << 16
+        sums = tl.sum(below, 0)  # no more than 2^15 each
+        one = BLOCK_C - (sums & 0xFFFF).to(tl.int32)
+        return one, BLOCK_C - (sums >> 16).to(tl.int32) if BOTH else one
     else:
         places = tl.arange(0, BLOCK_C)
         one, two = tl.zeros([BLOCK_C], tl.int32), tl.zeros([BLOCK_C], tl.int32)
         for start in range(0, count, BLOCK_C):
             bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
             one += (bits >= first).to(tl.int32)
-            two += (bits >= second).to(tl.int32)
-        return tl.sum(one, 0), tl.sum(two, 0)
+            if BOTH:
+                two += (bits >= second).to(tl.int32)
+        return tl.sum(one, 0), tl.sum(two, 0) if BOTH else tl.sum(one, 0)
 
 
 @triton.jit
@@ -217,30 +227,33 @@ def _next_guess(low, reach_low, high, reach_high, wanted, passes):
     else:
         most = tl.log2(reach_low.to(tl.float32))
         share = (most - tl.log2(wanted.to(tl.float32))) / (most - tl.log2(tl.maximum(reach_high.to(tl.float32), 0.5)))
-        off = tl.minimum(0.5 / tl.sqrt((reach_low - reach_high).to(tl.float32)), 0.25)
+        off = tl.minimum(0.35 / tl.sqrt((reach_low - reach_high).to(tl.float32)), 0.25)
         at = low + (width.to(tl.float32) * share).to(tl.int32)
         gap = (width.to(tl.float32) * off).to(tl.int32)
     return at, gap
 
 
 @triton.jit
-def _least_rank(held, ranks, count, most_wanted, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr):
+def _least_rank(
+    held, ranks, count, most_wanted, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     """Chunks of more than which rank, as bits, are chosen; how many of those that have it; how many in all.
 
-    A bracket around it is narrowed from both sides, two ranks a pass, until a rank is found that exactly as many reach
+    A bracket around it is narrowed, by two ranks a pass or, unless BOTH, by one, until a rank is found that exactly as many reach
     as are wanted, or the bracket holds a single one, which several share. Which of the ranks that exactly as many reach
     is found makes no difference."""
     mean, deviation = _moments(ranks, count)
-    seen, _ = _reaching(held, ranks, count, 0, RANK_LIMIT, AT_ONCE, BLOCK_C)
+    seen, _ = _reaching(held, ranks, count, 0, 0, False, AT_ONCE, BLOCK_C)
     wanted = tl.minimum(most_wanted.to(tl.int32), seen)
     low, reach_low = tl.zeros([], tl.int32), seen
     high, reach_high = tl.full([], RANK_LIMIT, tl.int32), tl.zeros([], tl.int32)
     at, hop = _first_guess(mean, deviation, wanted, seen), (deviation * 0.5).to(tl.int32)
     gap, passes = hop // 2, tl.zeros([], tl.int32)
     while (reach_low != wanted) & (reach_high != wanted) & (high - low > 1):
-        first = tl.minimum(tl.maximum(at - gap, low + 1), high - 1)
+        first = tl.minimum(tl.maximum(at - gap if BOTH else at, low + 1), high - 1)
         second = tl.minimum(tl.maximum(at + gap, first), high - 1)
-        one, two = _reaching(held, ranks, count, first, second, AT_ONCE, BLOCK_C)
+        second = second if BOTH else first
+        one, two = _reaching(held, ranks, count, first, second, BOTH, AT_ONCE, BLOCK_C)
         low, reach_low, high, reach_high = (
             tl.where(two >= wanted, second, tl.where(one >= wanted, first, low)),
             tl.where(two >= wanted, two, tl.where(one >= wanted, one, reach_low)),
@@ -274,9 +287,10 @@ def _store_before(bits, start, above, tied, least, before, num_parts, BLOCK_C: t
 @triton.jit(do_not_specialize=["most_chunks", "num_parts"])
 def bound_ranks(
     table_ptr, positions_ptr, ranks_ptr, bounds_ptr, before_ptr, most_chunks, num_parts,
-    NUM_KV_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Which ranks are chosen. Grid: rows, KV heads. AT_ONCE: a block has all chunks. BLOCK_L: chunks of a part.
+    """Which ranks are chosen. Grid: rows, KV heads. BOTH: see `_least_rank`. AT_ONCE: a block has all chunks. BLOCK_L: chunks of a part.
 
     bounds int32 [rows, Hkv, BOUND_FIELDS]: chunks of more than which rank, as bits, are chosen; how many of those that
     have it; how many in all, -1 for what was chosen before. before int32 [rows, Hkv, parts, 2]: see `_store_before`.
@@ -297,10 +311,11 @@ def bound_ranks(
     if AT_ONCE:
         # what lies behind the last chunk is loaded too, so that loads are wide
         held = tl.where(places < count, tl.load(ranks + places, mask=places < pitch, other=-1), -1)
-        least, left, wanted = _least_rank(held, ranks, count, most_wanted, AT_ONCE, BLOCK_C)
+        held = tl.maximum(held, -1)  # of which no difference overflows
+        least, left, wanted = _least_rank(held, ranks, count, most_wanted, BOTH, AT_ONCE, BLOCK_C)
         _store_before(held, 0, above, tied, least, before, num_parts, BLOCK_C, BLOCK_L)
     else:
-        least, left, wanted = _least_rank(places, ranks, count, most_wanted, AT_ONCE, BLOCK_C)
+        least, left, wanted = _least_rank(places, ranks, count, most_wanted, BOTH, AT_ONCE, BLOCK_C)
         for start in range(0, count, BLOCK_C):
             bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
             above, tied = _store_before(bits, start, above, tied, least, before, num_parts, BLOCK_C, BLOCK_L)

@@ -36,6 +36,7 @@ RANK_CHUNKS = 1024
 CHOOSE_CHUNKS = 32768  # that a program holds at once; of more it holds as many as leave room for counting
 CHOOSE_LOOP_CHUNKS = 8192  # 512 a warp
 WARP_CHUNKS = 4096
+CHOOSE_BOTH = True  # two ranks are tried a pass
 LIST_CHUNKS, LIST_WARPS = 2048, 4  # a program
 MERGE_ITEMS = 16
 SPAN_ROWS, MOST_SPANS = 16, 4  # of parts of a batch whose values lie on the host: rows that keep the device busy
@@ -231,7 +232,7 @@ def _choose(
         before = torch.empty(num_rows, num_kv_heads, parts, 2, dtype=torch.int32, device=q.device)
         bound_ranks[(num_rows, num_kv_heads)](
             table, positions, ranks, bounds, before, most, parts,
-            NUM_KV_HEADS=num_kv_heads, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS,
+            NUM_KV_HEADS=num_kv_heads, BOTH=CHOOSE_BOTH, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS,
             num_warps=max(4, block // WARP_CHUNKS) if at_once else 16,
         )  # fmt: skip
         list_chunks[(num_rows, num_kv_heads, parts)](
