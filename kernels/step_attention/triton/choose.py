@@ -24,7 +24,9 @@ KEPT, STATE, EVERY = (tl.constexpr(i) for i in range(12, 15))
 CHOICE_FIELDS: tl.constexpr = tl.constexpr(15)
 PITCH: tl.constexpr = tl.constexpr(32)
 BOUND_FIELDS: tl.constexpr = tl.constexpr(4)
-RANK_LIMIT: tl.constexpr = tl.constexpr(1 << 30)  # no rank has as many bits: ranks are from 0 to 1, ordered as their bits
+RANK_LIMIT: tl.constexpr = tl.constexpr(
+    1 << 30
+)  # no rank has as many bits: ranks are from 0 to 1, ordered as their bits
 SAMPLE: tl.constexpr = tl.constexpr(512)
 CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10, 12, 13)
 
@@ -171,7 +173,7 @@ def _reaching(
     """How many ranks reach `first`, and how many `second`, which is no less; the same unless BOTH. AT_ONCE: `held` has
     all of them."""
     if AT_ONCE:
-        # a difference's sign takes half the instructions of a comparison; each thread sums its own before they meet
+        # signs of differences take fewer instructions than comparisons; each thread sums its own before they meet
         width: tl.constexpr = min(BLOCK_C, max(BLOCK_C // 16, 1024))
         bits = tl.reshape(held, (BLOCK_C // width, width))
         below = tl.sum((bits - first).to(tl.uint32, bitcast=True) >> 31, 0)
@@ -239,9 +241,9 @@ def _least_rank(
 ):  # fmt: skip
     """Chunks of more than which rank, as bits, are chosen; how many of those that have it; how many in all.
 
-    A bracket around it is narrowed, by two ranks a pass or, unless BOTH, by one, until a rank is found that exactly as many reach
-    as are wanted, or the bracket holds a single one, which several share. Which of the ranks that exactly as many reach
-    is found makes no difference."""
+    A bracket around it is narrowed, by two ranks a pass or, unless BOTH, by one, until a rank is found that exactly as
+    many reach as are wanted, or the bracket holds a single one, which several share. Which of the ranks that exactly as
+    many reach is found makes no difference."""
     mean, deviation = _moments(ranks, count)
     seen, _ = _reaching(held, ranks, count, 0, 0, False, AT_ONCE, BLOCK_C)
     wanted = tl.minimum(most_wanted.to(tl.int32), seen)
@@ -249,7 +251,7 @@ def _least_rank(
     high, reach_high = tl.full([], RANK_LIMIT, tl.int32), tl.zeros([], tl.int32)
     at, hop = _first_guess(mean, deviation, wanted, seen), (deviation * 0.5).to(tl.int32)
     gap, passes = hop // 2, tl.zeros([], tl.int32)
-    while (reach_low != wanted) & (reach_high != wanted) & (high - low > 1):
+    while (reach_low != wanted) & (high - low > 1):
         first = tl.minimum(tl.maximum(at - gap if BOTH else at, low + 1), high - 1)
         second = tl.minimum(tl.maximum(at + gap, first), high - 1)
         second = second if BOTH else first
@@ -266,9 +268,8 @@ def _least_rank(
             hop *= 2
         else:
             at, gap = _next_guess(low, reach_low, high, reach_high, wanted, passes)
-    exact_low, exact_high = reach_low == wanted, reach_high == wanted
-    least = tl.where(exact_low, low - 1, tl.where(exact_high, high - 1, low))
-    return least, tl.where(exact_low | exact_high, 0, wanted - reach_high), wanted
+    exact = reach_low == wanted
+    return tl.where(exact, low - 1, low), tl.where(exact, 0, wanted - reach_high), wanted
 
 
 @triton.jit
@@ -290,7 +291,8 @@ def bound_ranks(
     NUM_KV_HEADS: tl.constexpr, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Which ranks are chosen. Grid: rows, KV heads. BOTH: see `_least_rank`. AT_ONCE: a block has all chunks. BLOCK_L: chunks of a part.
+    """Which ranks are chosen. Grid: rows, KV heads. BOTH: see `_least_rank`. AT_ONCE: a block has all chunks. BLOCK_L:
+    chunks of a part.
 
     bounds int32 [rows, Hkv, BOUND_FIELDS]: chunks of more than which rank, as bits, are chosen; how many of those that
     have it; how many in all, -1 for what was chosen before. before int32 [rows, Hkv, parts, 2]: see `_store_before`.

@@ -225,18 +225,25 @@ def _choose(
             table, positions, scores, peaks, ranks, most, blocks,
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
-        at_once = most <= CHOOSE_CHUNKS
-        block = max(LIST_CHUNKS, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
-        parts = triton.cdiv(most, LIST_CHUNKS)
-        bounds = torch.empty(num_rows, num_kv_heads, BOUND_FIELDS.value, dtype=torch.int32, device=q.device)
-        before = torch.empty(num_rows, num_kv_heads, parts, 2, dtype=torch.int32, device=q.device)
+    choose_ranked(table, positions, ranks, chosen, counts)
+
+
+def choose_ranked(table: Tensor, positions: Tensor, ranks: Tensor, chosen: Tensor, counts: Tensor) -> None:
+    """Fill `chosen` and `counts` with the best chunks by ranks [rows, Hkv, C], C a multiple of PITCH; see `choose`."""
+    num_rows, num_kv_heads, most = ranks.shape
+    at_once = most <= CHOOSE_CHUNKS
+    block = max(LIST_CHUNKS, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
+    parts = triton.cdiv(most, LIST_CHUNKS)
+    bounds = torch.empty(num_rows, num_kv_heads, BOUND_FIELDS.value, dtype=torch.int32, device=ranks.device)
+    before = torch.empty(num_rows, num_kv_heads, parts, 2, dtype=torch.int32, device=ranks.device)
+    with torch.cuda.device_of(ranks):
         bound_ranks[(num_rows, num_kv_heads)](
             table, positions, ranks, bounds, before, most, parts,
             NUM_KV_HEADS=num_kv_heads, BOTH=CHOOSE_BOTH, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS,
             num_warps=max(4, block // WARP_CHUNKS) if at_once else 16,
         )  # fmt: skip
         list_chunks[(num_rows, num_kv_heads, parts)](
-            table, positions, ranks, bounds, before, chosen, counts, most, tables.most_chosen,
+            table, positions, ranks, bounds, before, chosen, counts, most, chosen.shape[2],
             NUM_KV_HEADS=num_kv_heads, BLOCK_L=LIST_CHUNKS, num_warps=LIST_WARPS,
         )  # fmt: skip
 
