@@ -27,6 +27,8 @@ from kvsluice.kernels.rope import apply_rope
 from kvsluice.kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from kvsluice.kernels.sparse_reconstruct import low_rank_chunks
 from kvsluice.kernels.step_attention import Layout, StepAttention, sequence_block, serves, step_tables
+from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS
+from kvsluice.kernels.step_attention.triton.launch import choose_ranked
 from kvsluice.kernels.swiglu import swiglu
 from kvsluice.kernels.window_saliency import window_saliency
 
@@ -87,6 +89,7 @@ QUICK = {  # every kernel, every packing and every dtype once
         "rows",
         "attention",
         "landmarks",
+        "choosing",
         "packing",
         "sparse",
         "sealing",
@@ -95,7 +98,7 @@ QUICK = {  # every kernel, every packing and every dtype once
         "sluice-lowrank8",
         "sluice host",
     ),
-    "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window"),
+    "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window", "sluice host"),
     "phi-3-mini": ("attention", "sealing", "sluice-fp8"),
     "llama-3.1-8b fp32": ("attention", "landmarks", "exact"),
 }
@@ -105,7 +108,8 @@ def cases(quick: bool) -> Iterator[Case]:
     """Names, and calls that launch kernels; with `quick` those of the test suite."""
     for shape in SHAPES:
         actions: dict[str, Callable[[], object]] = {
-            op.__name__: partial(_forced, op, shape) for op in (rows, attention, landmarks, packing, sparse, sealing)
+            op.__name__: partial(_forced, op, shape)
+            for op in (rows, attention, landmarks, choosing, packing, sparse, sealing)
         }
         for name in STEPS:
             actions[name] = partial(step, shape, name, None)
@@ -157,6 +161,15 @@ def landmarks(shape: Shape) -> None:
     scores = score_landmarks(q, means.to(torch.int8), shape.zeros(count, heads, dtype=torch.float16))
     select_chunks(scores, heads, 256, torch.zeros(2, heads, count, dtype=torch.bool))
     select_chunks(scores[..., :500], heads, 64, None)
+
+
+def choosing(shape: Shape) -> None:
+    """The choice of chunks of a decode step over prompts longer than those of `step`."""
+    heads = shape.num_kv_heads
+    table, at = torch.zeros(1, CHOICE_FIELDS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    chosen, counts = torch.zeros(1, heads, 512, dtype=torch.int32), torch.zeros(1, heads, dtype=torch.int32)
+    for most in (8192, 31744, 65536):
+        choose_ranked(table, at, torch.zeros(1, heads, most), chosen, counts)
 
 
 def packing(shape: Shape) -> None:

@@ -16,6 +16,9 @@ from kvsluice.kernels.hot_set import (
 )
 from kvsluice.kernels.hot_set.reference import HotHead
 
+pytest.importorskip("triton")
+kernels = pytest.importorskip("kvsluice.kernels.hot_set.triton")
+
 HEADS = 2
 
 
@@ -58,8 +61,15 @@ class Sequence:
         return [t[rows, head].contiguous().cpu().view(torch.uint8).numpy().tobytes() for t in tensors.values()]
 
 
-@pytest.mark.parametrize(("kind", "chunk"), [("affine", 4), ("dense", 8), ("affine", 1)])
-def test_slots_hold_what_was_chosen_and_the_oldest_make_room(kind, chunk, device):
+@pytest.mark.parametrize(
+    ("kind", "chunk", "at_once"), [("affine", 4, True), ("dense", 8, True), ("affine", 1, True), ("affine", 4, False)]
+)
+def test_slots_hold_what_was_chosen_and_the_oldest_make_room(kind, chunk, at_once, device, monkeypatch):
+    if not at_once:
+        monkeypatch.setattr(kernels, "FEW_PAIRS", 0)
+        monkeypatch.setattr(kernels, "FETCH_PROGRAMS", 5)
+        monkeypatch.setattr(kernels, "FETCH_PARTS", 2)
+        monkeypatch.setattr(kernels, "FETCH_BYTES", 256)
     generator = torch.Generator().manual_seed(chunk)
     sequences = [Sequence(kind, chunk, 37, 5, 8, device), Sequence(kind, chunk, 20, 16, 8, device)]
     key = sequences[0].view.key

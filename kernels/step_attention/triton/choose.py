@@ -23,6 +23,11 @@ WANTED, HIDDEN, NUM_HIDDEN = (tl.constexpr(i) for i in range(9, 12))
 KEPT, STATE, EVERY = (tl.constexpr(i) for i in range(12, 15))
 CHOICE_FIELDS: tl.constexpr = tl.constexpr(15)
 PITCH: tl.constexpr = tl.constexpr(32)
+BOUND_FIELDS: tl.constexpr = tl.constexpr(4)
+RANK_LIMIT: tl.constexpr = tl.constexpr(
+    1 << 30
+)  # no rank has as many bits: ranks are from 0 to 1, ordered as their bits
+SAMPLE: tl.constexpr = tl.constexpr(512)
 CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10, 12, 13)
 
 
@@ -162,63 +167,163 @@ def rank_chunks(
 
 
 @triton.jit
-def _reached(bits, least, step):
-    """How many ranks reach `least` and one, two and three steps more; fewer than 2^21 each, so that one sum counts all
-    three."""
-    one, two, three = bits >= least + step, bits >= least + 2 * step, bits >= least + 3 * step
-    sums = tl.sum(one.to(tl.int64) + (two.to(tl.int64) << 21) + (three.to(tl.int64) << 42), 0)
-    return (sums & 0x1FFFFF).to(tl.int32), ((sums >> 21) & 0x1FFFFF).to(tl.int32), (sums >> 42).to(tl.int32)
-
-
-@triton.jit
-def _least_held(bits, most_wanted):
-    """`_least_rank` of ranks that all are in registers; -1 and 0 for all of them where fewer are there than wanted.
-    It ends as soon as exactly as many as are wanted reach a rank."""
-    seen = tl.sum((bits >= 0).to(tl.int32), 0)
-    wanted = tl.minimum(most_wanted.to(tl.int32), seen)
-    least, reach, shift = tl.zeros([], tl.int32), seen, tl.full([], 28, tl.int32)
-    while (reach != wanted) & (shift >= 0):
-        step = tl.full([], 1, tl.int32) << shift
-        one, two, three = _reached(bits, least, step)
-        more = (one >= wanted).to(tl.int32) + (two >= wanted).to(tl.int32) + (three >= wanted).to(tl.int32)
-        reach = tl.where(more == 0, reach, tl.where(more == 1, one, tl.where(more == 2, two, three)))
-        least += step * more
-        shift -= 2
-    exact = reach == wanted
-    above = tl.sum((bits > least).to(tl.int32), 0)
-    return tl.where(exact, least - 1, least), tl.where(exact, 0, wanted - above), wanted
-
-
-@triton.jit
-def _least_rank(ranks, count, most_wanted, BLOCK_C: tl.constexpr):
-    """The least rank that is chosen, as bits; how many of the chunks that have it are chosen; how many chunks in all.
-
-    The largest number that as many ranks reach as are wanted, found two bits a pass: ranks are from 0 to 1, so they
-    have 30 bits, which order as they do."""
-    places = tl.arange(0, BLOCK_C)
-    seen = tl.zeros([BLOCK_C], tl.int32)
-    for start in range(0, count, BLOCK_C):
-        bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
-        seen += (bits >= 0).to(tl.int32)
-    wanted = tl.minimum(most_wanted.to(tl.int32), tl.sum(seen, 0))
-    least = tl.zeros([], tl.int32)
-    for done in range(0, 30, 2):
-        step = tl.full([], 1 << 28, tl.int32) >> done
-        one = tl.zeros([BLOCK_C], tl.int32)
-        two = tl.zeros([BLOCK_C], tl.int32)
-        three = tl.zeros([BLOCK_C], tl.int32)
+def _reaching(
+    held, ranks, count, first, second, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """How many ranks reach `first`, and how many `second`, which is no less; the same unless BOTH. AT_ONCE: `held` has
+    all of them."""
+    if AT_ONCE:
+        # signs of differences take fewer instructions than comparisons; each thread sums its own before they meet
+        width: tl.constexpr = min(BLOCK_C, max(BLOCK_C // 16, 1024))
+        bits = tl.reshape(held, (BLOCK_C // width, width))
+        below = tl.sum((bits - first).to(tl.uint32, bitcast=True) >> 31, 0)
+        if BOTH:
+            below += tl.sum((bits - second).to(tl.uint32, bitcast=True) >> 31, 0) << 16
+        sums = tl.sum(below, 0)  # no more than 2^15 each
+        one = BLOCK_C - (sums & 0xFFFF).to(tl.int32)
+        return one, BLOCK_C - (sums >> 16).to(tl.int32) if BOTH else one
+    else:
+        places = tl.arange(0, BLOCK_C)
+        one, two = tl.zeros([BLOCK_C], tl.int32), tl.zeros([BLOCK_C], tl.int32)
         for start in range(0, count, BLOCK_C):
             bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
-            one += (bits >= least + step).to(tl.int32)
-            two += (bits >= least + 2 * step).to(tl.int32)
-            three += (bits >= least + 3 * step).to(tl.int32)
-        reached = (tl.sum(one, 0) >= wanted).to(tl.int32) + (tl.sum(two, 0) >= wanted).to(tl.int32)
-        least += step * (reached + (tl.sum(three, 0) >= wanted).to(tl.int32))
-    above = tl.zeros([BLOCK_C], tl.int32)
-    for start in range(0, count, BLOCK_C):
-        bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
-        above += (bits > least).to(tl.int32)
-    return least, wanted - tl.sum(above, 0), wanted
+            one += (bits >= first).to(tl.int32)
+            if BOTH:
+                two += (bits >= second).to(tl.int32)
+        return tl.sum(one, 0), tl.sum(two, 0) if BOTH else tl.sum(one, 0)
+
+
+@triton.jit
+def _moments(ranks, count):
+    """Mean and deviation of the visible ranks' bits, from a sample; bits are about linear in the score. They only say
+    where to look first."""
+    place = tl.arange(0, SAMPLE)
+    place = place // 8 * (8 * tl.maximum(count // SAMPLE, 1)) + place % 8
+    bits = tl.load(ranks + place, mask=place < count, other=-1)
+    middle = (1.0 / tl.maximum(count, 1).to(tl.float32)).to(tl.int32, bitcast=True)  # where all scores are the same
+    visible = bits >= 0
+    far = tl.where(visible, (bits - middle).to(tl.float32), 0.0)
+    number = tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
+    shift = tl.sum(far, 0) / number
+    square = tl.sum(far * far, 0) / number - shift * shift
+    return middle.to(tl.float32) + shift, tl.minimum(tl.sqrt(tl.maximum(square, 1.0)), 1 << 28)
+
+
+@triton.jit
+def _first_guess(mean, deviation, wanted, seen):
+    """The rank that `wanted` of `seen` reach where scores are normal: an approximation of the normal distribution's
+    quantiles (Abramowitz and Stegun, 26.2.22)."""
+    share = tl.minimum(tl.maximum(wanted, 1).to(tl.float32) / tl.maximum(seen, 1).to(tl.float32), 0.5)
+    tail = tl.sqrt(-2.0 * tl.log(share))
+    far = tail - (2.30753 + 0.27061 * tail) / (1.0 + tail * (0.99229 + 0.04481 * tail))
+    return tl.minimum(tl.maximum(mean + far * deviation, 0.0), RANK_LIMIT * 1.0).to(tl.int32)
+
+
+@triton.jit
+def _next_guess(low, reach_low, high, reach_high, wanted, passes):
+    """Between two ranks, the one that `wanted` would reach were the logarithm of how many do linear, and how far it
+    may be off. Every fourth pass leaves a third of what is between them, whatever the ranks."""
+    width = high - low
+    if passes % 4 == 3:
+        at, gap = low + width // 2, width // 6
+    else:
+        most = tl.log2(reach_low.to(tl.float32))
+        share = (most - tl.log2(wanted.to(tl.float32))) / (most - tl.log2(tl.maximum(reach_high.to(tl.float32), 0.5)))
+        off = tl.minimum(0.35 / tl.sqrt((reach_low - reach_high).to(tl.float32)), 0.25)
+        at = low + (width.to(tl.float32) * share).to(tl.int32)
+        gap = (width.to(tl.float32) * off).to(tl.int32)
+    return at, gap
+
+
+@triton.jit
+def _least_rank(
+    held, ranks, count, most_wanted, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Chunks of more than which rank, as bits, are chosen; how many of those that have it; how many in all.
+
+    A bracket around it is narrowed, by two ranks a pass or, unless BOTH, by one, until a rank is found that exactly as
+    many reach as are wanted, or the bracket holds a single one, which several share. Which of the ranks that exactly as
+    many reach is found makes no difference."""
+    mean, deviation = _moments(ranks, count)
+    seen, _ = _reaching(held, ranks, count, 0, 0, False, AT_ONCE, BLOCK_C)
+    wanted = tl.minimum(most_wanted.to(tl.int32), seen)
+    low, reach_low = tl.zeros([], tl.int32), seen
+    high, reach_high = tl.full([], RANK_LIMIT, tl.int32), tl.zeros([], tl.int32)
+    at, hop = _first_guess(mean, deviation, wanted, seen), (deviation * 0.5).to(tl.int32)
+    gap, passes = hop // 2, tl.zeros([], tl.int32)
+    while (reach_low != wanted) & (high - low > 1):
+        first = tl.minimum(tl.maximum(at - gap if BOTH else at, low + 1), high - 1)
+        second = tl.minimum(tl.maximum(at + gap, first), high - 1)
+        second = second if BOTH else first
+        one, two = _reaching(held, ranks, count, first, second, BOTH, AT_ONCE, BLOCK_C)
+        low, reach_low, high, reach_high = (
+            tl.where(two >= wanted, second, tl.where(one >= wanted, first, low)),
+            tl.where(two >= wanted, two, tl.where(one >= wanted, one, reach_low)),
+            tl.where(one < wanted, first, tl.where(two < wanted, second, high)),
+            tl.where(one < wanted, one, tl.where(two < wanted, two, reach_high)),
+        )
+        passes += 1
+        if (passes <= 3) & ((low == 0) | (high == RANK_LIMIT)):  # nothing is known yet of one of the sides
+            at, gap = tl.where(low == 0, first - hop, second + hop), hop // 2
+            hop *= 2
+        else:
+            at, gap = _next_guess(low, reach_low, high, reach_high, wanted, passes)
+    exact = reach_low == wanted
+    return tl.where(exact, low - 1, low), tl.where(exact, 0, wanted - reach_high), wanted
+
+
+@triton.jit
+def _store_before(bits, start, above, tied, least, before, num_parts, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Store how many of the chunks before every part of a block rank higher than `least`, and how many like it; return
+    how many those are with the block's."""
+    at_least = tl.where(bits == least, 0x10000, (bits > least).to(tl.int32))
+    sums = tl.sum(tl.reshape(at_least, (BLOCK_C // BLOCK_L, BLOCK_L)), 1)  # no more than 2^15 of either
+    part = start // BLOCK_L + tl.arange(0, BLOCK_C // BLOCK_L)
+    own_above, own_tied = sums & 0xFFFF, sums >> 16
+    tl.store(before + part * 2, above + tl.cumsum(own_above, 0) - own_above, mask=part < num_parts)
+    tl.store(before + part * 2 + 1, tied + tl.cumsum(own_tied, 0) - own_tied, mask=part < num_parts)
+    return above + tl.sum(own_above, 0), tied + tl.sum(own_tied, 0)
+
+
+@triton.jit(do_not_specialize=["most_chunks", "num_parts"])
+def bound_ranks(
+    table_ptr, positions_ptr, ranks_ptr, bounds_ptr, before_ptr, most_chunks, num_parts,
+    NUM_KV_HEADS: tl.constexpr, BOTH: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Which ranks are chosen. Grid: rows, KV heads. BOTH: see `_least_rank`. AT_ONCE: a block has all chunks. BLOCK_L:
+    chunks of a part.
+
+    bounds int32 [rows, Hkv, BOUND_FIELDS]: chunks of more than which rank, as bits, are chosen; how many of those that
+    have it; how many in all, -1 for what was chosen before. before int32 [rows, Hkv, parts, 2]: see `_store_before`.
+    A row that wants none is left alone.
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, pair = table_ptr + row * CHOICE_FIELDS, row * NUM_KV_HEADS + head
+    most_wanted, bounds = tl.load(at + WANTED), bounds_ptr + pair * BOUND_FIELDS
+    if most_wanted == 0:
+        return
+    if _is_kept(at, head, tl.load(positions_ptr + row)):
+        tl.store(bounds + 2, -1)
+        return
+    count = (tl.load(at + COUNT) + tl.load(at + COUNT_B)).to(tl.int32)
+    pitch = most_chunks // PITCH * PITCH  # which the compiler then knows to be a multiple
+    ranks, before = (ranks_ptr + pair * pitch).to(tl.pointer_type(tl.int32)), before_ptr + pair * num_parts * 2
+    places, above, tied = tl.arange(0, BLOCK_C), 0, 0
+    if AT_ONCE:
+        # what lies behind the last chunk is loaded too, so that loads are wide
+        held = tl.where(places < count, tl.load(ranks + places, mask=places < pitch, other=-1), -1)
+        held = tl.maximum(held, -1)  # of which no difference overflows
+        least, left, wanted = _least_rank(held, ranks, count, most_wanted, BOTH, AT_ONCE, BLOCK_C)
+        _store_before(held, 0, above, tied, least, before, num_parts, BLOCK_C, BLOCK_L)
+    else:
+        least, left, wanted = _least_rank(places, ranks, count, most_wanted, BOTH, AT_ONCE, BLOCK_C)
+        for start in range(0, count, BLOCK_C):
+            bits = tl.load(ranks + start + places, mask=start + places < count, other=-1)
+            above, tied = _store_before(bits, start, above, tied, least, before, num_parts, BLOCK_C, BLOCK_L)
+    tl.store(bounds, least)
+    tl.store(bounds + 1, left)
+    tl.store(bounds + 2, wanted)
 
 
 @triton.jit
@@ -229,53 +334,47 @@ def _choose_again(kept, chosen, num_kept, BLOCK_L: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["most_chunks", "most_chosen"])
-def choose_chunks(
-    table_ptr, positions_ptr, ranks_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
-    NUM_KV_HEADS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+def list_chunks(
+    table_ptr, positions_ptr, ranks_ptr, bounds_ptr, before_ptr, chosen_ptr, counts_ptr, most_chunks, most_chosen,
+    NUM_KV_HEADS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads. AT_ONCE: a block has all.
-    BLOCK_L: chunks that are listed at a time.
+    """The best visible chunks, ascending; ties go to the lower chunk. Grid: rows, KV heads, parts of BLOCK_L chunks;
+    `bound_ranks` has said which chunks those are and where each part's begin.
 
     chosen int32 [rows, Hkv, most_chosen], counts int32 [rows, Hkv]: as many entries as were wanted and are visible. A
     row that wants none is left alone, as another table may hold its chunks.
     """
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    at = table_ptr + row * CHOICE_FIELDS
-    most_wanted = tl.load(at + WANTED)
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    at, pair = table_ptr + row * CHOICE_FIELDS, row * NUM_KV_HEADS + head
+    most_wanted, bounds = tl.load(at + WANTED), bounds_ptr + pair * BOUND_FIELDS
+    least, left, wanted = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 2)
+    count = (tl.load(at + COUNT) + tl.load(at + COUNT_B)).to(tl.int32)
     if most_wanted == 0:
         return
-    chosen, count_at = chosen_ptr + (row * NUM_KV_HEADS + head) * most_chosen, counts_ptr + row * NUM_KV_HEADS + head
-    keeps, position = tl.load(at + KEPT) != 0, tl.load(positions_ptr + row)
+    chosen = chosen_ptr + pair * most_chosen
+    keeps, is_first = tl.load(at + KEPT) != 0, part == 0
     kept = tl.load(at + KEPT).to(tl.pointer_type(tl.int32)) + head * most_wanted
     state = tl.load(at + STATE).to(tl.pointer_type(tl.int32)) + head * 2
-    if _is_kept(at, head, position):
-        _choose_again(kept, chosen, tl.load(state), BLOCK_L)
-        tl.store(count_at, tl.load(state))
+    if wanted < 0:
+        if is_first:
+            _choose_again(kept, chosen, tl.load(state), BLOCK_L)
+            tl.store(counts_ptr + pair, tl.load(state))
         return
-    count = (tl.load(at + COUNT) + tl.load(at + COUNT_B)).to(tl.int32)
-    pitch = most_chunks // PITCH * PITCH  # which the compiler then knows to be a multiple
-    ranks = (ranks_ptr + (row * NUM_KV_HEADS + head) * pitch).to(tl.pointer_type(tl.int32))
-    if AT_ONCE:
-        places = tl.arange(0, BLOCK_C)
-        # here and below: what lies behind the last chunk is loaded too, so that loads are wide
-        every = tl.where(places < count, tl.load(ranks + places, mask=places < pitch, other=-1), -1)
-        least, left, wanted = _least_held(every, most_wanted)
-    else:
-        least, left, wanted = _least_rank(ranks, count, most_wanted, BLOCK_C)
-    taken, ties = 0, 0
-    for start in range(0, count, BLOCK_L):
-        chunk = start + tl.arange(0, BLOCK_L)
-        bits = tl.where(chunk < count, tl.load(ranks + chunk, mask=chunk < pitch, other=-1), -1)
-        take = bits > least
-        if left > 0:
-            tied = bits == least
-            take = take | (tied & (ties + tl.cumsum(tied.to(tl.int32), 0) <= left))
-            ties += tl.sum(tied.to(tl.int32), 0)
-        take = take & (bits >= 0)
-        order = tl.cumsum(take.to(tl.int32), 0)
-        tl.store(chosen + taken + order - 1, chunk, mask=take)
-        tl.store(kept + taken + order - 1, chunk, mask=take & keeps)
-        taken += tl.max(order, 0)
-    tl.store(count_at, wanted)
-    tl.store(state, wanted, mask=keeps)
-    tl.store(state + 1, position.to(tl.int32), mask=keeps)
+    tl.store(counts_ptr + pair, wanted, mask=is_first)
+    tl.store(state, wanted, mask=keeps & is_first)
+    tl.store(state + 1, tl.load(positions_ptr + row).to(tl.int32), mask=keeps & is_first)
+    chunk, pitch = part * BLOCK_L + tl.arange(0, BLOCK_L), most_chunks // PITCH * PITCH
+    if part * BLOCK_L >= count:
+        return
+    ranks = (ranks_ptr + pair * pitch).to(tl.pointer_type(tl.int32))
+    # what lies behind the last chunk is loaded too, so that loads are wide
+    bits = tl.where(chunk < count, tl.load(ranks + chunk, mask=chunk < pitch, other=-1), -1)
+    before = before_ptr + (pair * tl.num_programs(2) + part) * 2
+    taken, ties = tl.load(before), tl.load(before + 1)
+    take = bits > least
+    if left > 0:
+        tied = bits == least
+        take = take | (tied & (ties + tl.cumsum(tied.to(tl.int32), 0) <= left))
+    place = taken + tl.minimum(ties, left) + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(chosen + place, chunk, mask=take)
+    tl.store(kept + place, chunk, mask=take & keeps)

@@ -20,7 +20,7 @@ from ..packed import Layout
 from ..tables import AttendKey, ChoiceKey, Tables
 from .append import append_rows as _append_rows
 from .attend import attend_items, merge_items
-from .choose import PITCH, choose_chunks, rank_chunks, score_chunks
+from .choose import BOUND_FIELDS, PITCH, bound_ranks, list_chunks, rank_chunks, score_chunks
 
 KINDS = {"dense": 0, "channel": 1, "token": 2, "float8": 3, "lowrank": 4}
 DTYPES = {
@@ -36,7 +36,8 @@ RANK_CHUNKS = 1024
 CHOOSE_CHUNKS = 32768  # that a program holds at once; of more it holds as many as leave room for counting
 CHOOSE_LOOP_CHUNKS = 8192  # 512 a warp
 WARP_CHUNKS = 4096
-LIST_CHUNKS = 512  # a warp and time
+CHOOSE_BOTH = True  # two ranks are tried a pass
+LIST_CHUNKS, LIST_WARPS = 2048, 4  # a program
 MERGE_ITEMS = 16
 SPAN_ROWS, MOST_SPANS = 16, 4  # of parts of a batch whose values lie on the host: rows that keep the device busy
 
@@ -224,13 +225,26 @@ def _choose(
             table, positions, scores, peaks, ranks, most, blocks,
             **heads, BLOCK_C=RANK_CHUNKS, BLOCK_P=256, num_warps=4,
         )  # fmt: skip
-        at_once = most <= CHOOSE_CHUNKS
-        block = max(LIST_CHUNKS * 4, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
-        warps = max(4, block // WARP_CHUNKS) if at_once else 16
-        choose_chunks[(num_rows, num_kv_heads)](
-            table, positions, ranks, chosen, counts, most, tables.most_chosen,
-            NUM_KV_HEADS=num_kv_heads, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS * warps,
-            num_warps=warps,
+    choose_ranked(table, positions, ranks, chosen, counts)
+
+
+def choose_ranked(table: Tensor, positions: Tensor, ranks: Tensor, chosen: Tensor, counts: Tensor) -> None:
+    """Fill `chosen` and `counts` with the best chunks by ranks [rows, Hkv, C], C a multiple of PITCH; see `choose`."""
+    num_rows, num_kv_heads, most = ranks.shape
+    at_once = most <= CHOOSE_CHUNKS
+    block = max(LIST_CHUNKS, triton.next_power_of_2(most)) if at_once else CHOOSE_LOOP_CHUNKS
+    parts = triton.cdiv(most, LIST_CHUNKS)
+    bounds = torch.empty(num_rows, num_kv_heads, BOUND_FIELDS.value, dtype=torch.int32, device=ranks.device)
+    before = torch.empty(num_rows, num_kv_heads, parts, 2, dtype=torch.int32, device=ranks.device)
+    with torch.cuda.device_of(ranks):
+        bound_ranks[(num_rows, num_kv_heads)](
+            table, positions, ranks, bounds, before, most, parts,
+            NUM_KV_HEADS=num_kv_heads, BOTH=CHOOSE_BOTH, AT_ONCE=at_once, BLOCK_C=block, BLOCK_L=LIST_CHUNKS,
+            num_warps=max(4, block // WARP_CHUNKS) if at_once else 16,
+        )  # fmt: skip
+        list_chunks[(num_rows, num_kv_heads, parts)](
+            table, positions, ranks, bounds, before, chosen, counts, most, chosen.shape[2],
+            NUM_KV_HEADS=num_kv_heads, BLOCK_L=LIST_CHUNKS, num_warps=LIST_WARPS,
         )  # fmt: skip
 
 
