@@ -16,7 +16,7 @@ FIELDS: tl.constexpr = tl.constexpr(10)
 HOT_ADDRESSES = (0, 3, 4, 5, 7, 8, 9)
 OLDEST: tl.constexpr = tl.constexpr(254)
 
-FETCH_BYTES = 8192  # that a program has under way
+FETCH_BYTES, AT_ONCE_BYTES = 8192, 4096  # that a program has under way; where all moves are made at once
 FETCH_PROGRAMS, FETCH_PARTS = 64, 8
 FEW_PAIRS, FEW_PARTS = 16, 64  # KV heads of all rows, and parts of each, that are copied at once
 
@@ -197,15 +197,17 @@ def fetch(
     widths = tuple(nbytes // 2 for nbytes in key.row_nbytes)
     units = key.record_nbytes // 2
     block_u, block_s = triton.next_power_of_2(units), triton.next_power_of_2(most_slots)
-    moves = max(1, FETCH_BYTES // (2 * block_u))
+    pairs = num_rows * num_kv_heads
+    moves = max(1, AT_ONCE_BYTES // (2 * block_u))
+    at_once = pairs <= FEW_PAIRS and most <= FEW_PARTS * moves
+    if not at_once:
+        moves = max(1, FETCH_BYTES // (2 * block_u))
     with torch.cuda.device_of(chosen):
         place_chunks[(num_rows, num_kv_heads)](
             table, chosen, counts, places, buffers.moves, buffers.num_moves, counts if totals is None else totals, most,
             NUM_KV_HEADS=num_kv_heads, COUNTS=totals is not None, BLOCK_K=triton.next_power_of_2(most),
-            BLOCK_S=block_s, num_warps=min(16, max(4, block_s // 256)),
+            BLOCK_S=block_s, num_warps=min(16, max(8 if at_once else 4, block_s // 256)),
         )  # fmt: skip
-        pairs = num_rows * num_kv_heads
-        at_once = pairs <= FEW_PAIRS and most <= FEW_PARTS * moves
         parts = triton.cdiv(most, moves) if at_once else FETCH_PARTS
         fetch_chunks[(pairs * parts if at_once else min(FETCH_PROGRAMS, pairs * parts),)](
             table, buffers.moves, buffers.num_moves, most, pairs,

@@ -48,6 +48,7 @@ def caches(recipe, count):
     return out, TOKENS + left
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("name", RECIPES)
 @torch.inference_mode()
 def test_blocks_are_packed_without_a_wait_and_as_each_would_be(name):
