@@ -72,7 +72,7 @@ def _sinks(layer: LayerCache) -> Region:
 def _outliers(layer: LayerCache) -> Region:
     k, v = layer.outliers["k"], layer.outliers["v"]
     # they are rotated already, so where they lie matters to a sliding window only
-    return Region(dense(k), dense(v), len(k), 0, None if layer.window is None else layer.outlier_positions())
+    return Region(dense(k), dense(v), len(k), 0, layer.outlier_index)
 
 
 def _tail(tail: Tail, unrotated: bool) -> Region:
