@@ -10,7 +10,8 @@ import torch
 
 from kvsluice.compression import bound_nbytes
 from kvsluice.compression.recipe import get_recipe, resolve
-from kvsluice.kernels.step_attention import View
+from kvsluice.compression.views import FixedPlaces
+from kvsluice.kernels.step_attention import View, serves
 
 CHUNKS = {"kind": "chunks", "chunk": 4, "outliers": 3, "budget_tokens": 24, "budget_rate": 0.05, "landmark_bits": 8}
 N = 301
@@ -49,3 +50,16 @@ def test_addresses_are_of_memory_that_the_cache_holds_and_is_reserved(lab, windo
     assert {t.untyped_storage().data_ptr() for t in named} <= held
     assert any(view.regions[1].index is not None for view in cache.views()) == (windows is not None)
     assert cache.nbytes() <= bound_nbytes(recipe, shape, N, 40, 1, 4)
+
+
+def test_segments_of_two_dtypes_are_not_read_by_one_kernel(lab):
+    """A float32 model's values in its own dtype, beside a bfloat16 tail that is sealed as it is."""
+    cache, _, _ = decoded(lab, 40, value_codec={"kind": "native"})
+    view = cache.views()[0]
+    assert {segment.values.layout.dtype for segment in view.chunks.segments} == {torch.float32, torch.bfloat16}
+    assert not serves(cache.views(), 32)
+    for slots, alike in (({"value_codec": {"kind": "native"}}, False), ({}, True)):
+        early, _, _ = decoded(lab, 1, **slots)
+        assert serves(early.views(), 32), "nothing is sealed yet"
+        fixed = FixedPlaces.of(early.layers()[0].kit, early.layers())
+        assert (fixed is not None) == alike, "what is sealed then is no mere change of numbers"
