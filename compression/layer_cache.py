@@ -70,6 +70,7 @@ class LayerCache:
         window: width of the layer's sliding window, or None.
         sinks: keys and values [n, Hkv, d].
         outliers: `chunks` int32 [O, Hkv], `k` and `v` [O * chunk, Hkv, d]; empty without outliers.
+        outlier_index: int32 [O * chunk, Hkv], where outliers lie; None where the layer has no window.
         base, demoted, grown, tail: as drawn.
         tail_is_unrotated: the tail holds keys before RoPE.
         grown_tier, grown_packing: how blocks are sealed.
@@ -108,6 +109,8 @@ class LayerCache:
             if every > 1:
                 num_chosen = kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens)
                 self.kept = KeptChoice(kit.shape.num_kv_heads, num_chosen, every, self.base.device)
+        # tables hold its address; without a window no kernel asks where outliers lie
+        self.outlier_index = self._outlier_positions() if self.outliers and self.window is not None else None
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
         self.tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 
@@ -236,6 +239,8 @@ class LayerCache:
             yield from packing.tensors()
         yield from self.sinks or ()
         yield from self.outliers.values()
+        if self.outlier_index is not None:
+            yield self.outlier_index
         for segment in (self.base, self.demoted):
             if segment is not None:
                 yield from segment.tensors()
@@ -276,7 +281,7 @@ class LayerCache:
         at = segment.row_positions()
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
-    def outlier_positions(self) -> Tensor:
+    def _outlier_positions(self) -> Tensor:
         """int32 [O * chunk, Hkv]."""
         assert self.base is not None
         first = self.base.chunk_positions(self.outliers["chunks"].long())
@@ -287,7 +292,7 @@ class LayerCache:
         counter.bytes_read += self.outliers["chunks"].nbytes
         k, v = self.outliers["k"], self.outliers["v"]
         counter.bytes_read += k.nbytes + v.nbytes
-        at = self.outlier_positions().T
+        at = self._outlier_positions().T
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
     def _chosen_chunks(self, q: Tensor, positions: Tensor, segments: list[Segment], counter: ReadCounter) -> Partial:

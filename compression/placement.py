@@ -14,6 +14,7 @@ from .layout import layer_layout
 from .spec import ModelShape, Recipe
 
 HOT_SLOTS_PER_CHUNK = 2  # slots for every chunk that a query attends to
+MOST_SLOTS = (1 << 15) - 1  # their numbers are int16
 RECORD_ALIGNMENT = 16
 
 
@@ -42,7 +43,7 @@ def host_placement(
     recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, native: str, page_nbytes: int
 ) -> Placement | None:
     """How a layer's values lie in pages of host memory; None where they stay on the device: the recipe reads all of
-    them, packs them in groups that are no chunks, or the hot set would hold nearly all.
+    them, packs them in groups that are no chunks, or the hot set would hold nearly all, or more than it can number.
 
     Args:
         native: the compute dtype.
@@ -59,6 +60,8 @@ def host_placement(
     hot_nbytes = heads * (num_slots * (chunk * sum(row_nbytes) + 8) + 4 + 2 * num_chunks)
     everywhere = heads * num_chunks * chunk * sum(row_nbytes)
     if not page_chunks or any(nbytes % 2 for nbytes in row_nbytes) or hot_nbytes >= everywhere:
+        return None
+    if num_slots > MOST_SLOTS:
         return None
     num_pages = -(-num_chunks // page_chunks)
     return Placement(num_chunks, num_slots, page_chunks, num_pages, hot_nbytes, 8 * num_pages)

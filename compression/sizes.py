@@ -79,6 +79,9 @@ def _shared_nbytes(
     index_width = shape.num_kv_heads if at.per_head else 1
     index_nbytes = 4 * at.num_demoted * index_width
     landmarks = recipe.retrieval.landmark_specs(num_chunks, shape.num_kv_heads, shape.head_dim)
+    if shape.layer_windows[layer] is not None:
+        # where outliers lie is known from their chunks, but kernels read it row by row
+        index_nbytes += 4 * shape.num_kv_heads * min(recipe.retrieval.outliers, num_chunks) * recipe.retrieval.chunk
     index_nbytes += table_nbytes
     return index_nbytes + _nbytes(sinks) + _nbytes(landmarks) + sum(_nbytes(group) for group in specs.values())
 

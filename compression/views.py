@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.step_attention import Chunks, Layout, Packed, Region, Shift, View
 from ..kernels.step_attention import Tail as TailView
 from .layout import sinks_are_unrotated
-from .rooms import Numbers
+from .rooms import Numbers, seal_key
 from .segment import Kit, Segment, Tail
 
 if TYPE_CHECKING:
@@ -72,12 +72,20 @@ def _sinks(layer: LayerCache) -> Region:
 def _outliers(layer: LayerCache) -> Region:
     k, v = layer.outliers["k"], layer.outliers["v"]
     # they are rotated already, so where they lie matters to a sliding window only
-    return Region(dense(k), dense(v), len(k), 0, None if layer.window is None else layer.outlier_positions())
+    return Region(dense(k), dense(v), len(k), 0, layer.outlier_index)
 
 
 def _tail(tail: Tail, unrotated: bool) -> Region:
     k, v = tail.room()
     return Region(dense(k), dense(v), len(k), tail.begin, rotates=unrotated, grows=True)
+
+
+def _seals_alike(layer: LayerCache) -> bool:
+    """Whether blocks get the dtypes of the prompt's rows: those in the model's own are sealed in that of the tail."""
+    assert layer.base is not None and layer.tail.dtype is not None
+    region, key = _region(layer.base, layer.hot), seal_key(layer.kit, layer.grown_tier, layer.tail.dtype)
+    own = (region.keys.layout.dtype, region.values.layout.dtype)
+    return key is None or own == (key.keys.dtype, key.values.dtype)
 
 
 def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
@@ -116,13 +124,15 @@ class FixedPlaces:
 
     @classmethod
     def of(cls, kit: Kit, layers: Sequence[LayerCache]) -> FixedPlaces | None:
-        """None where sealing changes more than `Shift` says: there is no prompt's segment, or it has so few rows that
-        all are chosen."""
+        """None where sealing changes more than `Shift` says: there is no prompt's segment, it has so few rows that all
+        are chosen, or blocks are packed otherwise."""
         recipe, bases = kit.recipe, None
         if kit.retrieval is not None:
             bases = np.array([0 if layer.base is None else layer.base.num_rows for layer in layers])
             chosen = recipe.retrieval.selected_chunks(kit.num_prompt_tokens) + recipe.retrieval.outliers
             if bases.min() < chosen * recipe.retrieval.chunk or any(layer.demoted is not None for layer in layers):
+                return None
+            if not _seals_alike(layers[0]):
                 return None
         tails = np.array([layer.tail.room_addresses()[0] for layer in layers])
         sinks = [layer.sinks[0] for layer in layers if layer.sinks is not None]

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..dispatch import require
-from .packed import Packed, View
+from .packed import Packed, Region, View
 from .tables import Tables
 
 
@@ -43,10 +43,17 @@ def serves(views: Sequence[View], head_dim: int, fixed_rope: bool = True) -> boo
     rotates = any(region.rotates for region in regions)
     if head_dim % 16 != 0 or (rotates and not fixed_rope):
         return False
+    if not all(_packed_alike(view.chunks.segments) for view in views if view.chunks):
+        return False
     landmarks = [rows for view in views if view.chunks for rows in view.chunks.landmarks]
     return all(_lies_well(packed, head_dim) for region in regions for packed in (region.keys, region.values)) and all(
         rows.is_contiguous() and rows.data_ptr() % math.gcd(16, head_dim * rows.itemsize) == 0 for rows in landmarks
     )
+
+
+def _packed_alike(segments: Sequence[Region]) -> bool:
+    """Whether one kernel reads all segments; rows in the model's own dtype are sealed in that of the tail."""
+    return len({(segment.keys.layout, segment.values.layout) for segment in segments}) == 1
 
 
 def _lies_well(packed: Packed, head_dim: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,16 @@ SPREAD_STEPS = 16  # over which what is ready to be packed is spread
 logger = logging.getLogger(__name__)
 
 
+class Guarded(AttendCache, Protocol):
+    """See `sequence.GuardedCache`.
+
+    Attributes:
+        error: the first fault; from then on attention gives zeros.
+    """
+
+    error: Exception | None
+
+
 class StepRow(NamedTuple):
     """One sequence's part in a step.
 
@@ -48,7 +58,7 @@ class StepRow(NamedTuple):
     num_prompt_tokens: int
     last_position: int
     cache: SequenceCache
-    guarded: AttendCache
+    guarded: Guarded
 
 
 def sampled_by(row: int) -> int:
@@ -133,7 +143,7 @@ class StepRunner:
             self._before.record(torch.cuda.current_stream(self.model.device))
         if not runs(TRITON, self.model.device):
             return self._one_by_one(rows)
-        blocks = [self._block(row.cache) for row in rows]
+        blocks = [self._block_or_fault(row) for row in rows]
         together = [i for i, block in enumerate(blocks) if block is not None]
         apart = [i for i, block in enumerate(blocks) if block is None]
         served = [block for block in blocks if block is not None]
@@ -187,6 +197,14 @@ class StepRunner:
         """Let what comes next on the device find what was packed ahead; call it before anything is sealed."""
         if self._side is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self._side)
+
+    def _block_or_fault(self, row: StepRow) -> Block | None:
+        """`_block`, whose faults end its own sequence: it runs apart then, where attention gives zeros."""
+        try:
+            return self._block(row.cache)
+        except Exception as exc:
+            row.guarded.error = row.guarded.error or exc
+            return None
 
     def _block(self, cache: SequenceCache) -> Block | None:
         """The tables of a sequence with room for its next row; None where the kernels do not read its packing."""

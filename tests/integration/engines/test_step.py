@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvsluice.compression.cache import RecipeCache
 from kvsluice.compression.recipe import get_recipe
+from kvsluice.errors import InternalError
 from kvsluice.evals.pipeline import LocalPipeline
 from kvsluice.kernels.dispatch import TRITON
 from kvsluice.models.sampling import SamplingParams
 from kvsluice.services.decode import step as step_module
+from kvsluice.services.decode.engine import FinishedEvent
 
 SMALL = '{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_tokens": 32, "landmark_bits": 8}}'
 RECIPES = ("exact", get_recipe("sluice", SMALL), "streaming", "kivi", "exact")
@@ -30,6 +33,17 @@ def kernels(monkeypatch) -> Iterator[Callable[[], int]]:
     monkeypatch.setattr(step_module, "runs", lambda name, device: name == TRITON)
     monkeypatch.setattr(step_module.StepComputation, "__call__", counted)
     yield lambda: len(taken)
+
+
+@pytest.fixture
+def model(make_model):
+    """The interpreter takes its time for every layer."""
+    return make_model(2)
+
+
+@pytest.fixture
+def lookahead() -> bool:
+    return True
 
 
 def answers(model, prompt, requests) -> list[list[list[int]]]:
@@ -80,3 +94,29 @@ def test_a_packing_that_the_kernels_do_not_read_runs_beside_the_others(
     )
     assert answers(model, prompt, requests) == expected
     assert kernels() >= 11
+
+
+def test_a_sequence_without_room_for_its_row_fails_alone(bench, encode, prompt, sampling, monkeypatch, kernels) -> None:
+    requests = {"goes on": encode(prompt(30), sampling.drawn(5)), "fails": encode(prompt(35, 1), sampling.drawn(5))}
+    alone = bench()
+    alone.start("goes on", requests["goes on"])
+    with monkeypatch.context() as plain:
+        plain.setattr(step_module, "runs", lambda name, device: False)
+        alone.run()
+    b = bench()
+    for name, encoded in requests.items():
+        b.start(name, encoded)
+    reserve, steps = RecipeCache.reserve, []
+
+    def short_of_memory(self, num_rows, like) -> None:
+        if self._kit.num_prompt_tokens == 35 and len(steps) > 1:
+            raise RuntimeError("secret")
+        reserve(self, num_rows, like)
+
+    monkeypatch.setattr(RecipeCache, "reserve", short_of_memory)
+    while b.engine.has_work:
+        steps.append(b.step())
+    assert isinstance(b.ended("fails").error, InternalError) and len(b.tokens("fails")) == 2
+    assert isinstance(b.ended("goes on"), FinishedEvent)
+    assert b.tokens("goes on") == alone.tokens("goes on")
+    assert kernels() == 4

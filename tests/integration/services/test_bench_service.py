@@ -43,10 +43,12 @@ def test_streams_are_counted_while_all_of_them_run(service, tmp_path):
         assert row.figures["last_first_token_s"] >= row.figures["mean_first_token_s"] > 0
         assert row.ratios == {}
 
-    # the decode engine alone, as if it had been twice as fast
+    # the decode engine alone, as if it had been twice as fast, less so at another hit rate; and another model's
     ran = results.rows[0]
     alone = replace(ran, what=STEP, figures={"tokens_per_s": 2 * ran.figures["tokens_per_s"]})
-    save(path, replace(results, rows=(alone,)))
+    slower = replace(alone, figures=ran.figures, conditions={"hit rate": 0.0})
+    other = replace(alone, model="other", figures={"tokens_per_s": 9 * ran.figures["tokens_per_s"]})
+    save(path, replace(results, rows=(slower, alone, other)))
     again = measure(service, recipe="exact,kivi", against=str(path))
     assert again.rows[1].ratios == {}
     expected = again.rows[0].figures["tokens_per_s"] / alone.figures["tokens_per_s"]

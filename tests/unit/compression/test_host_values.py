@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -106,3 +107,12 @@ def test_a_hot_set_that_would_hold_nearly_all_is_not_worth_it(lab):
     places = [host_placement(recipe, shape, n, 0, "float32", 4096) for n in (90, 300)]
     assert [place is None for place in places] == [True, False]
     assert host_placement(recipe, shape, 300, 0, "float32", 64) is None, "a page has no room for a chunk"
+
+
+def test_a_hot_set_has_no_more_slots_than_their_numbers_reach(lab):
+    """At a million tokens a step that attends to a sixteenth, token by token, would want 131,072 of them."""
+    shape = lab.make_shape(heads=4, kv_heads=2, dim=32, layers=2)
+    wide = {"retrieval": {"kind": "chunks", "chunk": 1, "outliers": 0, "budget_tokens": 32, "budget_rate": 0.0625}}
+    recipe = resolve(get_recipe("sluice-full", json.dumps(wide)), shape, 1 << 20, lab.PROFILE).recipe
+    places = [host_placement(recipe, shape, n, 0, "bfloat16", 1 << 20) for n in (1 << 17, 1 << 18, 1 << 20)]
+    assert [None if place is None else place.num_slots for place in places] == [1 << 14, None, None]
