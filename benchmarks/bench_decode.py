@@ -30,6 +30,7 @@ from .subject import Bench
 from .timing import release, summarize, time_once, time_steps
 
 STEP = "decode step"
+FIRST_STEPS = 80
 SHARED = "shared prompt"
 PROFILED_STEPS = 8
 
@@ -94,7 +95,7 @@ def _time_engine(
     options = bench.options
     # one token came with the prompt, and one step is left over, in which sequences end; it is not timed
     each = options.warmup + options.steps + (PROFILED_STEPS if options.profile else 0)
-    new_tokens = each * len(rates) + 2
+    new_tokens = first_steps(bench.device) + each * len(rates) + 2
     host = bench.host_pages
     plan = plan_sequences(bench, capacity, recipe, context, batch, new_tokens, host)
     engine = DecodeEngine(bench.model, capacity, plan.num_sequences, max_waiting=plan.num_sequences, host=host)
@@ -103,6 +104,7 @@ def _time_engine(
         torch.cuda.reset_peak_memory_stats(bench.device)
     running = _Running(bench, engine, rates)
     with nullcontext() if running.held is None else force(running.held):
+        running.begin()
         steps = [running.time(rate) for rate in rates]
         running.finish()
     ended = finished(plan, running.events, new_tokens)
@@ -111,6 +113,11 @@ def _time_engine(
     memory = _memory_figures(bench, context, new_tokens, resident, plan)
     rows = [replace(empty, batch=plan.num_sequences) for empty in empties]
     return [_row(bench, recipe, row, one, read, memory) for row, one in zip(rows, steps, strict=True)]
+
+
+def first_steps(device: torch.device) -> int:
+    """How many steps are run before any is timed: on a CPU nothing is compiled."""
+    return FIRST_STEPS if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,10 @@ class _Running:
         self.held = None if rates[0] is None else HeldSelection(rates[0], bench.options.seed)
         self.events: list[Event] = []
         engine.runner.computation.selection = self.held
+
+    def begin(self) -> None:
+        """Steps past a seal and a tail's first growth: what they compile and record is done once in a worker's life."""
+        self._some(first_steps(self._bench.device))
 
     def time(self, rate: float | None) -> _Steps:
         """Steps at a hit rate; the first ones, which fetch what it has changed, do not count. Every call of the engine
@@ -179,7 +190,7 @@ def _row(bench: Bench, recipe: Recipe, row: Row, steps: _Steps, read: float, mem
     """
     row = replace(row, time=summarize(steps.samples_s), parts=steps.parts)
     # sealing comes once in some dozens of steps: a median does not see it, tokens a second must
-    figures = {"mean_s": sum(steps.samples_s) / len(steps.samples_s), **memory}
+    figures = {"mean_s": sum(steps.samples_s) / len(steps.samples_s), "slowest_s": max(steps.samples_s), **memory}
     fetched = steps.fetched * chunk_nbytes(recipe, bench.subject.shape, bench.dtype)
     if steps.wanted:
         figures |= {"fetched_bytes": fetched, "hit_rate": 1 - steps.fetched / steps.wanted}

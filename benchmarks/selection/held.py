@@ -27,7 +27,7 @@ class HeldSelection:
 
     A place (one layer of one sequence) has its chunks cut into K stretches for each KV head, and a step takes one of
     each, so they ascend as those do that score best: host memory is read in the order in which it lies. Each step
-    (1 - share) K stretches, in turn, give their next chunk instead.
+    (1 - share) K stretches, in turn, give their next chunk instead; those of one step lie all over the prompt.
 
     Args:
         share: of the K chunks that stay, 0 to 1, in thousandths; may be set anew between two steps.
@@ -84,7 +84,8 @@ class HeldSelection:
         self._sizes.setdefault(("place", place), (count, num_chunks))
         entry = torch.arange(count, device=chosen.device)
         heads = torch.arange(num_kv_heads, device=chosen.device)[:, None]
-        moves = (num_moves(self._moved_millis, count) + count - 1 - entry) // count
+        turn = entry * _STRIDE % count
+        moves = (num_moves(self._moved_millis, count) + count - 1 - turn) // count
         first, end = entry * num_chunks // count, (entry + 1) * num_chunks // count
         begin = (heads + 1) * 1_000_003 + place * 7919 + self._seed * 104_729 + entry * _STRIDE
         chunks: Tensor = first + (begin + moves) % (end - first)

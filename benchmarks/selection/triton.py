@@ -27,7 +27,8 @@ def _hold(
         num_chunks += tl.load(at + COUNT_B)
     entry = tl.arange(0, BLOCK_K).to(tl.int64)
     some = tl.maximum(count, 1)  # entries behind the last one are not stored, and none may divide by zero
-    moves = ((count * tl.load(moved_millis_ptr) + 500) // 1000 + some - 1 - entry) // some
+    turn = entry * STRIDE % some
+    moves = ((count * tl.load(moved_millis_ptr) + 500) // 1000 + some - 1 - turn) // some
     first, end = entry * num_chunks // some, (entry + 1) * num_chunks // some
     begin = (pair + 1) * 1_000_003 + place.to(tl.int64) * 7919 + seed * 104_729 + entry * STRIDE
     chunk = first + (begin + moves) % tl.maximum(end - first, 1)
