@@ -1,11 +1,4 @@
-"""The fleet on Ray: the actors that host the services, the controller that knows them, and the driver of one machine.
-
-    Controller (named, detached)   membership with generation numbers
-    PrefillWorker, DecodeWorker    one process each (or CombinedWorker: both roles in one), restarted when they die
-    Gateway                        the generate API
-
-Each actor hosts its service on an event loop of its own; tokens and KV go from process to process over gRPC and never
-through Ray. A restarted actor comes back serving, at a new address that it registers with the controller.
+"""The driver of a fleet on Ray on one machine: it starts the actors, watches and ends them.
 
 When the controller or Ray itself dies the service stops, with one line that says so.
 """
@@ -17,207 +10,27 @@ import os
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..errors import ConfigError, InternalError, KvsluiceError, WorkerLost
+from ..errors import ConfigError, InternalError
+from .actors import CONTROLLER, NAMESPACE, Actor, CombinedWorker, Controller, DecodeWorker, Gateway, PrefillWorker
 from .config import ServeConfig
-from .gateway.membership import Member, MembershipTable, Role, View
-from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
-from .model_shape import model_shape
-from .processes import Process, descendants, forget_source_tree, kill, remove_folder, wait_gone
+from .processes import Process, descendants, kill, remove_folder, wait_gone
 from .status import build_error
-from .telemetry import configure_logging, where
-from .worker import WorkerIdentity, check_fit, compute_dtype
 from .worker_watch import Status, WorkerWatch
-
-if TYPE_CHECKING:
-    from ..models.model import Model
-    from .gateway.server import Gateway as GatewayService
 
 log = logging.getLogger("kvsluice.cluster")
 
-Actor = Any  # Ray's handles make their methods up at run time
-
-NAMESPACE = "kvsluice"
-CONTROLLER = "Controller"
-WORKER_HOST = "127.0.0.1"  # all processes of this fleet run on one machine
 WATCH_PERIOD_S = 1.0
 SHUTDOWN_S = 15.0
-REBIND_S = 5.0
-
-
-class Controller:
-    """Keeps the membership. Async: a gateway's long poll holds nobody up."""
-
-    def __init__(self) -> None:
-        self._table = MembershipTable()
-
-    async def register(self, member: Member) -> None:
-        await self._table.register(member)
-
-    async def view(self) -> View:
-        return self._table.view()
-
-    async def watch(self, after: int, timeout_s: float) -> View:
-        return await self._table.watch(after, timeout_s)
-
-
-class RayMembership:
-    """Membership as the controller has it."""
-
-    def __init__(self, controller: Actor) -> None:
-        self._controller = controller
-
-    async def watch(self, after: int, timeout_s: float) -> View:
-        try:
-            view: View = await self._controller.watch.remote(after, timeout_s)
-        except RayError as exc:
-            raise WorkerLost("the controller is gone") from exc
-        return view
-
-
-class Host:
-    """An actor that hosts services. Never raises on start: the driver asks `status` and gets the typed error. One that
-    takes another's place and fails ends soon after, so that Ray tries again."""
-
-    def __init__(self, config_json: str, worker_id: str) -> None:
-        forget_source_tree()
-        self._config = ServeConfig.from_json(config_json)
-        configure_logging(self._config.log_level)
-        self._worker_id = worker_id
-        self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
-        self._loop = LoopThread(f"{worker_id}-loop")
-        self._status = {"pid": str(os.getpid())}
-        try:
-            self._status["address"] = self._start()
-        except Exception as exc:
-            error = exc if isinstance(exc, KvsluiceError) else InternalError(f"it cannot start: {where(exc)}")
-            self._status |= {"error_type": type(error).__name__, "message": error.message}
-            if self._predecessor() is not None:
-                log.error("%s cannot start again and will be tried once more: %s", worker_id, error.message)
-                end_later()
-
-    def status(self) -> dict[str, str]:
-        """`pid`, and `address` or `error_type` and `message` of the error that kept it from starting."""
-        return self._status
-
-    def _start(self) -> str:
-        raise NotImplementedError
-
-    def _predecessor(self) -> str | None:
-        """Where the one before it served, for an actor that was restarted."""
-        view: Any = ray.get(self._controller.view.remote())
-        return next((m.address for m in view.members if m.worker_id == self._worker_id), None)
-
-    def _register(self, role: Role, address: str) -> None:
-        member = Member(self._worker_id, role, address, uuid.uuid4().hex)
-        ray.get(self._controller.register.remote(member))
-
-
-class Worker(Host):
-    """Hosts prefill, decode or both over one model."""
-
-    roles: tuple[Role, ...] = ()
-
-    def _start(self) -> str:
-        # torch is loaded here, in the worker, and not in the driver or the gateway
-        from ..models.loader import load_model
-
-        config = self._config
-        model = load_model(
-            config.model,
-            dtype=compute_dtype(config.dtype),
-            device=config.device,
-            random_weights=config.random_weights,
-            seed=config.seed or 0,
-        )
-        self._worker = WorkerHost(self._services(model), config.max_frame_bytes)
-        address = self._loop.run(self._worker.start(WORKER_HOST))
-        for role in self.roles:
-            self._register(role, address)
-        return address
-
-    def _services(self, model: Model) -> list[WorkerService]:
-        from ..models.profiles import load_profile
-        from .decode.server import make_decode_service
-        from .prefill.server import make_prefill_service
-
-        config = self._config
-        shape = model_shape(model.config)
-        check_fit(config, shape)
-        identity = WorkerIdentity(
-            worker_id=self._worker_id,
-            role="both" if len(self.roles) > 1 else self.roles[0],
-            model=config.model_name,
-            model_fingerprint=model.fingerprint,
-            vocab_size=model.config.vocab_size,
-            shape=shape,
-            profile=load_profile(config.model, shape),
-        )
-        makers: dict[Role, Callable[..., WorkerService]] = {
-            "prefill": make_prefill_service,
-            "decode": make_decode_service,
-        }
-        return [makers[role](model, config, identity, on_crash=end_process) for role in self.roles]
-
-
-class PrefillWorker(Worker):
-    """Runs prompts."""
-
-    roles = ("prefill",)
-
-
-class DecodeWorker(Worker):
-    """Generates."""
-
-    roles = ("decode",)
-
-
-class CombinedWorker(Worker):
-    """Does both over one copy of the model: the aggregated mode."""
-
-    roles = ("prefill", "decode")
-
-
-class Gateway(Host):
-    """Hosts the generate API. A restarted one listens where its predecessor did."""
-
-    _gateway: GatewayService
-
-    def _start(self) -> str:
-        from ..models.tokenizer import load_tokenizer
-        from .gateway.server import Gateway as Service
-
-        config, earlier = self._config, self._predecessor()
-        if earlier is not None:
-            config = config.model_copy(update={"port": int(earlier.rpartition(":")[2])})
-        tokenizer = load_tokenizer(config.model)
-
-        async def start() -> tuple[Service, str]:
-            service = Service(config, tokenizer, RayMembership(self._controller))
-            return service, await service.start()
-
-        # what died may hold its port a moment longer
-        self._gateway, address = self._loop.run(persist(start, ConfigError, REBIND_S if earlier else 0.0))
-        self._register("gateway", address)
-        return address
-
-    def ready(self) -> bool:
-        """Whether a request would be served now."""
-        return self._gateway.ready
-
-    def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let running ones finish, stop listening."""
-        self._loop.run(self._gateway.stop(grace_s))
 
 
 def _ask(actor: Actor) -> Future[Status]:

@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import ConfigError
+from ..kvstore.config import StoreConfig, Topology
 
 ENV_PREFIX = "KVSLUICE_"
 MIB = 1024 * 1024
 
 TIB = 1024 * 1024 * MIB
+
+STORE_FILES = (
+    "store_password_file",
+    "store_sentinel_password_file",
+    "store_ca_file",
+    "store_cert_file",
+    "store_key_file",
+)
 
 Positive = Annotated[int, Field(ge=1, le=2**20)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)]
@@ -87,9 +96,6 @@ class ServeConfig(BaseModel):
     durability: Literal["none", "handoff", "tokens"] = Field(
         "none", description="what of a request that does not say so is kept in the store while it runs"
     )
-    store_keep_every: int = Field(
-        16, ge=1, le=4096, description="generated rows of a choice that are written to the store together"
-    )
     stream_credits: int = Field(64, ge=2, le=2**16, description="tokens a choice may run ahead of its client")
     handoff_window: int = Field(8, ge=1, le=1024, description="frames under way from prefill to decode, per request")
     grace_s: Seconds = Field(30.0, description="how long running requests may take to finish on shutdown")
@@ -97,6 +103,41 @@ class ServeConfig(BaseModel):
     object_store_bytes: int = Field(
         80 * MIB, ge=76 * MIB, le=TIB, description="Ray's object store; no KV goes through it"
     )
+
+    store_url: str | None = Field(
+        None,
+        max_length=8192,
+        description="where requests are kept, as docs/store.md says, such as redis://HOST:6379; default: none",
+    )
+    store_password_file: str | None = Field(
+        None, max_length=4096, description="file with the store's password; default: none"
+    )
+    store_password_env: str | None = Field(
+        None, max_length=256, description="environment variable that holds it instead; default: none"
+    )
+    store_sentinel_password_file: str | None = Field(
+        None, max_length=4096, description="file with the sentinels' password; default: none"
+    )
+    store_ca_file: str | None = Field(
+        None, max_length=4096, description="PEM of the authorities that are trusted; default: the system's"
+    )
+    store_cert_file: str | None = Field(
+        None, max_length=4096, description="PEM of the client's own certificate; default: none"
+    )
+    store_key_file: str | None = Field(None, max_length=4096, description="PEM of its key; default: none")
+    store_operation_timeout_s: Seconds = Field(2.0, description="one attempt of an operation of the store")
+    store_total_timeout_s: Seconds = Field(6.0, description="an operation of the store with all attempts")
+    store_max_operations: Positive = Field(16, description="operations of a worker's store at once")
+    store_max_bytes_in_flight: int = Field(
+        64 * MIB, ge=8 * MIB, le=TIB, description="bytes that those operations move together"
+    )
+    store_ttl_s: Seconds = Field(
+        900.0, description="how long what a lost worker has kept lives; renewed while a request runs"
+    )
+    store_keep_every: int = Field(
+        16, ge=1, le=4096, description="generated rows of a choice that are written to the store together"
+    )
+
     dashboard: bool = Field(False, description="Ray's dashboard, on loopback")
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what is worth a log line")
 
@@ -113,6 +154,43 @@ class ServeConfig(BaseModel):
         if 0 < value < MIB:
             raise ValueError(f"must be 0, or at least {MIB}, one page")
         return value
+
+    @field_validator(*STORE_FILES)
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """Workers run in another folder."""
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _store_fits(self) -> ServeConfig:
+        store = self.store
+        if store is not None and store.address.topology is Topology.MEMORY:
+            raise ConfigError("store_url: a memory store ends with its worker; allowed: redis…, rediss…")
+        if store is None and self.durability != "none":
+            raise ConfigError(f"durability: {self.durability} needs a store; allowed: none, or give store_url as well")
+        for name in (*STORE_FILES, "store_password_env"):
+            if store is None and getattr(self, name) is not None:
+                raise ConfigError(f"{name}: there is no store; allowed: only with store_url")
+        return self
+
+    @property
+    def store(self) -> StoreConfig | None:
+        """How the store is reached. Raises `ConfigError`."""
+        if self.store_url is None:
+            return None
+        return StoreConfig(
+            url=self.store_url,
+            password_file=self.store_password_file,
+            password_env=self.store_password_env,
+            sentinel_password_file=self.store_sentinel_password_file,
+            ca_file=self.store_ca_file,
+            cert_file=self.store_cert_file,
+            key_file=self.store_key_file,
+            operation_timeout_s=self.store_operation_timeout_s,
+            total_timeout_s=self.store_total_timeout_s,
+            max_operations=self.store_max_operations,
+            max_bytes_in_flight=self.store_max_bytes_in_flight,
+        )
 
     @property
     def model_name(self) -> str:

@@ -152,6 +152,10 @@ class LoopThread:
         """Run a coroutine on the loop and wait for its result."""
         return asyncio.run_coroutine_threadsafe(job, self._loop).result(timeout_s)
 
+    def spawn(self, job: Coroutine[Any, Any, None]) -> None:
+        """Have a coroutine run on the loop, beside what else does."""
+        asyncio.run_coroutine_threadsafe(job, self._loop)
+
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)

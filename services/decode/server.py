@@ -16,12 +16,14 @@ from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLo
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent
 from ...kvstore.manifest import decode_manifest
+from ...kvstore.store import Store
 from ...models.model import Model
 from ...protos import worker_pb2 as wpb
 from ...protos import worker_pb2_grpc
 from ..config import ServeConfig
 from ..lifecycle import EngineThread
 from ..rpc import current_request_id
+from ..staging import HostCopies, PlainCopies, make_host_copies
 from ..telemetry import NullRecorder, Recorder
 from ..uploads import Uploads, make_uploads
 from ..worker import WorkerIdentity, use_threads
@@ -113,7 +115,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     """Serves one decode engine, which runs on a thread of its own.
 
     Args:
-        store: where requests are kept that ask for it, and restored from; None = nowhere.
+        copies: how rows come from the device to a store.
+        store: where requests are kept that ask for it, and restored from; None = nowhere. Closed by `stop`.
+        ttl_s: how long what is kept lives unless it is renewed.
         setup: settings of the engine's thread.
         on_crash: called when the engine's thread ends by an exception.
     """
@@ -123,19 +127,28 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         engine: DecodeEngine,
         identity: WorkerIdentity,
         *,
-        store: KeptRequests | None = None,
+        copies: HostCopies | None = None,
+        store: Store | None = None,
+        ttl_s: float = 900.0,
         recorder: Recorder | None = None,
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine = engine
-        self._store = store
+        self._store: KeptRequests | None = None
+        self._copies, self._ttl_s = copies or PlainCopies(), ttl_s
         self._uploads = make_uploads(engine.model.device)
         self._identity = identity
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("decode-engine", self._step, setup, on_crash)
         self._requests: dict[str, _Request] = {}
         self._loop: AbstractEventLoop | None = None
+        if store is not None:
+            self.use_store(store)
+
+    def use_store(self, store: Store) -> None:
+        """From now on requests may be kept; those that run are not."""
+        self._store = KeptRequests(store, self._ttl_s, self._copies, self._recorder)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
@@ -356,12 +369,21 @@ def make_decode_service(
     *,
     recorder: Recorder | None = None,
     on_crash: Callable[[BaseException], None] | None = None,
+    store: Store | None = None,
 ) -> DecodeService:
-    """The service as a process of this configuration runs it."""
+    """The service as a process of this configuration runs it.
+
+    Args:
+        store: where requests are kept; the service closes it.
+    """
     host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
+    copies = make_host_copies(model.device)
     return DecodeService(
-        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host),
+        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host, mark=copies.mark),
         identity,
+        copies=copies,
+        store=store,
+        ttl_s=config.store_ttl_s,
         recorder=recorder,
         setup=use_threads(config.torch_threads, config.decode_workers),
         on_crash=on_crash,

@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_eval": ("evals", "services.cli_options"),
     "services.cli_bench": ("benchmarks", "services.cli_options"),
     "services.terminal": ("client", SERVICES_ROOT),
-    "services.cluster": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
+    "services.cluster": (SERVICES_ROOT,),
+    "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
     "services.prefill": WORKER,
     "services.decode": WORKER,
     "services.gateway": ("protos", "kvstore", "models.tokenizer", "compression.recipe", SERVICES_ROOT),
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 NOT_AT_IMPORT = {"ray", "pydantic", "redis", "fastapi"}
 BARE = ("kernels", "models", "compression", "kvstore", "benchmarks")
-RAY_FILES = {"services/cluster.py", "services/ray_metrics.py"}
+RAY_FILES = {"services/actors.py", "services/cluster.py", "services/ray_metrics.py"}
 TORCH_FREE_FILES = (
     "kvstore/",
     "services/gateway/",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from kvsluice.client import AsyncClient
 from kvsluice.compression.recipe import ModelShape
+from kvsluice.kvstore.store import Store
 from kvsluice.models.config import config_from_hf
 from kvsluice.models.model import Model
 from kvsluice.models.profiles import load_profile
@@ -300,7 +301,6 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
                 await fleet.add_worker("decode-0", "decode")
                 await fleet.until_ready()
 
-            return fleet
 
         yield make
 
@@ -323,6 +323,29 @@ class RealFleet:
     decode_address: str
     prefill_address: str
     fingerprint: str
+    config: ServeConfig
+    members: MembershipTable
+    identity: WorkerIdentity
+    hosts: dict[str, WorkerHost]
+    engines: dict[str, DecodeEngine]
+
+    async def add_decode(self, worker_id: str, store: Store | None = None) -> None:
+        """Start another decode worker; it is in rotation when this returns."""
+        identity = replace(self.identity, worker_id=worker_id, role="decode")
+        service = make_decode_service(self.model, self.config, identity, recorder=self.recorder, store=store)
+        host = self.hosts[worker_id] = WorkerHost([service], self.config.max_frame_bytes)
+        self.engines[worker_id] = service.engine
+        await self.members.register(Member(worker_id, "decode", await host.start("127.0.0.1"), "first"))
+        await wait_until(lambda: any(link.member.worker_id == worker_id for link in self.gateway.pool._decodes()))
+
+    async def lose(self, worker_id: str) -> None:
+        """End a worker in the middle of what it does."""
+        del self.engines[worker_id]
+        await self.hosts.pop(worker_id).stop()
+
+    def busy(self) -> str:
+        """The decode worker that runs something."""
+        return next(name for name, engine in self.engines.items() if engine.num_running)
 
     async def until_idle(self) -> None:
         """Wait until nothing runs; then everything that requests held must be free again."""
@@ -330,11 +353,12 @@ class RealFleet:
             lambda: (
                 self.gateway.num_requests == 0
                 and self.prefill.num_requests == 0
-                and self.decode.free_bytes == self.decode.capacity_bytes
-                and self.decode.host_free_bytes == self.decode.host_capacity_bytes
+                and all(engine.free_bytes == engine.capacity_bytes for engine in self.engines.values())
+                and all(engine.host_free_bytes == engine.host_capacity_bytes for engine in self.engines.values())
             )
         )
-        self.decode.check_integrity()
+        for engine in self.engines.values():
+            engine.check_integrity()
 
 
 def tiny_model(num_layers: int, max_positions: int) -> Model:
@@ -356,10 +380,10 @@ def tiny_model(num_layers: int, max_positions: int) -> Model:
 
 @pytest.fixture
 async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]]:
-    """Starts one; keyword arguments are configuration keys, and `num_layers`."""
+    """Starts one; keyword arguments are configuration keys, `num_layers`, and the `store` of the decode worker."""
     async with AsyncExitStack() as stack:
 
-        async def make(num_layers: int = 4, **settings: Any) -> RealFleet:
+        async def make(num_layers: int = 4, store: Store | None = None, **settings: Any) -> RealFleet:
             base = {
                 "model": "tiny",
                 "port": 0,
@@ -375,14 +399,19 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
             )
             recorder, members = MemoryRecorder(), MembershipTable()
             prefill = make_prefill_service(model, config, identity, recorder=recorder)
-            decode = make_decode_service(model, config, identity, recorder=recorder)
-            addresses = {}
+            decode = make_decode_service(model, config, identity, recorder=recorder, store=store)
+            addresses, hosts = {}, {}
             for role, service in (("prefill", prefill), ("decode", decode)):
-                host = WorkerHost([service], config.max_frame_bytes)
+                host = hosts["worker-0" if role == "decode" else role] = WorkerHost([service], config.max_frame_bytes)
                 addresses[role] = await host.start("127.0.0.1")
-                stack.push_async_callback(host.stop)
                 await members.register(Member("worker-0", role, addresses[role], "first"))  # type: ignore[arg-type]
             gateway = Gateway(config, CharTokenizer(), members, recorder)
+
+            async def stop_hosts() -> None:
+                for host in hosts.values():
+                    await host.stop()
+
+            stack.push_async_callback(stop_hosts)
             stack.push_async_callback(gateway.stop)
             client = AsyncClient(await gateway.start(), timeout_s=60.0)
             stack.push_async_callback(client.close)
@@ -398,6 +427,11 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
                 addresses["decode"],
                 addresses["prefill"],
                 model.fingerprint,
+                config,
+                members,
+                identity,
+                hosts,
+                {"worker-0": decode.engine},
             )
 
         yield make

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from kvsluice.errors import BrokenCheckpoint, ConfigError
-from kvsluice.services import cluster, lifecycle
+from kvsluice.services import actors, lifecycle
 from kvsluice.services.config import load_config
 from kvsluice.services.gateway.membership import Member, View
 
 
-class Broken(cluster.Host):
+class Broken(actors.Host):
     error: Exception
 
     def _start(self) -> str:
@@ -30,9 +30,9 @@ def start(monkeypatch):
         ended = threading.Event()
         controller = SimpleNamespace(view=SimpleNamespace(remote=lambda: View(1, members)))
         fake = SimpleNamespace(get_actor=lambda *name: controller, get=lambda value: value)
-        monkeypatch.setattr(cluster, "ray", fake)
-        monkeypatch.setattr(cluster, "configure_logging", lambda level: None)
-        monkeypatch.setattr(cluster, "forget_source_tree", lambda: None)
+        monkeypatch.setattr(actors, "ray", fake)
+        monkeypatch.setattr(actors, "configure_logging", lambda level: None)
+        monkeypatch.setattr(actors, "forget_source_tree", lambda: None)
         monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
         host = type("One", (Broken,), {"error": error})(load_config({"model": "tiny"}).to_json(), "decode-0")

@@ -1,0 +1,136 @@
+"""Real engines: a decode worker is lost in the middle of an answer, and the tokens are those of a run without a fault."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from kvsluice.errors import StoreUnavailable
+from kvsluice.kvstore.memory import MemoryStore
+
+PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
+TOKENS = 70
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "presence_penalty": 0.5, "logprobs": 2}
+
+
+class SharedStore(MemoryStore):
+    """One that outlives the workers that use it. While it is `broken`, nothing works."""
+
+    broken = False
+
+    async def close(self) -> None:
+        return None
+
+    async def put(self, key, value, ttl_s):
+        if self.broken:
+            raise StoreUnavailable("the store is broken")
+        await super().put(key, value, ttl_s)
+
+    async def get(self, key):
+        if self.broken:
+            raise StoreUnavailable("the store is broken")
+        return await super().get(key)
+
+
+
+
+async def lost_at(fleet, position: int, store, **options):
+    """The answer to a request whose decode worker is lost once so many tokens have come."""
+    spare = f"spare-{random.getrandbits(32)}"
+    await fleet.add_decode(spare, store)
+    stream = fleet.client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True, **options)
+    came, was_lost = 0, False
+    async for chunk in stream:
+        came += len(chunk.token_ids)
+        if came >= position and not was_lost:
+            was_lost = True
+            await fleet.lose(fleet.busy())
+    assert was_lost
+    return stream.completion
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("recipe", ["exact", "sluice-full", "kivi", "streaming"])
+@pytest.mark.parametrize("durability", ["none", "handoff", "tokens"])
+async def test_the_stream_goes_on_token_for_token(make_real_fleet, recipe, sampling, durability):
+    store = SharedStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    options = {"recipe": recipe, "durability": durability, **sampling}
+    whole = await fleet.client.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, **options)
+    for position in (1, random.Random(recipe + durability).randrange(2, TOKENS - 12)):
+        done = await lost_at(fleet, position, store, **options)
+        assert done.token_ids == whole.token_ids
+        assert done.text == whole.text
+        assert len(done.choices[0].logprobs) == len(whole.choices[0].logprobs)
+        report = done.durability
+        assert report.migrations == 1
+        if durability == "none":
+            assert report.recomputed_prompt_tokens == len(PROMPT)
+        elif position > 1:
+            assert report.recomputed_prompt_tokens == 0, "it went on from the store"
+        if durability == "tokens" and position > 1:
+            assert report.recomputed_tokens <= 2 * 4 + 1
+            assert report.kept
+    await fleet.until_idle()
+    await until_empty(store)
+
+
+async def test_all_choices_of_all_streams_go_on(make_real_fleet):
+    store = SharedStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    levels = ["none", "handoff", "tokens", "tokens"]
+    options = [
+        {"recipe": "sluice-full", "durability": level, "temperature": 0.8, "seed": i, "n": 2, "ignore_eos": True}
+        for i, level in enumerate(levels)
+    ]
+    prompts = [PROMPT[: 150 + 50 * i] for i in range(len(levels))]
+    whole = [await fleet.client.generate(p, max_tokens=60, **o) for p, o in zip(prompts, options, strict=True)]
+    await fleet.add_decode("spare", store)
+    streams = [fleet.client.stream(p, max_tokens=60, **o) for p, o in zip(prompts, options, strict=True)]
+
+    async def read(stream):
+        async for _ in stream:
+            pass
+        return stream.completion
+
+    running = [asyncio.create_task(read(stream)) for stream in streams]
+    while not all(engine.num_running >= 2 for engine in fleet.engines.values()):
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    await fleet.lose("worker-0")
+    for task, want in zip(running, whole, strict=True):
+        done = await task
+        assert [choice.token_ids for choice in done.choices] == [choice.token_ids for choice in want.choices]
+    await fleet.until_idle()
+    await until_empty(store)
+
+
+async def test_a_store_that_breaks_loses_nothing(make_real_fleet):
+    store = SharedStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    options = {"recipe": "exact", "durability": "tokens", **GREEDY}
+    whole = await fleet.client.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, **options)
+    await fleet.add_decode("spare", store)
+    stream = fleet.client.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True, **options)
+    came, lost = 0, False
+    async for chunk in stream:
+        came += len(chunk.token_ids)
+        store.broken = came > 20
+        if came > 40 and not lost:
+            lost = True
+            await fleet.lose(fleet.busy())
+    assert stream.completion.token_ids == whole.token_ids
+    assert not stream.completion.durability.kept
+    assert stream.completion.durability.recomputed_prompt_tokens == len(PROMPT)
+    await fleet.until_idle()
+
+
+async def until_empty(store) -> None:
+    """What has ended is deleted, but for what lost workers were writing: that lives until its time is over."""
+    store.check_integrity()
+    async with asyncio.timeout(10):
+        while await store.scan("") and not getattr(store, "lost_keys_live", True):
+            await asyncio.sleep(0.01)
