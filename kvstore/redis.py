@@ -17,6 +17,7 @@ import logging
 import math
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from redis import exceptions
@@ -160,7 +161,8 @@ class RedisStore:
             while True:
                 held = await _look(session, key, MAX_HEAD_BYTES)
                 corrupt: CorruptFrame | None = None
-                outcome, commands = HeadWrite.CHANGED, (("EXISTS", key),)
+                outcome = HeadWrite.CHANGED
+                commands: tuple[tuple[Any, ...], ...] = (("EXISTS", key),)
                 try:
                     current = None if held is None else decode_head(held)
                 except CorruptFrame as exc:
@@ -254,7 +256,7 @@ class RedisStore:
         try:
             keys = await self._guard.run(lambda: self._translated(self._links.probe_keys(PROBE_PREFIX)), 0)
             for key in keys:
-                await self._run(key, lambda session, key=key: _probe(session, key), 0)
+                await self._run(key, partial(_probe, key=key), 0)
             for place in await self._guard.run(lambda: self._translated(self._links.places()), 0):
                 await self._check_settings(place)
         except Trouble as exc:

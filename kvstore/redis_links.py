@@ -67,6 +67,8 @@ def cause_of(exc: BaseException) -> Cause:
                 return cause
         if _MAX_CLIENTS in str(link):
             return Cause.MAX_CLIENTS
+        if isinstance(link, exceptions.ExecAbortError) and "because of: NOPERM " in str(link):
+            return Cause.DENIED  # a user who may not EXEC, as Redis 7.0 says it
         if isinstance(link, ssl.SSLError) and not isinstance(link, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return Cause.TLS
     if any(isinstance(link, exceptions.RedisClusterException) and _NO_CLUSTER in str(link) for link in seen):

@@ -46,12 +46,22 @@ install_python_packages() {
 }
 
 install_redis() {
+  # it is the sentinel too (redis-server --sentinel)
   command -v redis-server >/dev/null 2>&1 && return
   if may_apt; then
     say "installing redis-server"
     apt_install redis-server >/dev/null 2>&1 && return
   fi
   say "no redis-server here and it cannot be installed (needs root and apt-get); going on with the memory store"
+}
+
+install_ip() {
+  command -v ip >/dev/null 2>&1 && return
+  if may_apt; then
+    say "installing iproute2"
+    apt_install iproute2 >/dev/null 2>&1 && return
+  fi
+  say "no ip here and it cannot be installed (needs root and apt-get); tests that cut a network are skipped"
 }
 
 ready && exit 0
@@ -65,5 +75,6 @@ fi
 make_venv
 install_python_packages
 install_redis
+install_ip
 fingerprint >"$stamp"
 say "ready"

@@ -208,10 +208,9 @@ async def test_a_server_that_drops_living_values_is_refused(tmp_path, policy):
 
 async def test_a_cluster_and_one_server_are_not_mixed_up(plain, tmp_path):
     await refused(config(plain, "redis+cluster"), "store_url")
-    with redis_cluster(tmp_path) as masters:
-        with pytest.raises(ConfigError, match="^store_url: "):
-            for _ in range(20):  # the probe's key may happen to live here
-                await (await open_store(config(masters[0]))).close()
+    with redis_cluster(tmp_path) as masters, pytest.raises(ConfigError, match=r"^store_url: "):
+        for _ in range(20):  # the probe's key may happen to live here
+            await (await open_store(config(masters[0]))).close()
 
 
 async def test_an_absent_server_is_unavailable_not_misconfigured(tmp_path):

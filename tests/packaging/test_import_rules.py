@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     SERVICES_ROOT: ("protos", "kvstore", "compression.recipe", "compression.interfaces", SERVICES_ROOT),
     "": ("client",),
 }
-NOT_AT_IMPORT = {"ray", "pydantic", "redis", "fastapi"}
+NOT_AT_IMPORT = {"ray", "pydantic", "redis", "tenacity", "fastapi"}
+# the Redis store itself; only kvstore/opening.py leads to these files, when such a store is opened
+REDIS_FILES = {"kvstore/guard.py", "kvstore/redis.py", "kvstore/redis_links.py"}
 BARE = ("kernels", "models", "compression", "kvstore", "benchmarks")
 RAY_FILES = {"services/actors.py", "services/cluster.py", "services/ray_metrics.py"}
 TORCH_FREE_FILES = (
@@ -169,8 +171,21 @@ def test_the_compute_parts_run_without_the_services_libraries(sources, root):
         f"{source.path}:{found.line} imports {name}"
         for source, found, name in third_party(sources, root)
         if name in NOT_AT_IMPORT and found.executed and source.module.split(".")[0] in BARE
+        if not (source.path in REDIS_FILES and name in {"redis", "tenacity"})
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_store_loads_its_client_library_when_one_is_opened(sources, root):
+    """Every module outside the Redis store can be imported where neither redis nor tenacity is installed."""
+    modules = [f"kvsluice.{s.module}" for s in sources if covers("kvstore", s.module) and s.path not in REDIS_FILES]
+    assert "kvsluice.kvstore.opening" in modules
+    program = (
+        "import importlib, sys\nsys.modules.update(redis=None, tenacity=None)\n"
+        f"for m in {modules!r}: importlib.import_module(m)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torch_stays_out_of_the_files_that_must_do_without(sources, root):
