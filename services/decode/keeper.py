@@ -92,6 +92,11 @@ class Keeper:
         self._begin([choice.token_ids for choice in emitted])
         self._add(manifest)
 
+    def started(self) -> None:
+        """The request has been started: what was given up before could not let its choices off their leash."""
+        if not self.is_kept:
+            self._let_go()
+
     async def take_over(self, restored: Restored) -> None:
         """Go on keeping what was restored. Rows of which only a part is of use are stored as what they are now."""
         self._begin([choice.token_ids for choice in restored.emitted])
@@ -222,6 +227,9 @@ class Keeper:
             self._fenced(error)
             return
         logger.warning("request %s is not kept any longer: %s", self._ident.request_id, type(error).__name__)
+        self._let_go()
+
+    def _let_go(self) -> None:
         for choice in range(len(self._tokens)):
             self._lengthen(choice, math.inf)
 

@@ -53,6 +53,8 @@ class KeptRequests:
             await target.commit(restored.found.manifest.prompt_ids, restored.emitted)
         except FrameMismatch as exc:
             raise SequenceLost(f"what was stored of the sequence cannot be used: {exc.message}") from exc
+        if keeper is not None:
+            keeper.started()
         rows = sum(kept.num_rows for choice in restored.emitted for kept in choice.kept)
         self._recorder.record(
             "decode.restored", request_id=wanted.ident.request_id, epoch=wanted.ident.epoch, rows=rows

@@ -29,6 +29,7 @@ class Keeping(Protocol):
 
     async def frame(self, data: bytes) -> None: ...
     def manifest(self, manifest: Manifest, emitted: Sequence[EmittedChoice]) -> None: ...
+    def started(self) -> None: ...
 
 
 class Receiver:
@@ -118,6 +119,8 @@ class Receiver:
         if self._keeper is not None:  # before the first token can be told
             self._keeper.manifest(manifest, emitted)
         await self._target.commit(manifest.prompt_ids, emitted)
+        if self._keeper is not None:
+            self._keeper.started()
         self._committed = True
         self._recorder.record("decode.committed", request_id=self._ident.request_id, epoch=self._ident.epoch)
         await self._acknowledge(wpb.FrameAck(index=len(self._entries), committed=True))

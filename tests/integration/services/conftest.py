@@ -301,7 +301,6 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
                 await fleet.add_worker("decode-0", "decode")
                 await fleet.until_ready()
 
-
         yield make
 
 
@@ -344,8 +343,8 @@ class RealFleet:
         await self.hosts.pop(worker_id).stop()
 
     def busy(self) -> str:
-        """The decode worker that runs something."""
-        return next(name for name, engine in self.engines.items() if engine.num_running)
+        """The decode worker that holds something."""
+        return next(name for name, engine in self.engines.items() if engine.free_bytes < engine.capacity_bytes)
 
     async def until_idle(self) -> None:
         """Wait until nothing runs; then everything that requests held must be free again."""
