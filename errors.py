@@ -45,6 +45,11 @@ class KvsluiceError(Exception):
         super().__init__(message)
         self.message = message
 
+    @property
+    def type_name(self) -> str:
+        """The class of this module that it is: others are not known on the far side of a boundary."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__ == __name__)
+
 
 class InvalidRequest(KvsluiceError):
     """A field of a request holds something it may not hold.

@@ -93,7 +93,7 @@ class Host:
             self._status["address"] = self._start()
         except Exception as exc:
             error = exc if isinstance(exc, KvsluiceError) else InternalError(f"it cannot start: {where(exc)}")
-            self._status |= {"error_type": type(error).__name__, "message": error.message}
+            self._status |= {"error_type": error.type_name, "message": error.message}
             if self._predecessor() is not None:
                 log.error("%s cannot start again and will be tried once more: %s", worker_id, error.message)
                 end_later()

@@ -39,7 +39,7 @@ def decode_request(message: wpb.Open) -> DecodeRequest:
 
 def failed_message(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode:
     """The end of a request by an error."""
-    failed = wpb.Failed(request_id=request_id, epoch=epoch, error_type=type(error).__name__, message=error.message)
+    failed = wpb.Failed(request_id=request_id, epoch=epoch, error_type=error.type_name, message=error.message)
     if isinstance(error, InvalidRequest):
         failed.field, failed.allowed = error.field, error.allowed
     return wpb.FromDecode(failed=failed)

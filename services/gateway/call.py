@@ -96,7 +96,7 @@ class Call:
         self._recorder.record(
             "gateway.migrated",
             request_id=self._job.request_id,
-            error_type=type(error).__name__,
+            error_type=error.type_name,
             start=self._failover.start.value,
         )
         await asyncio.sleep(wait_s)

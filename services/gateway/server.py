@@ -144,7 +144,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             self.metrics.failed(DeadlineExceeded.__name__)
             raise DeadlineExceeded(f"not finished within {allowed_s:.3g} s") from None
         except KvsluiceError as exc:
-            self.metrics.failed(type(exc).__name__)
+            self.metrics.failed(exc.type_name)
             raise
 
     async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:

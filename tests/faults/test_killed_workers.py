@@ -1,4 +1,4 @@
-"""Parts of a running service are killed: clients get a typed error within their deadline, and the next request works.
+"""Parts of a running service are killed: streams go on once a new worker is there, and the next request works.
 
 The tests share one service and run in order; the last one drains it.
 """
@@ -33,24 +33,24 @@ def test_prefill_killed_while_it_computes(victim, client):
     stream = client.stream(LONG_PROMPT, max_tokens=8)
     victim.wait_busy("ray::PrefillWorker", 0.5)
     victim.kill("ray::PrefillWorker")
-    with pytest.raises(WorkerLost, match="the prefill worker was lost"):
-        next(stream)
-    assert works(client)
+    assert sum(len(chunk.token_ids) for chunk in stream) == 8
+    assert stream.completion.durability.migrations >= 1
     victim.wait_said("kvsluice: the new prefill-0 serves")
     assert victim.service.log.read_text().count("kvsluice: prefill-0 died; a new one is started") == 1
 
 
 def test_decode_killed_while_it_streams(victim, client):
-    streams = [client.stream(f"Story {i}:", max_tokens=400, ignore_eos=True) for i in range(3)]
+    options = {"max_tokens": 60, "ignore_eos": True, "temperature": 0.0}
+    whole = [client.generate(f"Story {i}:", **options).token_ids for i in range(2)]
+    streams = [client.stream(f"Story {i}:", **options) for i in range(2)]
     for stream in streams:
         for _ in range(3):
             next(stream)
     victim.kill("ray::DecodeWorker")
-    for stream in streams:
-        with pytest.raises(WorkerLost, match="decode"):
-            for _ in stream:
-                pass
-    assert works(client)
+    for stream, want in zip(streams, whole, strict=True):
+        for _ in stream:
+            pass
+        assert stream.completion.token_ids == want
 
 
 def test_gateway_killed(victim, client):

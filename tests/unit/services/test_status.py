@@ -149,3 +149,13 @@ def test_an_option_that_does_not_fit_is_refused_by_its_own_name(name, value, fie
     with pytest.raises(InvalidRequest) as caught:
         build_request("abc", {name: value})
     assert caught.value.field == field
+
+
+def test_what_an_error_is_called_on_the_far_side_is_a_class_of_the_tree():
+    class Inner(errors.StoreUnavailable):
+        """One that a single part of the system knows."""
+
+    name = Inner("gone").type_name
+    assert name == "StoreUnavailable"
+    assert isinstance(build_error(name, "gone"), errors.StoreUnavailable)
+    assert {cls("x").type_name for cls in (errors.WorkerLost, errors.Fenced)} == {"WorkerLost", "Fenced"}
