@@ -112,6 +112,13 @@ PARTS: Mapping[str, Part] = {
          Option("against", "FILE", "results of bench decode; rows of the same recipe, context and batch are compared"),
          replace(_WARMUP, help="tokens of each stream that are not counted", default="8"), *_COMMON),
     ),
+    "failover": Part(
+        "Next token behind the loss of a decode worker, from the store against the prompt run again.",
+        (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT,
+         Option("cache-gib", "GIB", "memory for caches of each decode worker; default: 1"),
+         replace(_REPEATS, default="3"),
+         replace(_WARMUP, help="losses of each side that are not counted", default="0"), *_COMMON),
+    ),
     "kernels": Part(
         "Every operation of kernels/ at a model's shapes, against its torch reference and the device's limits.",
         (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP,

@@ -10,6 +10,7 @@ from ..evals.results import TRANSFORMERS
 from ..evals.svg import as_text, drawing
 from ..kernels.dispatch import REFERENCE
 from .bench_decode import STEP
+from .bench_failover import AGAIN, FROM_STORE, NEXT_TOKEN
 from .bench_prefill import BESIDE, FIRST_TOKEN
 from .bench_results import BenchResults, Row
 from .bench_service import BENCH, STREAMS
@@ -135,6 +136,23 @@ def service_table(files: Sequence[File]) -> str:
         waits = [seconds(row.figures[name]) for name in ("token_p99_s", "mean_first_token_s", "last_first_token_s")]
         own = (f"{row.figures['tokens_per_s']:,.0f}", _times(row.ratios.get(BENCH)), seconds(row.time.median_s))
         lines.append((count, _side(row), *own, *waits))
+    return _table(header, lines)
+
+
+def failover_table(files: Sequence[File]) -> str:
+    """How soon a stream goes on behind a lost decode worker."""
+    header = ("tokens", "side", "from the store", "prompt run again", "times as soon", "tokens run again")
+    lines: list[tuple[str, ...]] = []
+    for file in files:
+        rows = [row for row in file.results.rows if row.what == NEXT_TOKEN and row.time is not None]
+        for row in (row for row in rows if row.side == FROM_STORE):
+            alike = (row.context, row.recipe_fingerprint)
+            again = next((o for o in rows if o.side == AGAIN and (o.context, o.recipe_fingerprint) == alike), None)
+            if row.time is None or again is None or again.time is None:
+                continue
+            name = f"{row.conditions['recipe']} ({row.model}), {file.gpu or 'CPU'}"
+            own = (seconds(row.time.median_s), seconds(again.time.median_s), _times(row.ratios.get(AGAIN)))
+            lines.append((f"{row.context:,}", name, *own, f"{row.figures['recomputed_tokens']:.0f}"))
     return _table(header, lines)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ..errors import KvsluiceError
 from ..evals.results import check_writable
-from . import bench_decode, bench_handoff, bench_kernels, bench_prefill, bench_service
+from . import bench_decode, bench_failover, bench_handoff, bench_kernels, bench_prefill, bench_service
 from .bench_results import BenchResults, Row, save
 from .options import BenchOptions, argument_parser, parse_options
 from .progress import Progress
@@ -43,6 +43,7 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "handoff": bench_handoff.measure,
     "kernels": bench_kernels.measure,
     "service": bench_service.measure,
+    "failover": bench_failover.measure,
 }
 
 
@@ -75,7 +76,7 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
             save(options.json, _results(bench, kept))
 
     # a service's GPU is its own
-    limits = measure_limits(torch.device("cpu") if options.part == "service" else device, dtype)
+    limits = measure_limits(torch.device("cpu") if options.part in ("service", "failover") else device, dtype)
     bench = Bench(options, subjects, device, dtype, limits, progress, keep)
     results = _results(bench, MEASURES[options.part](bench))
     if options.json is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
+REDIS_START_S = 10.0
 READINESS = "kvsluice.v1.Generation"
 _SERVING = re.compile(r"^kvsluice: serving .* on (?P<address>\S+) \(", re.MULTILINE)
 
@@ -83,6 +86,41 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             # its own process group, so nothing that it started is left behind
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextlib.contextmanager
+def running_redis() -> Iterator[str]:
+    """Run a redis-server on a free port of this machine, which persists nothing, for the length of the `with` block.
+    Yields host:port.
+
+    Raises:
+        ServiceFailed: there is none to run, or it does not start.
+    """
+    if shutil.which("redis-server") is None:
+        raise ServiceFailed("no redis-server on this machine; on Debian: apt-get install redis-server")
+    with tempfile.TemporaryDirectory(prefix="kvsluice-redis-") as folder:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = Path(folder) / "redis.log"
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--logfile", str(log)]
+        process = subprocess.Popen(  # noqa: S603 - the command above
+            [*command, "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + REDIS_START_S
+            while not _listens(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ServiceFailed(f"redis-server does not start:\n{_tail(log) if log.exists() else ''}")
+                time.sleep(0.05)
+            yield f"127.0.0.1:{port}"
+        finally:
+            _stop(process)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager

@@ -45,9 +45,7 @@ def status_code(error: KvsluiceError) -> grpc.StatusCode:
 
 def error_info(error: KvsluiceError, request_id: str = "") -> pb.ErrorInfo:
     """The public form of an error."""
-    info = pb.ErrorInfo(
-        type=error.type_name, message=error.message, retryable=error.retryable, request_id=request_id
-    )
+    info = pb.ErrorInfo(type=error.type_name, message=error.message, retryable=error.retryable, request_id=request_id)
     if isinstance(error, InvalidRequest):
         info.field, info.allowed = error.field, error.allowed
     return info

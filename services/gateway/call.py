@@ -70,11 +70,13 @@ class Call:
         self._count(route, resolved, attempt)
 
     async def _route(self, model_fingerprint: str | None) -> Route:
-        plan = self._failover
-        return await self._pool.route(
+        plan, pool = self._failover, self._pool
+        if plan.start is Start.RESTORE and pool.has_decode and not pool.has_store:
+            plan.start = Start.REPLAY  # those that had one are gone; what is there goes on without
+        return await pool.route(
             model_fingerprint=model_fingerprint,
             prefill=plan.start is not Start.RESTORE,
-            store=self._job.keeps,
+            store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
             avoid=plan.avoid,
         )
 

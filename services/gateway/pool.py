@@ -70,6 +70,11 @@ class WorkerPool:
         return self._changed
 
     @property
+    def has_decode(self) -> bool:
+        """Whether a decode worker is up."""
+        return bool(self._decodes())
+
+    @property
     def has_store(self) -> bool:
         """Whether there is a decode worker that can keep requests."""
         return any(link.info.has_store for link in self._decodes())

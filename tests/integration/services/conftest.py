@@ -96,6 +96,7 @@ class Script:
         report: what decode waits for between the last token and its report.
         refusal: what decode answers instead of making room.
         has_store: whether decode workers say that they have one.
+        stores: those that do; empty = all.
         store_refusal: what decode answers where it is to go on from the store.
         stalled: workers that accept connections and answer nothing.
     """
@@ -110,6 +111,7 @@ class Script:
     report: Callable[[], Awaitable[Any]] | None = None
     refusal: wpb.Failed | None = None
     has_store: bool = False
+    stores: set[str] = field(default_factory=set)
     store_refusal: wpb.Failed | None = None
     stalled: set[str] = field(default_factory=set)
     opens: list[wpb.Open] = field(default_factory=list)
@@ -140,7 +142,7 @@ class _Service:
         if self._worker_id in self.script.stalled:
             await asyncio.Event().wait()
         info = self._identity.info(capacity_bytes=1000, free_bytes=1000)
-        info.has_store = self.script.has_store
+        info.has_store = self.script.has_store and self._worker_id in (self.script.stores or {self._worker_id})
         return info
 
 
@@ -300,6 +302,8 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
                 await fleet.add_worker("prefill-0", "prefill")
                 await fleet.add_worker("decode-0", "decode")
                 await fleet.until_ready()
+
+            return fleet
 
         yield make
 

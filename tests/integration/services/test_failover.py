@@ -86,6 +86,19 @@ async def test_what_the_store_has_lost_is_replayed(pair, error_type):
     assert done.durability.migrations == 1, "two ways of one migration"
 
 
+async def test_where_no_store_is_left_the_prompt_is_run_again_and_no_longer_kept(pair):
+    pair.script.has_store = True
+    await until_stores(pair)
+    pair.script.gate = Killer(pair, 9, "decode-0")
+    pair.script.stores = {"decode-0"}
+    async with asyncio.timeout(10):
+        while sum(link.info.has_store for link in pair.gateway.pool._decodes()) != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    done = await pair.client.generate("abc", max_tokens=60, durability="tokens")
+    assert done.text == TEXT[:-1]
+    assert [opening.from_store for opening in pair.script.opens] == [False, False]
+
+
 async def test_choices_that_have_ended_stay_as_they_are(pair):
     pair.script.eos = False
     gate = Killer(pair, 12, "decode-0")
