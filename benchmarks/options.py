@@ -100,6 +100,17 @@ PARTS: Mapping[str, Part] = {
         "Encoded layers to frames, to layers again, into a decode cache; bytes against bf16.",
         (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV, _CHUNK, _REPEATS, _WARMUP, *_COMMON),
     ),
+    "tiers": Part(
+        "Decode of more sequences than the device's pool holds, which take turns there.",
+        (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV,
+         Option("load", "N,N", "times as many sequences as the pool holds", "1,2,4,8"),
+         Option("kv-pool-gib", "GIB", "memory of the device for caches", "1"),
+         Option("kv-offloading-gib", "GIB", "host memory for values and for sequences that are not on the device", "4"),
+         Option("time-slice", "N", "steps that a sequence may have before it makes room", "128"),
+         Option("most-rows", "N", "rows of a step, at most; default: as many as the pool holds sequences"),
+         Option("steps", "N", "steps that are timed, at least; and one slice of every sequence", "128"),
+         _CHUNK, replace(_WARMUP, help="steps that are not counted", default="8"), *_COMMON),
+    ),
     "service": Part(
         "Streams of a running service, as its clients see them, against the decode engine alone.",
         (replace(_MODEL, help="the model that is served; its shape alone is read"),
@@ -136,7 +147,10 @@ class BenchOptions:
         baseline: whether transformers is measured.
         profile: whether times by kind of work are recorded; of a GPU only.
         device, dtype, chunk_tokens, pack_tokens, cache_gib: None = chosen by the device.
-        offloading_gib: host memory for values, or None.
+        offloading_gib: host memory for values, and for sequences that are parked, or None.
+        loads: sequences over those that the pool holds.
+        time_slice: steps of a sequence's turn.
+        most_rows: of a step; None = as many as the pool holds sequences.
     """
 
     part: str
@@ -157,6 +171,9 @@ class BenchOptions:
     pack_tokens: int | None
     cache_gib: float | None
     offloading_gib: float | None
+    loads: tuple[int, ...]
+    time_slice: int
+    most_rows: int | None
     address: str
     new_tokens: int
     against: Path | None
@@ -187,7 +204,8 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
     shared = ("recipe", "variant", "context", "seed", "json", "device", "dtype", "chunk_tokens", "commit")
     checked = parse_eval_options({key: text[key] for key in shared if text.get(key)})
     selected = _optional(text.get("selected"), lambda one: _whole("selected", one, 1, 1 << 20))
-    cache = _optional(text.get("cache_gib"), lambda one: _number("cache-gib", one, 1e-3, 1 << 14))
+    cache_option = "kv-pool-gib" if part == "tiers" else "cache-gib"
+    cache = _optional(text.get(cache_option.replace("-", "_")), lambda one: _number(cache_option, one, 1e-4, 1 << 14))
     offloading = _optional(text.get("kv_offloading_gib"), lambda one: _number("kv-offloading-gib", one, 1e-3, 1 << 14))
     return BenchOptions(
         part=part,
@@ -208,6 +226,9 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         pack_tokens=_optional(text.get("pack_tokens"), lambda one: _whole("pack-tokens", one, 1, 1 << 20)),
         cache_gib=cache,
         offloading_gib=offloading,
+        loads=_apart("load", [_whole("load", one, 1, 64) for one in _listed("load", text.get("load", "1"))]),
+        time_slice=_whole("time-slice", text.get("time_slice", "1"), 1, 1 << 16),
+        most_rows=_optional(text.get("most_rows"), lambda one: _whole("most-rows", one, 1, MOST_BATCH)),
         address=text.get("address", ""),
         new_tokens=_whole("new-tokens", text.get("new_tokens", "1"), 1, 1 << 20),
         against=_optional(text.get("against"), Path),

@@ -15,7 +15,8 @@ means, another attempt under the same request id is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 
@@ -43,7 +44,7 @@ from .sequence import (
 )
 from .start import check_start, demand_of, start_choices
 from .step import StepRunner
-from .tiers import TierPolicy, Tiers
+from .tiers import TierPolicy
 
 __all__ = [
     "DecodeEngine",
@@ -87,24 +88,20 @@ class DecodeEngine:
         mark: Callable[[], DeviceEvent | None] = lambda: None,
         tiers: TierPolicy | None = None,
     ) -> None:
-        self.model = model
-        self._mark = mark
+        self.model, self._mark = model, mark
         self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
         self.shape = model_shape(model.config)
         self.host = host
-        pool, on_host = PagePool(capacity_bytes), None if host is None else PagePool(host.capacity_bytes)
-        by_turns = None
-        if host is not None and on_host is not None and tiers is not None:
-            by_turns = Tiers(pool, on_host, tiers, host.page_nbytes)
-        self.scheduler = Scheduler(pool, max_num_seqs, max_waiting, on_host, by_turns)
+        on_host = None if host is None else PagePool(host.capacity_bytes)
+        self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting, on_host)
         self.runner = StepRunner(model, self.shape, max_num_seqs)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
         self._under_way: LaunchedStep | None = None
         self._broken: Exception | None = None
         self._parking: Parking | None = None
-        if by_turns is not None and host is not None:
-            self._parking = Parking(self.scheduler, by_turns, host, model.device, self._runs, self._fail)
+        if host is not None and tiers is not None:
+            self._parking = Parking(self.scheduler, tiers, host, model.device, self._runs, self._fail)
 
     @property
     def num_running(self) -> int:
@@ -214,7 +211,7 @@ class DecodeEngine:
         keeps them any more."""
         if self._find(request_id, epoch) is not None:
             self.scheduler.lengthen(Choice(request_id, choice), rows)
-            self._admit()  # it may be parked
+            self._admit()  # if it is parked, it may come back for that
 
     def grant(self, request_id: str, tokens: int, epoch: int | None = None) -> None:
         """Allow `tokens` ≥ 0 more to be sent. Without effect on a request that is gone or has no limit."""
@@ -222,7 +219,7 @@ class DecodeEngine:
             raise InvalidRequest("credits", f"got {tokens}", "at least 0")
         if self._find(request_id, epoch) is not None:
             self.scheduler.grant(request_id, tokens)
-            self._admit()  # it may be parked
+            self._admit()
 
     def cancel(self, request_id: str, choice: int | None = None, epoch: int | None = None) -> bool:
         """End a request with a FailedEvent, or one choice of it as if it had finished. False when it is not here."""
@@ -249,12 +246,12 @@ class DecodeEngine:
         """
         if self._broken is not None:
             raise self._broken
-        self._admit()
         self.runner.join()
+        in_flight = () if self._under_way is None else self._under_way.turns
+        self._admit({turn.choice.request_id for turn in in_flight})
         turns = [Turn(choice, self._runs[choice.request_id]) for choice in self.scheduler.next_batch()]
-        if self._parking is not None:
-            in_flight = [] if self._under_way is None else self._under_way.turns
-            self._parking.advance({turn.choice.request_id for turn in in_flight}, not turns and not in_flight)
+        if self._parking is not None and not turns and not in_flight:
+            self._parking.wait()
         launched = launch(self.runner, turns) if turns else None
         if launched is not None:
             self._tell_kept(launched)
@@ -291,8 +288,12 @@ class DecodeEngine:
         model = self.model  # not the engine, which holds the caches that hold this
         return lambda x, positions: model.rotate(x, positions, num_prompt_tokens)
 
-    def _admit(self) -> None:
-        for request_id in self.scheduler.admit():
+    def _admit(self, in_flight: Collection[str] | None = None) -> None:
+        """Let in what fits; where a step begins, those move who are to, but for those of the one under way."""
+        admit = self.scheduler.admit
+        if self._parking is not None and in_flight is not None:
+            admit = partial(self._parking.move, in_flight, admit)
+        for request_id in admit():
             run = self._runs[request_id]
             request = run.request
             try:

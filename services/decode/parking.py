@@ -21,7 +21,7 @@ from torch import Tensor
 from .host_pages import HostPages, TakenPages
 from .scheduler import Scheduler
 from .sequence import RequestRun
-from .tiers import Place, Tiers
+from .tiers import Place, TierPolicy, Tiers
 
 ALIGNMENT = 256  # of a storage in host memory
 
@@ -77,9 +77,10 @@ class CopyStream:
 
 
 class Parking:
-    """Moves requests as the scheduler's tiers say.
+    """Moves requests as the scheduler's tiers say, which it has from here.
 
     Args:
+        scheduler: of no request yet.
         runs: running requests.
         fail: ends a request by an error.
     """
@@ -87,14 +88,15 @@ class Parking:
     def __init__(
         self,
         scheduler: Scheduler,
-        tiers: Tiers,
+        policy: TierPolicy,
         host: HostPages,
         device: torch.device,
         runs: Mapping[str, RequestRun],
         fail: Callable[[str, Exception], object],
     ) -> None:
         self._scheduler = scheduler
-        self._tiers = tiers
+        assert scheduler.host is not None, "there is host memory, and its ledger"
+        self._tiers = scheduler.tiers = Tiers(scheduler.pool, scheduler.host, policy, host.page_nbytes)
         self._host = host
         self._device = device
         self._runs = runs
@@ -108,22 +110,33 @@ class Parking:
         """Bytes of host memory that are taken."""
         return sum(len(saved.pages.views) for saved in self._saved.values()) * self._host.page_nbytes
 
-    def advance(self, in_flight: Collection[str], is_idle: bool) -> None:
-        """Finish the copies that are done and begin those that are due. Call it where the device finds everything that
-        was packed ahead.
+    def move(self, in_flight: Collection[str], admit: Callable[[], list[str]]) -> list[str]:
+        """Settle the copies that are done, and begin those that are due. Call it where the device finds everything
+        that was packed ahead.
 
         Args:
-            in_flight: requests of a step that is not settled.
-            is_idle: nothing else is to be done until a copy is.
+            in_flight: requests of a step that is not settled, which stay.
+            admit: lets others in, and says who is to move.
+
+        Returns:
+            what `admit` does.
         """
-        for request_id, done in list(self._under_way.items()):
-            self._guarded(request_id, lambda r=request_id, d=done: self._finish(r, d, is_idle))  # type: ignore[misc]
+        for request_id in list(self._under_way):
+            self._guarded(request_id, self._finish)
+        admitted = admit()
         for request_id in self._tiers.at(Place.LEAVING):
             if request_id not in self._under_way and request_id not in in_flight:
-                self._guarded(request_id, lambda r=request_id: self._leave(r))  # type: ignore[misc]
+                self._guarded(request_id, self._leave)
         for request_id in self._tiers.at(Place.COMING):
             if request_id not in self._under_way:
-                self._guarded(request_id, lambda r=request_id: self._come(r))  # type: ignore[misc]
+                self._guarded(request_id, self._come)
+        return admitted
+
+    def wait(self) -> None:
+        """Wait for a copy that is under way, if one is: there is nothing else to do."""
+        done = next(iter(self._under_way.values()), None)
+        if done is not None:
+            done.synchronize()
 
     def drop(self, request_id: str) -> None:
         """A request has ended: forget what is here of it."""
@@ -148,9 +161,9 @@ class Parking:
                     "what is parked is nowhere else"
                 )
 
-    def _guarded(self, request_id: str, action: Callable[[], None]) -> None:
+    def _guarded(self, request_id: str, action: Callable[[str], None]) -> None:
         try:
-            action()
+            action(request_id)
         except Exception as exc:  # memory that is not to be had, or a device that has failed: this request's end
             self._fail(request_id, exc)
 
@@ -175,12 +188,10 @@ class Parking:
         parts = self._parts(saved, wanted)
         self._under_way[request_id] = self._up.run([own for _, own in parts], [host for host, _ in parts])
 
-    def _finish(self, request_id: str, done: torch.cuda.Event | None, is_idle: bool) -> None:
-        if done is not None:
-            if is_idle:
-                done.synchronize()
-            if not done.query():
-                return
+    def _finish(self, request_id: str) -> None:
+        done = self._under_way[request_id]
+        if done is not None and not done.query():  # type: ignore[no-untyped-call]
+            return
         saved = self._saved[request_id]
         del self._under_way[request_id]
         if self._tiers.place(request_id) is Place.LEAVING:
@@ -204,7 +215,7 @@ class Parking:
             size, begin = saved.sizes[key], 0
             own = torch.empty(0, dtype=torch.uint8, device=self._device)
             if key in wanted and size:
-                own = own.set_(storage)  # type: ignore[call-overload]
+                own = own.set_(storage)
             while begin < size:
                 if at == len(span):
                     span, at = next(spans), 0

@@ -83,24 +83,19 @@ class Scheduler:
         max_num_seqs: choices that run in one step, at least 1.
         max_waiting: requests that may wait for memory, at least 0.
         host: the ledger of host memory; None = there is none, and no demand for it.
-        tiers: who is parked there; None = nobody is.
+
+    Attributes:
+        tiers: who is parked there; None = nobody is. Set before the first request comes.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        max_num_seqs: int,
-        max_waiting: int,
-        host: PagePool | None = None,
-        tiers: Tiers | None = None,
-    ) -> None:
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int, host: PagePool | None = None) -> None:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs: got {max_num_seqs}; allowed: at least 1")
         if max_waiting < 0:
             raise ConfigError(f"max_waiting: got {max_waiting}; allowed: at least 0")
         self.pool = pool
         self.host = host
-        self.tiers = tiers
+        self.tiers: Tiers | None = None
         self.max_num_seqs = max_num_seqs
         self.max_waiting = max_waiting
         self._requests: dict[str, _Request] = {}
