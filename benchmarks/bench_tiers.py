@@ -87,7 +87,7 @@ def _time(bench: Bench, recipe: Recipe, side: str, times: int, empty: Row) -> Ro
     options = bench.options
     assert empty.context is not None
     load = _load(bench, recipe, empty.context, times)
-    capacity = cache_bytes(bench) if side == BY_TURNS else load.count * load.demand.total_bytes
+    capacity = (load.in_pool if side == BY_TURNS else load.count) * load.demand.total_bytes
     _check_memory(bench, load, side, capacity)
     policy = TierPolicy(time_slice=options.time_slice)
     engine = DecodeEngine(

@@ -205,7 +205,7 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
     checked = parse_eval_options({key: text[key] for key in shared if text.get(key)})
     selected = _optional(text.get("selected"), lambda one: _whole("selected", one, 1, 1 << 20))
     cache_option = "kv-pool-gib" if part == "tiers" else "cache-gib"
-    cache = _optional(text.get(cache_option.replace("-", "_")), lambda one: _number(cache_option, one, 1e-4, 1 << 14))
+    cache = _optional(text.get(cache_option.replace("-", "_")), lambda one: _number(cache_option, one, 1e-3, 1 << 14))
     offloading = _optional(text.get("kv_offloading_gib"), lambda one: _number("kv-offloading-gib", one, 1e-3, 1 << 14))
     return BenchOptions(
         part=part,

@@ -177,10 +177,11 @@ class Scheduler:
         takes_new = True
         for _, request_id in sorted(line):
             demand, is_new = self._requests[request_id].demand, request_id not in parked
-            takes_new = takes_new and (not is_new or self._has_host_room(demand))
-            if is_new and not takes_new:
-                continue  # it waits for host memory, which those that are parked need not
             need = demand.total_bytes if is_new else self._device_bytes(request_id)
+            if is_new:  # it may wait for host memory, which those that are parked need not
+                takes_new &= self._has_host_room(demand) and tiers.takes_more(need, self._admitted_bytes())
+                if not takes_new:
+                    continue
             if not claimed and need <= self.pool.free_bytes:
                 if is_new:
                     admitted.append(self._let_in(request_id))
@@ -188,7 +189,7 @@ class Scheduler:
                     self._come(tiers, request_id)
                 continue
             shortage = claimed + need - self.pool.free_bytes
-            room = tiers.make_room(shortage, self._device_bytes, self._is_paused, for_new=is_new)
+            room = tiers.make_room(shortage, self._device_bytes, self._is_paused)
             if is_new and room is Room.HOST_IS_FULL:
                 takes_new = False
                 continue
@@ -335,6 +336,11 @@ class Scheduler:
         """What a running request reserves there."""
         request = self._requests[request_id]
         return request.demand.prompt_bytes + request.demand.tail_bytes * len(request.choices)
+
+    def _admitted_bytes(self) -> int:
+        """What all requests that were let in would reserve if they were on the device."""
+        running = sum(self._device_bytes(r) for r, q in self._requests.items() if q.phase is Phase.RUNNING)
+        return running + sum(q.demand.total_bytes for q in self._requests.values() if q.phase is Phase.RECEIVING)
 
     def _is_on_device(self, request_id: str) -> bool:
         """Whether a request that was let in has memory reserved there."""

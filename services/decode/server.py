@@ -43,6 +43,7 @@ from .messages import decode_request, event_message, failed_message, restored_ch
 from .receiver import Receiver
 from .restore import Restoring
 from .sequence import typed
+from .tiers import TierPolicy
 
 
 class _Session:
@@ -345,8 +346,9 @@ def make_decode_service(
 ) -> DecodeService:
     """The service as a process of this configuration runs it."""
     host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
+    tiers = TierPolicy(config.kv_time_slice_steps) if config.kv_time_slice_steps else None
     return DecodeService(
-        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host),
+        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host, tiers=tiers),
         identity,
         recorder=recorder,
         setup=use_threads(config.torch_threads, config.decode_workers),

@@ -22,9 +22,9 @@ little, others have to leave:
   the largest.
 
 A request that is parked and waits for its client stays where it is. Every request that has something to do comes back,
-as those before it in line have their slices or end. Requests that are let in beyond the device's memory are as many as
-host memory takes up to its high watermark; above it none is, until what is used has fallen below the low one. What is
-left serves the turns of those that are in.
+as those before it in line have their slices or end. Requests are let in as long as what the device does not hold of all
+of them, and the values that lie in host memory, stay below its high watermark; once one has had to wait for that, none
+is until they are below the low one. What is left serves the turns of those that are in.
 """
 
 from __future__ import annotations
@@ -213,17 +213,15 @@ class Tiers:
         nbytes: int,
         size_of: Callable[[str], int],
         is_paused: Callable[[str], bool],
-        for_new: bool = False,
     ) -> Room:
         """Have requests leave until `nbytes` more will be free than are now, or none.
 
         Args:
             size_of: bytes of the device that a running request has reserved.
             is_paused: whether a running request waits for others than the worker.
-            for_new: it is for one that is not let in yet.
         """
         nbytes -= sum(size_of(request_id) for request_id in self.at(Place.LEAVING))
-        room = self._room(for_new)
+        room = self._host.free_bytes
         leaving: list[str] = []
         may_leave = 0
         for request_id in self._in_turn(size_of, is_paused):
@@ -243,13 +241,19 @@ class Tiers:
             self._move(request_id, Place.DEVICE, Place.LEAVING)
         return Room.MADE
 
-    def _room(self, for_new: bool) -> int:
-        """Bytes of host memory that requests may be parked in."""
-        if not for_new:
-            return self._host.free_bytes
-        used, capacity = self._host.used_bytes, self._host.capacity_bytes
-        self._is_full = used > capacity * (self.policy.low if self._is_full else self.policy.high)
-        return 0 if self._is_full else max(0, int(capacity * self.policy.high) - used)
+    def takes_more(self, nbytes: int, admitted: int) -> bool:
+        """Whether one more request, of so many bytes of the device, may be let in beside those that are.
+
+        Args:
+            admitted: the same of all of them.
+        """
+        beyond = admitted - self._pool.capacity_bytes
+        if beyond + nbytes <= 0:
+            return True  # all have their place on the device
+        values = self._host.used_bytes - sum(self.regions().values())
+        low, high = (int(share * self._host.capacity_bytes) - values for share in (self.policy.low, self.policy.high))
+        self._is_full = beyond > low if self._is_full else beyond + nbytes > high
+        return not self._is_full
 
     def regions(self) -> dict[Region, int]:
         """What is reserved in host memory for requests that are not only on the device."""

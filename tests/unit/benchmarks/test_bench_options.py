@@ -18,7 +18,7 @@ from kvsluice.services import cli
 def test_defaults_are_what_the_help_says(part):
     options = parse_options(part, {})
     assert options.contexts == (8192,)
-    assert (options.seed, options.warmup) == (0, 8 if part in ("decode", "service") else 2)
+    assert (options.seed, options.warmup) == (0, 8 if part in ("decode", "tiers", "service") else 2)
     assert (options.json, options.dtype, options.device) == (None, None, None)
     assert options.models == (("llama-3.1-8b", "smollm2-135m") if part == "kernels" else ("llama-3.1-8b",))
     assert not options.baseline
@@ -37,7 +37,7 @@ def test_what_decode_measures():
 @pytest.mark.parametrize(
     ("part", "given", "said"),
     [
-        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, service, kernels"),
+        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, tiers, service, kernels"),
         ("prefill", {"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
         ("prefill", {"recipe": "none"}, "--recipe: recipe.name: unknown recipe 'none'; allowed: exact"),
         ("prefill", {"variant": ["kivi"]}, "--variant: 'kivi'; allowed: LABEL=RECIPE:{slots as JSON}"),
