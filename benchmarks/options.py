@@ -131,6 +131,9 @@ PARTS: Mapping[str, Part] = {
 }  # fmt: skip
 
 
+_OF_EVALUATIONS = ("recipe", "variant", "context", "seed", "json", "device", "dtype", "chunk_tokens", "commit")
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """Checked options; what only model and device can say is checked later. Options that a part does not have are at
@@ -201,12 +204,8 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         raise InvalidRequest("part", repr(part[:64]), ", ".join(PARTS))
     text: dict[str, Any] = {one.key: one.default for one in PARTS[part].options}
     text |= {key: value for key, value in given.items() if value is not None}
-    shared = ("recipe", "variant", "context", "seed", "json", "device", "dtype", "chunk_tokens", "commit")
-    checked = parse_eval_options({key: text[key] for key in shared if text.get(key)})
+    checked = parse_eval_options({key: text[key] for key in _OF_EVALUATIONS if text.get(key)})
     selected = _optional(text.get("selected"), lambda one: _whole("selected", one, 1, 1 << 20))
-    cache_option = "kv-pool-gib" if part == "tiers" else "cache-gib"
-    cache = _optional(text.get(cache_option.replace("-", "_")), lambda one: _number(cache_option, one, 1e-3, 1 << 14))
-    offloading = _optional(text.get("kv_offloading_gib"), lambda one: _number("kv-offloading-gib", one, 1e-3, 1 << 14))
     return BenchOptions(
         part=part,
         models=_listed("model", text["model"]) if part == "kernels" else (text["model"],),
@@ -224,8 +223,8 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         copy_out=bool(text.get("copy_out")),
         chunk_tokens=checked.chunk_tokens,
         pack_tokens=_optional(text.get("pack_tokens"), lambda one: _whole("pack-tokens", one, 1, 1 << 20)),
-        cache_gib=cache,
-        offloading_gib=offloading,
+        cache_gib=_gib("kv-pool-gib" if part == "tiers" else "cache-gib", text),
+        offloading_gib=_gib("kv-offloading-gib", text),
         loads=_apart("load", [_whole("load", one, 1, 64) for one in _listed("load", text.get("load", "1"))]),
         time_slice=_whole("time-slice", text.get("time_slice", "1"), 1, 1 << 16),
         most_rows=_optional(text.get("most_rows"), lambda one: _whole("most-rows", one, 1, MOST_BATCH)),
@@ -277,6 +276,10 @@ def _hit_rates(text: str | None) -> tuple[float | None, ...]:
     if not text:
         return (None,)
     return _apart("hit-rate", [_number("hit-rate", one, 0, 1) for one in _listed("hit-rate", text)])
+
+
+def _gib(option: str, text: Mapping[str, Any]) -> float | None:
+    return _optional(text.get(option.replace("-", "_")), lambda one: _number(option, one, 1e-3, 1 << 14))
 
 
 def _optional(text: str | None, check: Callable[[str], T]) -> T | None:

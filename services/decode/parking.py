@@ -12,7 +12,7 @@ the memory that they read and write is free then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,15 @@ class Saved:
         storages: what it is of; emptied while it lies here alone.
         sizes: their bytes.
         pages: what it lies in.
+        choices: that it is of.
+        parts: of which storage, a piece of host memory and the piece of the storage that belongs there, uint8.
     """
 
     storages: Mapping[int, torch.UntypedStorage]
     sizes: Mapping[int, int]
     pages: TakenPages
+    choices: frozenset[int]
+    parts: Sequence[tuple[int, Tensor, Tensor]]
 
     @property
     def nbytes(self) -> int:
@@ -168,24 +172,27 @@ class Parking:
             self._fail(request_id, exc)
 
     def _leave(self, request_id: str) -> None:
-        storages = storages_of(self._runs[request_id].tensors())
+        run = self._runs[request_id]
+        storages = storages_of(run.tensors())
         sizes = {key: storage.nbytes() for key, storage in storages.items()}
-        if not self._tiers.resize(request_id, sum(map(_aligned, sizes.values()))):
+        nbytes = sum(map(_aligned, sizes.values()))
+        if not self._tiers.resize(request_id, nbytes):
             self._tiers.stay(request_id)
             return
-        num_pages = -(-sum(map(_aligned, sizes.values())) // self._host.page_nbytes)
-        saved = Saved(storages, sizes, self._host.take(num_pages))
-        parts = self._parts(saved, storages)
-        self._under_way[request_id] = self._down.run([host for host, _ in parts], [own for _, own in parts])
+        pages = self._host.take(-(-nbytes // self._host.page_nbytes))
+        saved = Saved(storages, sizes, pages, frozenset(run.choices), _parts(storages, pages.spans, self._device))
+        self._under_way[request_id] = self._down.run(
+            [host for _, host, _ in saved.parts], [own for _, _, own in saved.parts]
+        )
         self._saved[request_id] = saved
 
     def _come(self, request_id: str) -> None:
-        saved = self._saved[request_id]
+        run, saved = self._runs[request_id], self._saved[request_id]
         # a choice may have ended meanwhile, and what it alone held is not wanted any more
-        wanted = storages_of(self._runs[request_id].tensors())
+        wanted = saved.storages if saved.choices == run.choices.keys() else storages_of(run.tensors())
         for key, storage in wanted.items():
             storage.resize_(saved.sizes[key])
-        parts = self._parts(saved, wanted)
+        parts = [(host, own) for key, host, own in saved.parts if key in wanted]
         self._under_way[request_id] = self._up.run([own for _, own in parts], [host for host, _ in parts])
 
     def _finish(self, request_id: str) -> None:
@@ -201,33 +208,32 @@ class Parking:
             return
         if done is not None:
             torch.cuda.current_stream(self._device).wait_event(done)
-        run = self._runs[request_id]
-        run.relocated()
+        self._runs[request_id].relocated()
         del self._saved[request_id]
-        self._tiers.came(request_id, sum(map(torch.UntypedStorage.nbytes, storages_of(run.tensors()).values())))
+        self._tiers.came(request_id, sum(storage.nbytes() for storage in saved.storages.values()))
 
-    def _parts(self, saved: Saved, wanted: Collection[int]) -> list[tuple[Tensor, Tensor]]:
-        """Pieces of host memory and of the wanted storages that belong together, uint8."""
-        parts = []
-        spans = iter(saved.pages.spans)
-        span, at = next(spans), 0
-        for key, storage in saved.storages.items():
-            size, begin = saved.sizes[key], 0
-            own = torch.empty(0, dtype=torch.uint8, device=self._device)
-            if key in wanted and size:
-                own = own.set_(storage)
-            while begin < size:
-                if at == len(span):
-                    span, at = next(spans), 0
-                count = min(size - begin, len(span) - at)
-                if key in wanted:
-                    parts.append((span[at : at + count], own[begin : begin + count]))
-                begin, at = begin + count, at + count
-            at += _aligned(size) - size
-            while at > len(span):
-                at -= len(span)
-                span = next(spans)
-        return parts
+
+def _parts(
+    storages: Mapping[int, torch.UntypedStorage], spans: Sequence[Tensor], device: torch.device
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Where storages lie in spans of host memory, one behind the other; see `Saved`."""
+    parts = []
+    left = iter(spans)
+    span, at = next(left), 0
+    for key, storage in storages.items():
+        size, begin = storage.nbytes(), 0
+        own = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        while begin < size:
+            if at == len(span):
+                span, at = next(left), 0
+            count = min(size - begin, len(span) - at)
+            parts.append((key, span[at : at + count], own[begin : begin + count]))
+            begin, at = begin + count, at + count
+        at += _aligned(size) - size
+        while at > len(span):
+            at -= len(span)
+            span = next(left)
+    return parts
 
 
 def _aligned(nbytes: int) -> int:
