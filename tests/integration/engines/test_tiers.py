@@ -139,11 +139,12 @@ class TestThroughTheKernels:
 
     @pytest.fixture
     def model(self, make_model):
-        return make_model(2)
+        return make_model(1)
 
     def test_what_lies_elsewhere_is_found(self, bench, prompts, monkeypatch) -> None:
         """Tables of addresses, hot sets, and rooms that blocks are packed to before they are due."""
-        encoded = prompts(sealing("sluice-full", key_codec=LOWRANK), 8, 428, ({"seed": 1}, {"seed": 2}))
+        recipe = sealing("sluice-full", key_codec=LOWRANK)
+        encoded = [*prompts(recipe, 8, 428, ({"seed": 1},)), *prompts(recipe, 4, 300, ({"seed": 2},))]
         wanted = run_all(bench(), encoded)
         sealed, seal = [], Sealing.seal
         monkeypatch.setattr(Sealing, "seal", lambda self: sealed.append(self.is_packed) or seal(self))
@@ -151,7 +152,7 @@ class TestThroughTheKernels:
         with forced(TRITON):
             assert run_all(b, encoded) == wanted
         assert sealed == [True], "of the first one, at position 432, in its second slice"
-        assert counts(b).preemptions >= 2
+        assert counts(b).preemptions >= 1
         assert b.engine.runner.computation.hot_counts[0] > 0
 
 
