@@ -100,6 +100,17 @@ PARTS: Mapping[str, Part] = {
         "Encoded layers to frames, to layers again, into a decode cache; bytes against bf16.",
         (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV, _CHUNK, _REPEATS, _WARMUP, *_COMMON),
     ),
+    "tiers": Part(
+        "Decode of more sequences than the device's pool holds, which take turns there.",
+        (_MODEL, _WEIGHTS, *_RECIPES, _CONTEXT, _KV,
+         Option("load", "N,N", "times as many sequences as the pool holds", "1,2,4,8"),
+         Option("kv-pool-gib", "GIB", "memory of the device for caches", "1"),
+         Option("kv-offloading-gib", "GIB", "host memory for values and for sequences that are not on the device", "4"),
+         Option("time-slice", "N", "steps that a sequence may have before it makes room", "128"),
+         Option("most-rows", "N", "rows of a step, at most; default: as many as the pool holds sequences"),
+         Option("steps", "N", "steps that are timed, at least; and one slice of every sequence", "128"),
+         _CHUNK, replace(_WARMUP, help="steps that are not counted", default="8"), *_COMMON),
+    ),
     "service": Part(
         "Streams of a running service, as its clients see them, against the decode engine alone.",
         (replace(_MODEL, help="the model that is served; its shape alone is read"),
@@ -127,6 +138,9 @@ PARTS: Mapping[str, Part] = {
 }  # fmt: skip
 
 
+_OF_EVALUATIONS = ("recipe", "variant", "context", "seed", "json", "device", "dtype", "chunk_tokens", "commit")
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """Checked options; what only model and device can say is checked later. Options that a part does not have are at
@@ -143,7 +157,10 @@ class BenchOptions:
         baseline: whether transformers is measured.
         profile: whether times by kind of work are recorded; of a GPU only.
         device, dtype, chunk_tokens, pack_tokens, cache_gib: None = chosen by the device.
-        offloading_gib: host memory for values, or None.
+        offloading_gib: host memory for values, and for sequences that are parked, or None.
+        loads: sequences over those that the pool holds.
+        time_slice: steps of a sequence's turn.
+        most_rows: of a step; None = as many as the pool holds sequences.
     """
 
     part: str
@@ -164,6 +181,9 @@ class BenchOptions:
     pack_tokens: int | None
     cache_gib: float | None
     offloading_gib: float | None
+    loads: tuple[int, ...]
+    time_slice: int
+    most_rows: int | None
     address: str
     new_tokens: int
     against: Path | None
@@ -191,11 +211,8 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         raise InvalidRequest("part", repr(part[:64]), ", ".join(PARTS))
     text: dict[str, Any] = {one.key: one.default for one in PARTS[part].options}
     text |= {key: value for key, value in given.items() if value is not None}
-    shared = ("recipe", "variant", "context", "seed", "json", "device", "dtype", "chunk_tokens", "commit")
-    checked = parse_eval_options({key: text[key] for key in shared if text.get(key)})
+    checked = parse_eval_options({key: text[key] for key in _OF_EVALUATIONS if text.get(key)})
     selected = _optional(text.get("selected"), lambda one: _whole("selected", one, 1, 1 << 20))
-    cache = _optional(text.get("cache_gib"), lambda one: _number("cache-gib", one, 1e-3, 1 << 14))
-    offloading = _optional(text.get("kv_offloading_gib"), lambda one: _number("kv-offloading-gib", one, 1e-3, 1 << 14))
     return BenchOptions(
         part=part,
         models=_listed("model", text["model"]) if part == "kernels" else (text["model"],),
@@ -213,8 +230,11 @@ def parse_options(part: str, given: Mapping[str, Any]) -> BenchOptions:
         copy_out=bool(text.get("copy_out")),
         chunk_tokens=checked.chunk_tokens,
         pack_tokens=_optional(text.get("pack_tokens"), lambda one: _whole("pack-tokens", one, 1, 1 << 20)),
-        cache_gib=cache,
-        offloading_gib=offloading,
+        cache_gib=_gib("kv-pool-gib" if part == "tiers" else "cache-gib", text),
+        offloading_gib=_gib("kv-offloading-gib", text),
+        loads=_apart("load", [_whole("load", one, 1, 64) for one in _listed("load", text.get("load", "1"))]),
+        time_slice=_whole("time-slice", text.get("time_slice", "1"), 1, 1 << 16),
+        most_rows=_optional(text.get("most_rows"), lambda one: _whole("most-rows", one, 1, MOST_BATCH)),
         address=text.get("address", ""),
         new_tokens=_whole("new-tokens", text.get("new_tokens", "1"), 1, 1 << 20),
         against=_optional(text.get("against"), Path),
@@ -263,6 +283,10 @@ def _hit_rates(text: str | None) -> tuple[float | None, ...]:
     if not text:
         return (None,)
     return _apart("hit-rate", [_number("hit-rate", one, 0, 1) for one in _listed("hit-rate", text)])
+
+
+def _gib(option: str, text: Mapping[str, Any]) -> float | None:
+    return _optional(text.get(option.replace("-", "_")), lambda one: _number(option, one, 1e-3, 1 << 14))
 
 
 def _optional(text: str | None, check: Callable[[str], T]) -> T | None:

@@ -20,7 +20,15 @@ import torch
 
 from ..errors import KvsluiceError
 from ..evals.results import check_writable
-from . import bench_decode, bench_failover, bench_handoff, bench_kernels, bench_prefill, bench_service
+from . import (
+    bench_decode,
+    bench_failover,
+    bench_handoff,
+    bench_kernels,
+    bench_prefill,
+    bench_service,
+    bench_tiers,
+)
 from .bench_results import BenchResults, Row, save
 from .options import BenchOptions, argument_parser, parse_options
 from .progress import Progress
@@ -42,6 +50,7 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "decode": bench_decode.measure,
     "handoff": bench_handoff.measure,
     "kernels": bench_kernels.measure,
+    "tiers": bench_tiers.measure,
     "service": bench_service.measure,
     "failover": bench_failover.measure,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -209,15 +209,37 @@ class RecipeCache:
         twin._layers = {index: layer.fork() for index, layer in self._layers.items()}
         return twin
 
+    def tensors(self) -> Iterator[Tensor]:
+        """See `SequenceCache`."""
+        yield from self._shared_tensors()
+        yield from self._own_tensors()
+
+    def relocated(self) -> None:
+        """See `SequenceCache`."""
+        if self._sealing is not None:
+            self._sealing.relocated()
+        self.note_moved()
+
+    def _shared_tensors(self) -> Iterator[Tensor]:
+        for one in self._waiting.values():
+            for group in one.tensors.values():
+                yield from group.values()
+        for layer in self._layers.values():
+            yield from layer.shared_tensors()
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        if self._sealing is not None:
+            yield from self._sealing.tensors()
+        for layer in self._layers.values():
+            yield from layer.own_tensors()
+
     def shared_nbytes(self) -> int:
         """Bytes of what the prompt made."""
-        waiting = (t for one in self._waiting.values() for group in one.tensors.values() for t in group.values())
-        return storage_nbytes((*waiting, *(t for layer in self._layers.values() for t in layer.shared_tensors())))
+        return storage_nbytes(self._shared_tensors())
 
     def own_nbytes(self) -> int:
         """Bytes of the tail, spare capacity included, of blocks sealed here and of hot sets."""
-        rooms = () if self._sealing is None else self._sealing.tensors()
-        return storage_nbytes((*rooms, *(t for layer in self._layers.values() for t in layer.own_tensors())))
+        return storage_nbytes(self._own_tensors())
 
     def nbytes(self) -> int:
         """See `SequenceCache`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -203,6 +203,15 @@ class SequenceCache(Protocol):
 
     def note_moved(self) -> None:
         """Say that tables and views of before are void."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything it holds on the device, what forks share included. Their storages may be emptied while nothing is
+        asked of the cache or its forks, and filled again elsewhere; see `relocated`."""
+        ...
+
+    def relocated(self) -> None:
+        """Say that storages of `tensors` lie elsewhere now, with the same bytes."""
         ...
 
     def fork(self) -> SequenceCache:

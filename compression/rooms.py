@@ -99,17 +99,18 @@ class GrownRoom:
         num_blocks = num_rows // key.num_rows
         read = self._stacks[2].values() if key.landmark_bits else self.tensors()
         self.read_nbytes = sum(stack.nbytes for stack in read) // num_blocks
-        self._number(num_blocks)
+        self._num_blocks = num_blocks
+        self.number()
 
-    def _number(self, num_blocks: int) -> None:
-        """Where the first block of each layer goes, and how much further each next one."""
+    def number(self) -> None:
+        """Take down where the first block of each layer goes, and how much further each next one."""
         self._first = np.zeros((len(self.layers), SEAL_FIELDS), dtype=np.int64)
         self._step = np.zeros(SEAL_FIELDS, dtype=np.int64)
         for begin, group in zip((_KEYS, _VALUES, _SUMMARY), self._stacks, strict=True):
             for field, stack in enumerate(group.values(), begin):
                 nbytes = stack[0].nbytes
                 self._first[:, field] = stack.data_ptr() + nbytes * np.arange(len(stack))
-                self._step[field] = nbytes // num_blocks
+                self._step[field] = nbytes // self._num_blocks
         for field, of_keys in ((_KEY_BASIS, True), (_VALUE_BASIS, False)):
             for i, layer in enumerate(self.layers):
                 packing = layer.grown_packing

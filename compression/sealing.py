@@ -122,13 +122,23 @@ class Sealing:
         self.rooms = [GrownRoom(self.kit, group.key, group.tier, group.layers, need) for group in self._groups]
         self._capacity = need
         self.read_nbytes = sum(room.read_nbytes for room in self.rooms)
-        self.places = np.empty((self.num_layers, NUM_PLACES), dtype=np.int64)
-        for group, room in zip(self._groups, self.rooms, strict=True):
-            self.places[group.numbers] = room.places()
+        self._take_places()
         for room in self.rooms:
             for layer, segment in zip(room.layers, room.segments, strict=True):
                 layer.grown = segment if segment.num_rows else None
         return retired
+
+    def _take_places(self) -> None:
+        self.places = np.empty((self.num_layers, NUM_PLACES), dtype=np.int64)
+        for group, room in zip(self._groups, self.rooms, strict=True):
+            self.places[group.numbers] = room.places()
+
+    def relocated(self) -> None:
+        """Say that what is sealed and what is sealed into lies elsewhere now."""
+        for room in self.rooms:
+            room.number()
+        if self.rooms:
+            self._take_places()
 
     def jobs(self) -> Iterator[tuple[SealKey, Numbers]]:
         """The jobs of the next block."""

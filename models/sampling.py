@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -143,6 +143,11 @@ class PromptIds:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill_(0, ids, True)
         return self._seen
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept on the device."""
+        if self._seen is not None:
+            yield self._seen
+
 
 class SamplerState:
     """Sampling of one choice; a function of its parameters and of the ids so far, nothing else.
@@ -242,6 +247,14 @@ class SamplerState:
         if self._is_counted:
             self._uncounted.append(ids[row : row + 1])
         self._num_sampled += 1
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept of its tokens on the device, but for ids that are not counted yet."""
+        if self._prompt is not None:
+            yield from self._prompt.tensors()
+        for held in (self._seen, self._counts):
+            if held is not None:
+                yield held
 
     def changed(self, logits: Tensor) -> Tensor:
         """The logits [V] that the next token is chosen from: masked, biased, penalised."""

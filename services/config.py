@@ -59,7 +59,13 @@ class ServeConfig(BaseModel):
     max_num_seqs: Positive = Field(32, description="choices that a decode worker runs together")
     kv_cache_bytes: int = Field(1024 * MIB, ge=MIB, le=64 * TIB, description="KV cache of each decode worker")
     kv_offloading_bytes: int = Field(
-        0, ge=0, le=64 * TIB, description="host memory of each decode worker that values may lie in; 0 = none"
+        0, ge=0, le=64 * TIB, description="host memory of each decode worker, for values and parked requests; 0 = none"
+    )
+    kv_time_slice_steps: int = Field(
+        0,
+        ge=0,
+        le=2**20,
+        description="decode steps after which a request is parked in host memory for others; 0 = it never is",
     )
     chunk_tokens: int | None = Field(
         None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"

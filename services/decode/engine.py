@@ -15,11 +15,12 @@ means, another attempt under the same request id is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 
-from ...compression import bound_nbytes, host_pages, make_cache
+from ...compression import make_cache
 from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.drawing import DrawnToken
@@ -30,6 +31,7 @@ from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, T
 from .host_pages import HostPages
 from .launch import LaunchedStep, Turn, launch
 from .pages import PagePool
+from .parking import Parking
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import (
     ChoiceRun,
@@ -40,8 +42,9 @@ from .sequence import (
     add_layer,
     typed,
 )
-from .start import check_start, start_choices
+from .start import check_start, demand_of, start_choices
 from .step import StepRunner
+from .tiers import TierPolicy
 
 __all__ = [
     "DecodeEngine",
@@ -64,10 +67,11 @@ class DecodeEngine:
         capacity_bytes: what all caches together may hold.
         max_num_seqs: choices that run in one step.
         max_waiting: requests that may wait for memory.
-        host: host memory that values of prompts lie in where they can; None = all lie on the device.
+        host: host memory for values of prompts, where they can lie there, and for parked requests; None = no such.
         mark: a point behind all that the calling thread has given the device, for rows that are to be kept.
         lookahead: whether a step is launched before the one under way is settled; what it says then comes a call of
             `step` later. Tokens are the same. None = on a CUDA device; elsewhere nothing is gained.
+        tiers: how more requests take turns than the device holds, the others parked in `host`; None = they do not.
 
     Attributes:
         runner: runs the steps.
@@ -82,9 +86,9 @@ class DecodeEngine:
         host: HostPages | None = None,
         lookahead: bool | None = None,
         mark: Callable[[], DeviceEvent | None] = lambda: None,
+        tiers: TierPolicy | None = None,
     ) -> None:
-        self.model = model
-        self._mark = mark
+        self.model, self._mark = model, mark
         self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
         self.shape = model_shape(model.config)
         self.host = host
@@ -95,6 +99,9 @@ class DecodeEngine:
         self._events: list[Event] = []
         self._under_way: LaunchedStep | None = None
         self._broken: Exception | None = None
+        self._parking: Parking | None = None
+        if host is not None and tiers is not None:
+            self._parking = Parking(self.scheduler, tiers, host, model.device, self._runs, self._fail)
 
     @property
     def num_running(self) -> int:
@@ -149,20 +156,8 @@ class DecodeEngine:
         Raises:
             InvalidRequest: the prompt is empty, or a number of the recipe is open.
         """
-        if request.num_prompt_tokens < 1:
-            raise InvalidRequest("num_prompt_tokens", f"got {request.num_prompt_tokens}", "at least 1")
-        request.recipe.check_resolved()
-        sampling, itemsize = request.sampling, self.model.dtype.itemsize
-        recipe, num_tokens = request.recipe, request.num_prompt_tokens
         page_nbytes = None if self.host is None else self.host.page_nbytes
-        one, two = (
-            bound_nbytes(recipe, self.shape, num_tokens, sampling.max_tokens, num_choices, itemsize, page_nbytes)
-            for num_choices in (1, 2)
-        )
-        tail_bytes, host_bytes = two - one, 0
-        if page_nbytes is not None:
-            host_bytes = page_nbytes * host_pages(recipe, self.shape, num_tokens, itemsize, page_nbytes)
-        return Demand(one - tail_bytes, tail_bytes, sampling.n, host_bytes)
+        return demand_of(request, self.shape, self.model.dtype.itemsize, page_nbytes)
 
     @torch.inference_mode()
     def add_layer(
@@ -181,7 +176,7 @@ class DecodeEngine:
         try:
             if wait is not None:
                 wait()
-            add_layer(run, encoded, self.model.config.num_layers, self.model.device)
+            add_layer(run, encoded, self.model.config.num_layers, self.model.device, self._parking is not None)
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
@@ -218,6 +213,7 @@ class DecodeEngine:
         keeps them any more."""
         if self._find(request_id, epoch) is not None:
             self.scheduler.lengthen(Choice(request_id, choice), rows)
+            self._admit()  # if it is parked, it may come back for that
 
     def grant(self, request_id: str, tokens: int, epoch: int | None = None) -> None:
         """Allow `tokens` ≥ 0 more to be sent. Without effect on a request that is gone or has no limit."""
@@ -225,6 +221,7 @@ class DecodeEngine:
             raise InvalidRequest("credits", f"got {tokens}", "at least 0")
         if self._find(request_id, epoch) is not None:
             self.scheduler.grant(request_id, tokens)
+            self._admit()
 
     def cancel(self, request_id: str, choice: int | None = None, epoch: int | None = None) -> bool:
         """End a request with a FailedEvent, or one choice of it as if it had finished. False when it is not here."""
@@ -251,12 +248,15 @@ class DecodeEngine:
         """
         if self._broken is not None:
             raise self._broken
-        self._admit()
         self.runner.join()
+        in_flight = () if self._under_way is None else self._under_way.turns
+        self._admit({turn.choice.request_id for turn in in_flight})
         turns = [Turn(choice, self._runs[choice.request_id]) for choice in self.scheduler.next_batch()]
+        if self._parking is not None and not turns and not in_flight:
+            self._parking.wait()
         launched = launch(self.runner, turns) if turns else None
         if launched is not None:
-            self._tell_kept(launched)
+            self._events += launched.rows_events(self._mark)
         before, self._under_way = self._under_way, launched
         if before is not None:
             self._settle(before)
@@ -280,6 +280,9 @@ class DecodeEngine:
         if self.host is not None:
             self.host.check_integrity()
             held = sum(run.host_bytes() for run in self._runs.values())
+            if self._parking is not None:
+                self._parking.check_integrity()
+                held += self._parking.held_bytes
             taken = (self.host.num_pages - self.host.num_free) * self.host.page_nbytes
             assert held == taken, f"requests hold {held} of {taken} bytes of host memory"
 
@@ -287,8 +290,12 @@ class DecodeEngine:
         model = self.model  # not the engine, which holds the caches that hold this
         return lambda x, positions: model.rotate(x, positions, num_prompt_tokens)
 
-    def _admit(self) -> None:
-        for request_id in self.scheduler.admit():
+    def _admit(self, in_flight: Collection[str] | None = None) -> None:
+        """Let in what fits; where a step begins, those move who are to, but for those of the one under way."""
+        admit = self.scheduler.admit
+        if self._parking is not None and in_flight is not None:
+            admit = partial(self._parking.move, in_flight, admit)
+        for request_id in admit():
             run = self._runs[request_id]
             request = run.request
             try:
@@ -325,15 +332,6 @@ class DecodeEngine:
         if not choices:
             self._finish(run)
         return replayed
-
-    def _tell_kept(self, step: LaunchedStep) -> None:
-        """Tell which rows are to be kept."""
-        after = self._mark() if step.kept else None
-        for turn, kept in step.kept:
-            request = turn.run.request
-            self._events.append(
-                RowsEvent(request.request_id, request.epoch, turn.choice.index, kept.begin, list(kept.layers), after)
-            )
 
     def _settle(self, step: LaunchedStep) -> None:
         """Tell what came of a step, and end what has ended."""
@@ -374,15 +372,20 @@ class DecodeEngine:
 
     def _finish(self, run: RequestRun) -> None:
         request = run.request
-        del self._runs[request.request_id]
+        self._forget(request.request_id)
         self._events.append(
             FinishedEvent(request.request_id, request.epoch, run.resident_bytes, run.bytes_read, run.num_steps)
         )
 
+    def _forget(self, request_id: str) -> RequestRun | None:
+        if self._parking is not None:
+            self._parking.drop(request_id)
+        return self._runs.pop(request_id, None)
+
     def _fail(self, request_id: str, exc: Exception) -> KvsluiceError:
         """End a request, free what it holds and tell, unless it has ended. Returns the error that `exc` stands for."""
         error = typed(exc, request_id)
-        run = self._runs.pop(request_id, None)
+        run = self._forget(request_id)
         if run is None:
             return error
         if self.scheduler.phase(request_id) is not None:  # a fault may have come while it was ending

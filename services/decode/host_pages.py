@@ -1,20 +1,25 @@
-"""Host memory of a decode worker that values may lie in: one arena of equal pages, which a GPU reads in place.
+"""Host memory of a decode worker: one arena of equal pages, pinned where a GPU is to reach it.
 
     0                                                                                             capacity_bytes
     [ page 0 | page 1 | page 2 | … | page n - 1 ]
 
-    page        taken by                                  given back when
-    of a layer  the layer's arrival, out of what the      the last choice of the prompt lets go of its cache
-                request's admission has reserved
+    pages of   taken by                                  given back when
+    values     a layer's arrival, out of what the        the last choice of the prompt lets go of its cache
+               request's admission has reserved
+    a parked   its leaving the device, out of what the   it is back on the device, or has ended
+    request    choice of it has reserved
 
-A layer's pages lie anywhere, so the arena does not fragment. Who may take how many is the ledger's business
-(`scheduler`), as with the device's memory (`pages`).
+Pages lie anywhere, so the arena does not fragment; the lowest free ones are taken, so that those of one taking mostly
+follow each other. Who may take how many is the ledger's business (`scheduler`, `tiers`), as with the device's memory
+(`pages`).
 """
 
 from __future__ import annotations
 
 import gc
+import heapq
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +33,14 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, eq=False)
 class TakenPages:
-    """See `HeldPages`."""
+    """See `HeldPages`.
+
+    Attributes:
+        spans: uint8, the same memory in as few pieces as there are.
+    """
 
     views: tuple[Tensor, ...]
+    spans: tuple[Tensor, ...]
 
 
 class HostPages:
@@ -59,7 +69,10 @@ class HostPages:
             raise ConfigError(f"kv_offloading_bytes: this machine does not have {capacity_bytes} bytes") from exc
         if device.type == "cuda":
             _pin(self._arena)
-        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._free = list(range(self.num_pages))  # a heap
+        self._held: dict[int, tuple[int, ...]] = {}  # number of a taking -> its pages
+        self._given_back: deque[int] = deque()  # numbers of takings that nobody holds any more
+        self._num_taken = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -67,23 +80,39 @@ class HostPages:
 
     @property
     def num_free(self) -> int:
+        self._settle()
         return len(self._free)
 
     def take(self, num_pages: int) -> TakenPages:
         """Pages that come back when the result is dropped."""
-        if num_pages > len(self._free):
+        if num_pages > self.num_free:
             gc.collect()  # an exception may still hold the frames, and with them the caches, of what has ended
-        assert num_pages <= len(self._free), f"{num_pages} pages of {len(self._free)}: admission reserves them"
-        # one by one, as a page may come back meanwhile, whenever some cache is collected
-        indices = [self._free.pop() for _ in range(num_pages)]
-        held = TakenPages(tuple(self._arena[index] for index in indices))
-        weakref.finalize(held, self._free.extend, indices)
+        assert num_pages <= self.num_free, f"{num_pages} pages of {len(self._free)}: admission reserves them"
+        indices = tuple(heapq.heappop(self._free) for _ in range(num_pages))
+        self._num_taken += 1
+        self._held[self._num_taken] = indices
+        held = TakenPages(tuple(self._arena[index] for index in indices), self._spans(indices))
+        # whenever some cache is collected, in the midst of anything: the pages are put back later
+        weakref.finalize(held, self._given_back.append, self._num_taken)
         return held
 
     def check_integrity(self) -> None:
-        """Assert that no page is free twice."""
-        assert len(set(self._free)) == len(self._free) <= self.num_pages, "a page is free once"
-        assert all(0 <= index < self.num_pages for index in self._free), "a free page is one of the arena's"
+        """Assert that every page is free or held by one taking, and by that alone."""
+        self._settle()
+        pages = [*self._free, *(index for indices in self._held.values() for index in indices)]
+        assert sorted(pages) == list(range(self.num_pages)), "a page is free, or held, once"
+
+    def _spans(self, indices: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The arena's pieces that ascending pages lie in."""
+        firsts = [i for i, index in enumerate(indices) if i == 0 or indices[i - 1] != index - 1]
+        ends = [*firsts[1:], len(indices)]
+        return tuple(self._arena[indices[a] : indices[b - 1] + 1].view(-1) for a, b in zip(firsts, ends, strict=True))
+
+    def _settle(self) -> None:
+        """Put back the pages of what nobody holds any more."""
+        while self._given_back:
+            for index in self._held.pop(self._given_back.popleft()):
+                heapq.heappush(self._free, index)
 
 
 def _pin(arena: Tensor) -> None:

@@ -11,7 +11,7 @@ memory are written by copies on the step's stream, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ import torch
 
 from ...models.drawing import Drawn, DrawnToken, draw_rows
 from ...models.transfers import sent
+from ..staging import Event as DeviceEvent
+from .events import RowsEvent
 from .scheduler import Choice
 from .sequence import ChoiceRun, KeptRows, RequestRun
 from .step import StepRow, StepRunner
@@ -59,6 +61,19 @@ class LaunchedStep:
         self.turns = turns
         self.kept: list[tuple[Turn, KeptRows]] = []
         self.drawn: Drawn | None = None
+
+    def rows_events(self, mark: Callable[[], DeviceEvent | None]) -> list[RowsEvent]:
+        """Which rows are to be kept.
+
+        Args:
+            mark: a point behind all that the calling thread has given the device.
+        """
+        after, events = mark() if self.kept else None, []
+        for turn, kept in self.kept:
+            request = turn.run.request
+            rows = list(kept.layers)
+            events.append(RowsEvent(request.request_id, request.epoch, turn.choice.index, kept.begin, rows, after))
+        return events
 
     @property
     def has_faults(self) -> bool:

@@ -29,10 +29,42 @@ class Region:
     Attributes:
         request_id: whose it is.
         choice: index of the choice whose tail it is; None = the prompt that all choices share.
+        parked: it is what a whole request lies in that is parked, in host memory.
     """
 
     request_id: str
     choice: int | None = None
+    parked: bool = False
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Upper bounds of what a request will hold.
+
+    Attributes:
+        prompt_bytes: what its choices share.
+        tail_bytes: what each choice adds.
+        num_choices: how many there are.
+        host_bytes: of host memory, which its choices share.
+    """
+
+    prompt_bytes: int
+    tail_bytes: int
+    num_choices: int
+    host_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.prompt_bytes + self.tail_bytes * self.num_choices
+
+    @property
+    def most_bytes(self) -> int:
+        """Of all that arrives, wherever it lies then."""
+        return self.total_bytes + self.host_bytes
+
+    def regions(self, request_id: str) -> dict[Region, int]:
+        tails = {Region(request_id, index): self.tail_bytes for index in range(self.num_choices)}
+        return {Region(request_id): self.prompt_bytes} | tails
 
 
 class PagePool:

@@ -14,7 +14,8 @@ memory and takes no slot.
 
 Admission is first come, first served by bytes, of the device's memory and of the host's: the head of the queue waits
 until all that its caches may ever take is free, and nothing behind it is let in before it, so a large request is not
-starved by small ones. A running request therefore never lacks memory, and nothing is preempted.
+starved by small ones. A running request therefore never lacks memory. With tiers, running requests make room for others
+by turns (`tiers`): those that are parked stand in the same line as those that wait to be let in.
 
 Fairness: choices stand in one ring. A step takes the first `max_num_seqs` eligible ones and moves them to the end. An
 eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most eligible choices meanwhile.
@@ -29,7 +30,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
+from .pages import Demand as Demand
 from .pages import PagePool, Region
+from .tiers import Place, Room, Tiers
 
 
 class Phase(Enum):
@@ -46,36 +49,6 @@ class Choice:
 
     request_id: str
     index: int
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Upper bounds of what a request will hold.
-
-    Attributes:
-        prompt_bytes: what its choices share.
-        tail_bytes: what each choice adds.
-        num_choices: how many there are.
-        host_bytes: of host memory, which its choices share.
-    """
-
-    prompt_bytes: int
-    tail_bytes: int
-    num_choices: int
-    host_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.prompt_bytes + self.tail_bytes * self.num_choices
-
-    @property
-    def most_bytes(self) -> int:
-        """Of all that arrives, wherever it lies then."""
-        return self.total_bytes + self.host_bytes
-
-    def regions(self, request_id: str) -> dict[Region, int]:
-        tails = {Region(request_id, index): self.tail_bytes for index in range(self.num_choices)}
-        return {Region(request_id): self.prompt_bytes} | tails
 
 
 @dataclass
@@ -97,6 +70,7 @@ class Turns:
 class _Request:
     demand: Demand
     credits: int | None
+    since: int = 0  # stamp of its arrival
     phase: Phase = Phase.WAITING
     choices: dict[int, Turns] = field(default_factory=dict)  # live ones
 
@@ -109,6 +83,9 @@ class Scheduler:
         max_num_seqs: choices that run in one step, at least 1.
         max_waiting: requests that may wait for memory, at least 0.
         host: the ledger of host memory; None = there is none, and no demand for it.
+
+    Attributes:
+        tiers: who is parked there; None = nobody is. Set before the first request comes.
     """
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int, host: PagePool | None = None) -> None:
@@ -118,6 +95,7 @@ class Scheduler:
             raise ConfigError(f"max_waiting: got {max_waiting}; allowed: at least 0")
         self.pool = pool
         self.host = host
+        self.tiers: Tiers | None = None
         self.max_num_seqs = max_num_seqs
         self.max_waiting = max_waiting
         self._requests: dict[str, _Request] = {}
@@ -176,22 +154,73 @@ class Scheduler:
                 f"{_shortage(demand.total_bytes, self.pool)}"
                 + ("" if self.host is None else f", and of host memory {_shortage(demand.host_bytes, self.host)}")
             )
-        self._requests[request_id] = _Request(demand, credits)
+        since = 0 if self.tiers is None else self.tiers.stamp()
+        self._requests[request_id] = _Request(demand, credits, since)
         self._queue.append(request_id)
 
     def admit(self) -> list[str]:
-        """Reserve memory for as many requests from the head of the queue as fit now. Returns them."""
+        """Reserve memory for as many requests from the head of the queue as fit now. Returns them. Parked ones come
+        back, and running ones begin to leave; see `tiers`."""
+        if self.tiers is not None:
+            return self._admit_in_line(self.tiers)
         admitted = []
-        while self._queue:
-            request_id = self._queue[0]
-            request = self._requests[request_id]
-            if not self._has_room(request.demand):
-                break
-            self._reserve(request_id, request.demand)
-            self._queue.popleft()
-            request.phase = Phase.RECEIVING
-            admitted.append(request_id)
+        while self._queue and self._has_room(self._requests[self._queue[0]].demand):
+            admitted.append(self._let_in(self._queue[0]))
         return admitted
+
+    def _admit_in_line(self, tiers: Tiers) -> list[str]:
+        """The same for those that wait and those that are parked, whoever has waited longest first."""
+        parked = [r for r in tiers.at(Place.PARKED) if not self._is_paused(r)]
+        line = [(tiers.since(r), r) for r in parked] + [(self._requests[r].since, r) for r in self._queue]
+        admitted: list[str] = []
+        claimed = num_claims = 0
+        takes_new = True
+        for _, request_id in sorted(line):
+            demand, is_new = self._requests[request_id].demand, request_id not in parked
+            need = demand.total_bytes if is_new else self._device_bytes(request_id)
+            if is_new:  # it may wait for host memory, which those that are parked need not
+                takes_new &= self._has_host_room(demand) and tiers.takes_more(need, self._admitted_bytes())
+                if not takes_new:
+                    continue
+            if not claimed and need <= self.pool.free_bytes:
+                if is_new:
+                    admitted.append(self._let_in(request_id))
+                else:
+                    self._come(tiers, request_id)
+                continue
+            shortage = claimed + need - self.pool.free_bytes
+            room = tiers.make_room(shortage, self._device_bytes, self._is_paused)
+            if is_new and room is Room.HOST_IS_FULL:
+                takes_new = False
+                continue
+            claimed += need
+            num_claims += 1
+            if room is not Room.MADE or num_claims == tiers.policy.ahead:
+                break
+        return admitted
+
+    def _let_in(self, request_id: str) -> str:
+        self._reserve(request_id, self._requests[request_id].demand)
+        self._queue.remove(request_id)
+        self._requests[request_id].phase = Phase.RECEIVING
+        return request_id
+
+    def _come(self, tiers: Tiers, request_id: str) -> None:
+        live = self.live_choices(request_id)
+        demand = self._requests[request_id].demand
+        tails = {Region(request_id, index): demand.tail_bytes for index in live}
+        assert self.pool.reserve({Region(request_id): demand.prompt_bytes} | tails), "there was room"
+        for _ in live[1:]:
+            self.pool.retain(Region(request_id))
+        tiers.come(request_id)
+
+    def left(self, request_id: str, nbytes: int) -> None:
+        """A request that was to leave the device lies in host memory now, in `nbytes`."""
+        assert self.tiers is not None, "requests leave where there are tiers"
+        self.tiers.left(request_id, nbytes)
+        for index in self.live_choices(request_id):
+            self.pool.release(Region(request_id, index))
+            self.pool.release(Region(request_id))
 
     def start(self, request_id: str, choices: Mapping[int, Turns]) -> None:
         """Let choices run once the prompt is complete; the tails of those not named are freed. None named = every
@@ -209,6 +238,8 @@ class Scheduler:
         self._release_prompt(request_id)
         if not choices:
             del self._requests[request_id]
+        elif self.tiers is not None:
+            self.tiers.start(request_id)
 
     def grant(self, request_id: str, tokens: int) -> None:
         """Allow `tokens` more to be sent. Without effect when the request is gone or was opened without a limit."""
@@ -223,8 +254,9 @@ class Scheduler:
             request.choices[choice.index].leash += turns
 
     def has_eligible(self) -> bool:
-        """Whether `next_batch` would give anything."""
-        return any(self._eligible(choice) for choice in self._ring)
+        """Whether `next_batch` would give anything, or somebody is on the way to the device or from it."""
+        is_moving = self.tiers is not None and (self.tiers.at(Place.LEAVING) or self.tiers.at(Place.COMING))
+        return bool(is_moving) or any(self._eligible(choice) for choice in self._ring)
 
     def next_batch(self) -> list[Choice]:
         """The choices of the next step; each spends a credit, or a step of its replay."""
@@ -235,6 +267,8 @@ class Scheduler:
             (batch if self._spend(choice) else passed).append(choice)
         self._ring.extendleft(reversed(passed))
         self._ring.extend(batch)
+        if self.tiers is not None and batch:
+            self.tiers.ran({choice.request_id for choice in batch})
         return batch
 
     def end_choice(self, choice: Choice) -> bool:
@@ -242,10 +276,13 @@ class Scheduler:
         request = self._requests[choice.request_id]
         del request.choices[choice.index]
         self._ring.remove(choice)
-        self.pool.release(Region(choice.request_id, choice.index))
+        if self._is_on_device(choice.request_id):
+            self.pool.release(Region(choice.request_id, choice.index))
         self._release_prompt(choice.request_id)
         if request.choices:
             return False
+        if self.tiers is not None:
+            self.tiers.end(choice.request_id)
         del self._requests[choice.request_id]
         return True
 
@@ -275,6 +312,8 @@ class Scheduler:
         for request_id in by_phase[Phase.RECEIVING]:
             held |= self._requests[request_id].demand.regions(request_id)
         for choice in running:
+            if not self._is_on_device(choice.request_id):
+                continue
             demand = self._requests[choice.request_id].demand
             held[Region(choice.request_id)] = demand.prompt_bytes
             held[Region(choice.request_id, choice.index)] = demand.tail_bytes
@@ -283,12 +322,32 @@ class Scheduler:
             self.host.check_integrity()
             demands = {r: q.demand for r, q in self._requests.items() if q.phase is not Phase.WAITING}
             on_host = {Region(r): demand.host_bytes for r, demand in demands.items() if demand.host_bytes}
+            on_host |= {} if self.tiers is None else self.tiers.regions()
             assert on_host == self.host.regions(), "host memory belongs to admitted requests"
 
     def _has_room(self, demand: Demand) -> bool:
         """Whether both memories have what a request needs."""
-        on_host = self.host is None or demand.host_bytes <= self.host.free_bytes
-        return on_host and demand.total_bytes <= self.pool.free_bytes
+        return self._has_host_room(demand) and demand.total_bytes <= self.pool.free_bytes
+
+    def _has_host_room(self, demand: Demand) -> bool:
+        return self.host is None or demand.host_bytes <= self.host.free_bytes
+
+    def _device_bytes(self, request_id: str) -> int:
+        """What a running request reserves there."""
+        request = self._requests[request_id]
+        return request.demand.prompt_bytes + request.demand.tail_bytes * len(request.choices)
+
+    def _admitted_bytes(self) -> int:
+        """What all requests that were let in would reserve if they were on the device."""
+        running = sum(self._device_bytes(r) for r, q in self._requests.items() if q.phase is Phase.RUNNING)
+        return running + sum(q.demand.total_bytes for q in self._requests.values() if q.phase is Phase.RECEIVING)
+
+    def _is_on_device(self, request_id: str) -> bool:
+        """Whether a request that was let in has memory reserved there."""
+        return self.tiers is None or not self.tiers.is_parked(request_id)
+
+    def _is_paused(self, request_id: str) -> bool:
+        return not any(self._has_turn(Choice(request_id, index)) for index in self._requests[request_id].choices)
 
     def _reserve(self, request_id: str, demand: Demand) -> None:
         reserved = self.pool.reserve(demand.regions(request_id))
@@ -302,7 +361,8 @@ class Scheduler:
 
     def _release_prompt(self, request_id: str) -> None:
         for pool in self._pools_of(request_id):
-            pool.release(Region(request_id))
+            if pool is not self.pool or self._is_on_device(request_id):
+                pool.release(Region(request_id))
 
     def _pools_of(self, request_id: str) -> list[PagePool]:
         """The ledgers that have a region of a request's prompt."""
@@ -310,6 +370,11 @@ class Scheduler:
         return [self.pool, self.host] if self.host is not None and on_host else [self.pool]
 
     def _eligible(self, choice: Choice) -> bool:
+        is_here = self.tiers is None or self.tiers.place(choice.request_id) is Place.DEVICE
+        return is_here and self._has_turn(choice)
+
+    def _has_turn(self, choice: Choice) -> bool:
+        """Whether a choice waits for nobody but the worker."""
         request = self._requests[choice.request_id]
         turns = request.choices[choice.index]
         if min(turns.left, turns.leash) <= 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -242,6 +242,17 @@ class RequestRun:
         caches = [run.cache for run in self.choices.values()] or ([] if self.cache is None else [self.cache])
         return caches[0].host_nbytes() if caches else 0
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All of the started request's state on the device."""
+        for state in self.choices.values():
+            yield from state.cache.tensors()
+            yield from state.sampler.tensors()
+
+    def relocated(self) -> None:
+        """Say that `tensors` lie elsewhere now, with the same bytes."""
+        for state in self.choices.values():
+            state.cache.relocated()
+
     def drop_choice(self, index: int) -> None:
         """Let go of a choice's cache and keep its counts."""
         self.resident_bytes = max(self.resident_bytes, self.held_bytes())
@@ -250,8 +261,13 @@ class RequestRun:
         self.num_steps += run.num_steps
 
 
-def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: torch.device) -> None:
+def add_layer(
+    run: RequestRun, encoded: EncodedLayer, num_layers: int, device: torch.device, may_park: bool = False
+) -> None:
     """Put an arrived layer into the request's cache.
+
+    Args:
+        may_park: the request may be parked, so its memory must be nobody else's.
 
     Raises:
         FrameMismatch: a layer that the model does not have, one that came before, one that does not fit the recipe, or
@@ -264,7 +280,7 @@ def add_layer(run: RequestRun, encoded: EncodedLayer, num_layers: int, device: t
     if layer in run.layers:
         raise FrameMismatch(f"request {request_id}: layer {layer} arrived twice")
     try:
-        cache.add_layer(on_device(encoded, device))
+        cache.add_layer(on_device(encoded, device, may_park))
     except KvsluiceError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
@@ -287,10 +303,10 @@ def typed(exc: Exception, request_id: str) -> KvsluiceError:
     return InternalError(f"decoding failed: {type(exc).__name__}")
 
 
-def on_device(encoded: EncodedLayer, device: torch.device) -> EncodedLayer:
-    """The layer with its tensors on a device."""
+def on_device(encoded: EncodedLayer, device: torch.device, copy: bool = False) -> EncodedLayer:
+    """The layer with its tensors on a device, copied even where they are there already if `copy`."""
 
     def moved(group: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {name: tensor.to(device) for name, tensor in group.items()}
+        return {name: tensor.to(device, copy=copy) for name, tensor in group.items()}
 
     return replace(encoded, tensors={part: moved(group) for part, group in encoded.tensors.items()})

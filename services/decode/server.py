@@ -53,6 +53,7 @@ from .messages import (
 from .receiver import Receiver
 from .restore import Restoring
 from .sequence import typed
+from .tiers import TierPolicy
 
 
 class _Session:
@@ -378,8 +379,17 @@ def make_decode_service(
     """
     host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
     copies = make_host_copies(model.device)
+    tiers = TierPolicy(config.kv_time_slice_steps) if config.kv_time_slice_steps else None
     return DecodeService(
-        DecodeEngine(model, config.kv_cache_bytes, config.max_num_seqs, config.max_queue, host, mark=copies.mark),
+        DecodeEngine(
+            model,
+            config.kv_cache_bytes,
+            config.max_num_seqs,
+            config.max_queue,
+            host,
+            mark=copies.mark,
+            tiers=tiers,
+        ),
         identity,
         copies=copies,
         store=store,

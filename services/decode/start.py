@@ -12,15 +12,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...compression import bound_nbytes, host_pages
 from ...compression.interfaces import SequenceCache
-from ...compression.recipe import Recipe
+from ...compression.recipe import ModelShape, Recipe
 from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
 from ...models.sampling import PromptIds, SamplerState
+from .pages import Demand
 from .scheduler import Turns
-from .sequence import ChoiceRun, EmittedChoice, RequestRun, on_device
+from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
 
 LEASH = 2  # times as many rows as are kept at once may be run before the first of them are
+
+
+def demand_of(request: DecodeRequest, shape: ModelShape, itemsize: int, page_nbytes: int | None) -> Demand:
+    """What admission reserves for a request.
+
+    Args:
+        itemsize: of the model's dtype.
+        page_nbytes: of host memory, None = there is none.
+
+    Raises:
+        InvalidRequest: the prompt is empty, or a number of the recipe is open.
+    """
+    recipe, num_tokens, sampling = request.recipe, request.num_prompt_tokens, request.sampling
+    if num_tokens < 1:
+        raise InvalidRequest("num_prompt_tokens", f"got {num_tokens}", "at least 1")
+    recipe.check_resolved()
+    one, two = (
+        bound_nbytes(recipe, shape, num_tokens, sampling.max_tokens, num_choices, itemsize, page_nbytes)
+        for num_choices in (1, 2)
+    )
+    tail_bytes, host_bytes = two - one, 0
+    if page_nbytes is not None:
+        host_bytes = page_nbytes * host_pages(recipe, shape, num_tokens, itemsize, page_nbytes)
+    return Demand(one - tail_bytes, tail_bytes, sampling.n, host_bytes)
 
 
 def check_start(

@@ -18,7 +18,8 @@ from kvsluice.services import cli
 def test_defaults_are_what_the_help_says(part):
     options = parse_options(part, {})
     assert options.contexts == (8192,)
-    assert (options.seed, options.warmup) == (0, {"decode": 8, "service": 8, "failover": 0}.get(part, 2))
+    expected = {"decode": 8, "tiers": 8, "service": 8, "failover": 0}.get(part, 2)
+    assert (options.seed, options.warmup) == (0, expected)
     assert (options.json, options.dtype, options.device) == (None, None, None)
     assert options.models == (("llama-3.1-8b", "smollm2-135m") if part == "kernels" else ("llama-3.1-8b",))
     assert not options.baseline
@@ -37,7 +38,7 @@ def test_what_decode_measures():
 @pytest.mark.parametrize(
     ("part", "given", "said"),
     [
-        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, service, failover, kernels"),
+        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, tiers, service, failover, kernels"),
         ("prefill", {"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
         ("prefill", {"recipe": "none"}, "--recipe: recipe.name: unknown recipe 'none'; allowed: exact"),
         ("prefill", {"variant": ["kivi"]}, "--variant: 'kivi'; allowed: LABEL=RECIPE:{slots as JSON}"),

@@ -209,3 +209,35 @@ def test_an_operation_without_a_case_is_named(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     assert "later" in bench_kernels.uncovered()
     assert "rope" not in bench_kernels.uncovered()
+
+
+def test_more_sequences_than_the_pool_holds_take_turns(bench):
+    results = bench(
+        "tiers",
+        recipe="sluice-full",
+        selected="64",
+        load="1,2",
+        kv_pool_gib="0.002",
+        kv_offloading_gib="0.05",
+        time_slice="3",
+        most_rows="2",
+        steps="2",
+    )
+    alone, by_turns, whole = results.rows
+    assert [row.conditions["sequences ÷ pool"] for row in results.rows] == [1, 2, 2]
+    assert [row.figures["sequences"] for row in results.rows] == [2, 4, 4]
+    assert {row.batch for row in results.rows} == {2}
+    assert by_turns.time.repeats == 6, "a slice of each"
+    assert by_turns.figures["preemptions"] > 0 < by_turns.figures["moved_per_s_bytes"]
+    assert alone.figures["tokens_per_step"] == 2 > by_turns.figures["tokens_per_step"] > 0
+    rates = [row.figures["tokens_per_s"] for row in results.rows]
+    assert by_turns.ratios == pytest.approx(
+        {"1 ×, tokens/s": rates[1] / rates[0], "whole on the device, tokens/s": rates[1] / rates[2]}
+    )
+    assert alone.ratios == whole.ratios == {}
+
+
+def test_what_host_memory_does_not_hold_is_a_row_that_says_so(bench):
+    given = {"selected": "64", "load": "64", "kv_pool_gib": "0.002", "kv_offloading_gib": "0.002"}
+    rows = bench("tiers", recipe="sluice-full", time_slice="1", most_rows="1", **given).rows
+    assert len(rows) == 2 and all("--kv-offloading-gib leaves" in row.not_run for row in rows)

@@ -52,3 +52,16 @@ def test_more_than_there_are_is_a_fault_of_the_caller() -> None:
 def test_sizes_that_make_no_arena_are_refused(capacity: int, page: int, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         HostPages(capacity, CPU, page)
+
+
+def test_pages_that_follow_each_other_are_one_piece() -> None:
+    arena = HostPages(640, CPU, 64)
+    first, second, third = arena.take(2), arena.take(3), arena.take(1)
+    assert [span.shape for span in second.spans] == [(192,)]
+    assert second.spans[0].data_ptr() == second.views[0].data_ptr()
+    del first, third
+    arena.check_integrity()
+    again = arena.take(5)
+    assert [span.shape for span in again.spans] == [(128,), (192,)]
+    assert [span.data_ptr() for span in again.spans] == [again.views[0].data_ptr(), again.views[2].data_ptr()]
+    arena.check_integrity()
