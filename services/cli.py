@@ -139,6 +139,9 @@ def generate(
     min_tokens: Annotated[int | None, typer.Option(help="shortest answer, in tokens; default: 0")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on past the model's end of text")] = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="number of choices; default: 1")] = None,
+    durability: Annotated[
+        str | None, typer.Option(help=f"what is kept while it runs: none, handoff or tokens; {_SERVERS}")
+    ] = None,
     timeout_s: Annotated[float | None, typer.Option(help=f"deadline; {_SERVERS}", metavar="SECONDS")] = None,
 ) -> None:
     """Generate text with a running service and print it as it comes."""
@@ -163,6 +166,7 @@ def generate(
         "min_tokens": min_tokens,
         "ignore_eos": ignore_eos or None,
         "n": n,
+        "durability": durability,
         "timeout_s": timeout_s,
     }
     options = {name: value for name, value in given.items() if value is not None}

@@ -106,6 +106,11 @@ def _summary(done: Completion) -> str:
     if recipe.handoff_bytes:
         share = recipe.handoff_bytes / recipe.handoff_bf16_bytes
         parts.append(f"shipped {_size(recipe.handoff_bytes)} ({share:.0%} of bf16)")
+    kept = done.durability
+    if kept.level != "none":
+        parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "not kept to its end")
+    if kept.migrations:
+        parts.append(f"moved {kept.migrations} times, {kept.stalled_s:.1f} s without a token")
     return " · ".join(parts)
 
 

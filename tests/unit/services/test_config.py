@@ -88,3 +88,31 @@ def test_every_number_and_text_has_an_upper_bound(key):
 def test_a_host_of_odd_characters_is_refused(host):
     with pytest.raises(ConfigError, match="host"):
         load_config({"host": host})
+
+
+def test_a_store_is_configured_as_a_whole():
+    config = load_config({"store_url": "redis://u@h:1/2", "store_password_file": "secret", "durability": "tokens"})
+    assert config.store.address.hosts == (("h", 1),)
+    assert config.store.password_file.endswith("/secret")
+    assert config.store.password_file.startswith("/"), "workers run in another folder"
+    assert load_config({}).store is None
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"durability": "tokens"}, "durability"),
+        ({"store_password_file": "x"}, "store_password_file"),
+        ({"store_url": "memory://"}, "store_url"),
+        ({"store_url": "redis://:hunter2@h"}, "store_url"),
+        ({"store_url": "http://h"}, "store_url"),
+        ({"store_url": "redis://h", "store_ca_file": "x"}, "store_ca_file"),
+        ({"store_url": "redis://h", "store_total_timeout_s": 1}, "store_total_timeout_s"),
+        ({"worker_lease_s": 0}, "worker_lease_s"),
+        ({"max_migrations": -1}, "max_migrations"),
+    ],
+)
+def test_a_store_that_cannot_be_names_the_key(given, key):
+    with pytest.raises(ConfigError, match=f"^{key}: ") as caught:
+        load_config(given)
+    assert "hunter2" not in caught.value.message
