@@ -39,6 +39,9 @@ class DecodeRequest:
         recipe: resolved, no number open.
         credits: tokens that may be sent before more are granted; None = without limit.
         keep_every: rows after which those of each choice are told, to be kept; None = never.
+        history_tokens: of the tokens that every choice begins with, how many are no answer: those of a conversation's
+            earlier turns, and of its newest question. They are run behind the prompt like replayed tokens, and are
+            prompt to sampling.
     """
 
     request_id: str
@@ -48,6 +51,7 @@ class DecodeRequest:
     sampling: SamplingParams
     credits: int | None = None
     keep_every: int | None = None
+    history_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class EmittedChoice:
     """What a choice has sent so far.
 
     Attributes:
-        token_ids: at least one; the first comes from prefill, further ones are replayed.
+        token_ids: behind the prompt, at least one: `DecodeRequest.history_tokens`, then what was sent. Without history
+            the first comes from prefill; others are replayed.
         finish_reason: "stop" or "length" when the choice has ended, else empty.
         kept: rows of tokens that need not be replayed, ascending from the end of the prompt.
     """
@@ -124,8 +129,9 @@ class ChoiceRun:
 
     Args:
         cache: the choice's own, over the prompt that it shares with the others.
-        emitted: at least one token; the last one has not been sampled from yet.
+        begun: tokens behind the prompt, at least one; the last one has not been sampled from yet.
         num_run: how many of them the cache has rows of.
+        history_tokens: how many of them were not emitted.
         keep_every: see `DecodeRequest`.
 
     Attributes:
@@ -138,25 +144,27 @@ class ChoiceRun:
         cache: SequenceCache,
         sampler: SamplerState,
         num_prompt_tokens: int,
-        emitted: Sequence[int],
+        begun: Sequence[int],
         num_run: int = 0,
         keep_every: int | None = None,
+        history_tokens: int = 0,
     ) -> None:
         self.cache = cache
         self.sampler = sampler
         self.num_prompt_tokens = num_prompt_tokens
-        self.num_emitted = len(emitted)
+        self.num_emitted = len(begun) - history_tokens
         self.num_steps = 0
         self.bytes_read = 0
         self.guarded = GuardedCache(cache)
-        self._last_position = num_prompt_tokens + sampler.params.max_tokens - 2  # the last token is not run
+        first = num_prompt_tokens + history_tokens
+        self._last_position = first + sampler.params.max_tokens - 2  # the last token is not run
         self._position = self._kept_until = num_prompt_tokens + num_run
         self._keep_every = keep_every
-        self._ahead = deque(emitted[num_run:])  # emitted, not yet run; the last one is sampled from
+        self._ahead = deque(begun[num_run:])  # known, not yet run; the last one is sampled from
         self._row = 0  # of the last step that was launched
         self._has_run = False  # the token that is emitted next
         self._rows_left = cache.rows_until_seal(self._position)
-        for token_id in emitted:
+        for token_id in begun[history_tokens:]:
             sampler.force(token_id)
 
     @property

@@ -36,11 +36,12 @@ def demand_of(request: DecodeRequest, shape: ModelShape, itemsize: int, page_nby
         InvalidRequest: the prompt is empty, or a number of the recipe is open.
     """
     recipe, num_tokens, sampling = request.recipe, request.num_prompt_tokens, request.sampling
+    new_tokens = request.history_tokens + sampling.max_tokens
     if num_tokens < 1:
         raise InvalidRequest("num_prompt_tokens", f"got {num_tokens}", "at least 1")
     recipe.check_resolved()
     one, two = (
-        bound_nbytes(recipe, shape, num_tokens, sampling.max_tokens, num_choices, itemsize, page_nbytes)
+        bound_nbytes(recipe, shape, num_tokens, new_tokens, num_choices, itemsize, page_nbytes)
         for num_choices in (1, 2)
     )
     tail_bytes, host_bytes = two - one, 0
@@ -68,10 +69,14 @@ def check_start(
         )
     if len(emitted) != request.sampling.n:
         raise InvalidRequest("emitted", f"{len(emitted)} choices", f"{request.sampling.n}, one for each choice")
+    history = request.history_tokens
     for choice in emitted:
-        most = request.sampling.max_tokens if choice.finish_reason else request.sampling.max_tokens - 1
-        if not 1 <= len(choice.token_ids) <= most:
-            raise InvalidRequest("emitted", f"{len(choice.token_ids)} tokens", f"1 to {most}, or a finish reason")
+        most = history + request.sampling.max_tokens - (not choice.finish_reason)
+        if not max(1, history) <= len(choice.token_ids) <= most:
+            allowed = f"{max(1, history)} to {most}, or a finish reason"
+            raise InvalidRequest("emitted", f"{len(choice.token_ids)} tokens", allowed)
+        if choice.token_ids[:history] != emitted[0].token_ids[:history]:
+            raise InvalidRequest("emitted", "choices with different histories", "one history for all choices")
         if min(choice.token_ids) < 0 or max(choice.token_ids) >= vocab_size:
             raise InvalidRequest("emitted", "holds a token id outside the vocabulary", f"0 to {vocab_size - 1}")
 
@@ -93,7 +98,8 @@ def start_choices(
     Raises:
         FrameMismatch: see `put_kept`.
     """
-    request, prompt = run.request, PromptIds(prompt_ids)
+    request, history = run.request, run.request.history_tokens
+    prompt = PromptIds([*prompt_ids, *emitted[0].token_ids[:history]])
     sampling, num_tokens, every = request.sampling, request.num_prompt_tokens, request.keep_every
     live = [i for i, choice in enumerate(emitted) if not choice.finish_reason and i not in run.cancelled]
     choices, turns = {}, {}
@@ -102,9 +108,9 @@ def start_choices(
         sampler = SamplerState(sampling, index, prompt, config.vocab_size, config.eos_token_ids)
         ids = emitted[index].token_ids
         num_run = put_kept(own, emitted[index], num_tokens, like)
-        choices[index] = ChoiceRun(own, sampler, num_tokens, ids, num_run, every)
+        choices[index] = ChoiceRun(own, sampler, num_tokens, ids, num_run, every, history)
         leash = math.inf if every is None else LEASH * every
-        turns[index] = Turns(len(ids) - 1 - num_run, sampling.max_tokens - 1 - num_run, leash)
+        turns[index] = Turns(len(ids) - 1 - num_run, history + sampling.max_tokens - 1 - num_run, leash)
     return choices, turns
 
 

@@ -1,0 +1,98 @@
+"""A conversation goes on: what was said and asked is run behind the prompt, and the next answer is drawn behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvsluice.compression.recipe import get_recipe
+from kvsluice.errors import InvalidRequest
+from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice, RowsEvent
+from kvsluice.services.decode.sequence import KeptRows
+
+EVERY, TOKENS = 8, 20
+CHUNKS = (
+    '{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 2, "budget_tokens": 32, "budget_rate": 0.05, '
+    '"landmark_bits": 8}, "window": {"kind": "ends", "sinks": 4, "local": 16, "seal_block": 16}}'
+)
+RECIPES = {"exact": get_recipe("exact"), "kivi": get_recipe("kivi"), "chunks": get_recipe("sluice-full", CHUNKS)}
+
+
+def go_on(b, name, encoded, params, begun, history, **more):
+    """Start a turn; run it to its end."""
+    size = len(encoded.ids)
+    b.engine.open(DecodeRequest(name, 1, size, encoded.recipe, params, history_tokens=history, **more))
+    b.feed(name, encoded, begun)
+    while b.engine.has_work:
+        for event in b.step():
+            if isinstance(event, RowsEvent):
+                b.engine.lengthen(name, event.choice, 1 << 20, event.epoch)
+    return b.tokens(name)
+
+
+@pytest.fixture
+def conversation(bench, encode, prompt, sampling, request):
+    """A prompt, its answer, the rows that were kept of it, and a question."""
+    params = sampling.drawn(TOKENS, seed=3)
+    encoded = encode(prompt(400), params, RECIPES[request.param])
+    b = bench()
+    told = go_on(b, "one", encoded, params, encoded.first, 0, keep_every=EVERY)
+    answer = (*encoded.first[0].token_ids, *told)
+    kept = [KeptRows(event.begin, event.layers) for event in b.of("one", RowsEvent)]
+    return encoded, answer, kept, prompt(13, seed=9)
+
+
+@pytest.mark.parametrize("conversation", RECIPES, indirect=True)
+def test_a_turn_is_the_same_from_kept_rows_and_from_the_prompt(bench, conversation, sampling):
+    encoded, answer, kept, question = conversation
+    history = (*answer, *question)
+    params = replace(sampling.drawn(30, seed=5), repetition_penalty=1.3)
+    from_rows = go_on(bench(), "x", encoded, params, [EmittedChoice(history, kept=kept)], len(history))
+    replayed = go_on(bench(), "x", encoded, params, [EmittedChoice(history)], len(history))
+    assert len(replayed) == 30
+    assert from_rows == replayed
+    # another worker goes on in the middle of the second answer
+    for told in (1, 17):
+        begun = [EmittedChoice((*history, *replayed[:told]), kept=kept)]
+        assert go_on(bench(), "x", encoded, params, begun, len(history)) == replayed[told:]
+
+
+@pytest.mark.parametrize("conversation", ["exact"], indirect=True)
+def test_a_turn_says_what_the_whole_conversation_as_one_prompt_says(bench, encode, conversation, sampling):
+    encoded, answer, kept, question = conversation
+    history = (*answer, *question)
+    params = sampling.greedy(25)
+    whole = encode((*encoded.ids, *history), params, "exact")
+    b = bench()
+    b.start("x", whole)
+    b.run()
+    want = [*whole.first[0].token_ids, *b.tokens("x")]
+    assert go_on(bench(), "x", encoded, params, [EmittedChoice(history, kept=kept)], len(history)) == want
+
+
+@pytest.mark.parametrize("conversation", ["chunks"], indirect=True)
+def test_turns_have_choices_and_rows_that_are_kept(bench, conversation, sampling):
+    encoded, answer, kept, question = conversation
+    history = (*answer, *question)
+    params = sampling.drawn(12, seed=5, n=2)
+    alone, b = bench(), bench()
+    begun = [EmittedChoice(history, kept=kept)] * 2
+    go_on(alone, "x", encoded, params, begun, len(history))
+    go_on(b, "x", encoded, params, begun, len(history), keep_every=EVERY)
+    assert [b.tokens("x", i) for i in (0, 1)] == [alone.tokens("x", i) for i in (0, 1)]
+    assert b.tokens("x", 0) != b.tokens("x", 1)
+    ends = [event.begin for event in b.of("x", RowsEvent) if event.choice == 0]
+    assert min(ends) == kept[-1].end, "what was kept before is not told again"
+
+
+@pytest.mark.parametrize("conversation", ["exact"], indirect=True)
+def test_histories_that_cannot_be_are_refused(bench, conversation, sampling):
+    encoded, answer, _, question = conversation
+    history = (*answer, *question)
+    for begun in ([EmittedChoice(history[:-1])], [EmittedChoice((*history, 5, 5, 5))]):
+        with pytest.raises(InvalidRequest, match="emitted"):
+            go_on(bench(), "x", encoded, sampling.greedy(2), begun, len(history))
+    with pytest.raises(InvalidRequest, match="one history"):
+        begun = [EmittedChoice(history), EmittedChoice((*history[:-1], history[-1] ^ 1))]
+        go_on(bench(), "x", encoded, sampling.drawn(3, n=2), begun, len(history))
