@@ -140,10 +140,10 @@ class RedisStore:
         ttl_ms = _ttl_ms(ttl_s)
 
         async def attempt(session: Session) -> bool:
-            done = await session.transaction(*_renewal(key, ttl_ms))
-            if done is None:
-                raise Trouble(Cause.GARBLED)  # nothing is watched
-            return bool(_number(done[1]))
+            # no transaction: a full server queues none, and what it has must live on
+            extend, look = _renewal(key, ttl_ms)
+            await session.call(*extend)
+            return bool(_number(await session.call(*look)))
 
         return await self._run(key, attempt, 0)
 
@@ -204,10 +204,11 @@ class RedisStore:
 
     async def _read(self, key: str, max_bytes: int) -> bytes | None:
         async def attempt(session: Session) -> bytes | None:
-            done = await session.transaction(("EXISTS", key), ("GETRANGE", key, 0, max_bytes))
-            if done is None:
-                raise Trouble(Cause.GARBLED)
-            return _bytes(done[1]) if _number(done[0]) else None
+            # no transaction: a full server queues none, and what it has must be readable
+            held = _bytes(await session.call("GETRANGE", key, 0, max_bytes))
+            if held or not _number(await session.call("EXISTS", key)):
+                return held or None
+            return _bytes(await session.call("GETRANGE", key, 0, max_bytes))
 
         held = await self._run(key, attempt, max_bytes)
         if held is not None and len(held) > max_bytes:
@@ -262,6 +263,12 @@ class RedisStore:
         except Trouble as exc:
             if exc.cause is Cause.UNREACHABLE and not self._config.address.tls and await self._speaks_tls():
                 raise ConfigError("store_url: the server speaks TLS; allowed: rediss… in place of redis…") from exc
+            if (
+                exc.cause in (Cause.UNREACHABLE, Cause.TIMEOUT)
+                and self._config.address.tls
+                and await self._speaks_plain()
+            ):
+                raise ConfigError("store_url: the server speaks no TLS; allowed: redis… in place of rediss…") from exc
             if exc.cause in AT_START:
                 raise ConfigError(AT_START[exc.cause]) from exc
             raise
@@ -296,6 +303,19 @@ class RedisStore:
             return False
         writer.transport.abort()
         return True
+
+    async def _speaks_plain(self) -> bool:
+        """Whether what does not answer a TLS greeting answers a plaintext one."""
+        host, port = self._config.address.hosts[0]
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                reader, writer = await asyncio.open_connection(host, port)
+                writer.write(b"PING\r\n")
+                answer = await reader.read(1)
+        except (OSError, TimeoutError):
+            return False
+        writer.transport.abort()
+        return answer in (b"+", b"-")
 
 
 def _scan_page(cursor: int, pattern: str) -> Callable[[Session], Awaitable[tuple[int, list[str]]]]:

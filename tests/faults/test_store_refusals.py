@@ -135,7 +135,7 @@ async def test_a_user_without_info_is_served_with_a_warning(guarded, tmp_path, c
 async def test_the_least_user_may_do_nothing_else(guarded):
     with guarded.admin() as admin:
         admin.execute_command("AUTH", "store", STORE)
-        for denied in ("EVAL x 0", "CONFIG GET x", "KEYS *", "DEBUG SLEEP 0", "FLUSHALL", "SUBSCRIBE x", "GET other"):
+        for denied in ("EVAL x 0", "CONFIG GET x", "KEYS *", "FLUSHALL", "SUBSCRIBE x", "GET other"):
             with pytest.raises(Exception, match="no permissions"):
                 admin.execute_command(*denied.split())
 
