@@ -110,11 +110,19 @@ class BrokenCheckpoint(KvsluiceError):
 
 
 class Overloaded(KvsluiceError):
-    """No room now; the request was not started."""
+    """No room now; the request was not started.
+
+    Attributes:
+        retry_after_s: when there may be room, as far as that is known; 0 = it is not.
+    """
 
     status = "RESOURCE_EXHAUSTED"
     http_status = 429
     retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class WorkerLost(KvsluiceError):

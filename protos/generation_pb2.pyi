@@ -264,17 +264,19 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., default_recipe: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ErrorInfo(_message.Message):
-    __slots__ = ("type", "message", "field", "allowed", "retryable", "request_id")
+    __slots__ = ("type", "message", "field", "allowed", "retryable", "request_id", "retry_after_s")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     type: str
     message: str
     field: str
     allowed: str
     retryable: bool
     request_id: str
-    def __init__(self, type: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., allowed: _Optional[str] = ..., retryable: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+    retry_after_s: float
+    def __init__(self, type: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., allowed: _Optional[str] = ..., retryable: _Optional[bool] = ..., request_id: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...

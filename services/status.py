@@ -48,6 +48,8 @@ def error_info(error: KvsluiceError, request_id: str = "") -> pb.ErrorInfo:
     info = pb.ErrorInfo(type=error.type_name, message=error.message, retryable=error.retryable, request_id=request_id)
     if isinstance(error, InvalidRequest):
         info.field, info.allowed = error.field, error.allowed
+    if isinstance(error, errors.Overloaded):
+        info.retry_after_s = error.retry_after_s
     return info
 
 
@@ -69,7 +71,10 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> KvsluiceError:
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_METADATA_KEY and isinstance(value, bytes):
             info = pb.ErrorInfo.FromString(value)
-            return build_error(info.type, info.message, info.field, info.allowed)
+            error_found = build_error(info.type, info.message, info.field, info.allowed)
+            if isinstance(error_found, errors.Overloaded):
+                error_found.retry_after_s = info.retry_after_s
+            return error_found
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return _too_large(details)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import time
 from asyncio import CancelledError, Future, get_running_loop
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from ...errors import Overloaded
 
+RATE_OVER = 64  # ends that the rate is taken over
+
 
 class Admission:
-    """Lets a bounded number of choices run and a bounded number of requests wait, first come, first served.
+    """Lets a bounded number of choices run and a bounded number of requests wait, first come, first served. Whoever
+    would wait longer than it may is sent away at once.
 
     Args:
         max_running: choices that may run together; a request with more runs alone.
         max_waiting: requests that may wait.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
+    def __init__(self, max_running: int, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_running = max_running
+        self._clock = clock
+        self._ends: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)  # when how many choices ended
         self._max_waiting = max_waiting
         self._free = max_running
         self._queue: deque[tuple[int, Future[None]]] = deque()
@@ -29,11 +37,29 @@ class Admission:
     def num_waiting(self) -> int:
         return len(self._queue)
 
+    def wait_s(self, num_choices: int) -> float:
+        """How long a request that comes now would wait, by the rate at which the last ones ended; 0 where that is not
+        known."""
+        need = min(num_choices, self._max_running)
+        ahead = sum(waiting for waiting, _ in self._queue) + need - self._free
+        if ahead <= 0 or len(self._ends) < 2:
+            return 0.0
+        span_s = self._clock() - self._ends[0][0]
+        return ahead * span_s / sum(count for _, count in self._ends) if span_s > 0 else 0.0
+
     @asynccontextmanager
-    async def slot(self, num_choices: int) -> AsyncIterator[None]:
-        """Hold room for a request. Raises `Overloaded` at once when the queue is full."""
+    async def slot(self, num_choices: int, remaining_s: float = math.inf) -> AsyncIterator[None]:
+        """Hold room for a request.
+
+        Args:
+            remaining_s: until its deadline.
+
+        Raises:
+            Overloaded: at once, when the queue is full, or so long that the deadline would pass in it.
+        """
         need = min(num_choices, self._max_running)
         if self._queue or need > self._free:
+            self._check_queue(num_choices, remaining_s)
             await self._wait(need)
         else:
             self._free -= need
@@ -43,11 +69,17 @@ class Admission:
         finally:
             self.num_running -= 1
             self._free += need
+            self._ends.append((self._clock(), need))
             self._admit()
 
-    async def _wait(self, need: int) -> None:
+    def _check_queue(self, num_choices: int, remaining_s: float) -> None:
+        wait_s = self.wait_s(num_choices)
         if len(self._queue) >= self._max_waiting:
-            raise Overloaded(f"the queue is full ({self._max_waiting} requests wait already)")
+            raise Overloaded(f"the queue is full ({self._max_waiting} requests wait already)", wait_s)
+        if wait_s > remaining_s:
+            raise Overloaded(f"some {wait_s:.3g} s of work wait, and the deadline is in {remaining_s:.3g} s", wait_s)
+
+    async def _wait(self, need: int) -> None:
         turn: Future[None] = get_running_loop().create_future()
         entry = (need, turn)
         self._queue.append(entry)

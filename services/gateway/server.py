@@ -189,7 +189,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
                 else:
                     check_prompt(checked, len(checked.token_ids), served)
                 # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
-                async with self._admission.slot(checked.sampling.n):
+                async with self._admission.slot(checked.sampling.n, deadline_s - time.monotonic()):
                     prompt_ids = await self._tokenize(checked)
                     sampling = check_prompt(checked, len(prompt_ids), served)
                     job = Job(request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s)

@@ -57,6 +57,30 @@ async def test_admission_is_first_come_first_served_and_bounded():
     assert (admission.num_waiting, admission.num_running) == (0, 0)
 
 
+async def test_who_would_wait_past_its_deadline_is_sent_away_at_once():
+    now = [0.0]
+    admission, release = Admission(2, 50, lambda: now[0]), [asyncio.Event() for _ in range(20)]
+    tasks = [asyncio.create_task(hold(admission, 1, [], event)) for event in release]
+    await settle()
+    assert admission.wait_s(1) == 0, "nothing has ended yet"
+    for number in range(10):  # one every two seconds
+        now[0] += 2
+        release[number].set()
+        await settle()
+    # 8 wait, and 9 with this one: 10 ends in 18 s
+    assert admission.num_waiting == 8
+    assert admission.wait_s(1) == pytest.approx(9 * 18 / 10)
+    with pytest.raises(Overloaded, match="the deadline is in 10 s") as caught:
+        async with admission.slot(1, 10):
+            pass
+    assert caught.value.retry_after_s == pytest.approx(16.2)
+    assert admission.num_waiting == 8
+    for event in release:
+        event.set()
+    async with admission.slot(1, 17):
+        await asyncio.gather(*tasks)
+
+
 async def test_admission_lets_a_request_larger_than_all_run_alone():
     admission = Admission(4, 0)
     async with admission.slot(100):

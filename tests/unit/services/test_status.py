@@ -159,3 +159,11 @@ def test_what_an_error_is_called_on_the_far_side_is_a_class_of_the_tree():
     assert name == "StoreUnavailable"
     assert isinstance(build_error(name, "gone"), errors.StoreUnavailable)
     assert {cls("x").type_name for cls in (errors.WorkerLost, errors.Fenced)} == {"WorkerLost", "Fenced"}
+
+
+def test_an_overload_says_when_to_try_again():
+    error = errors.Overloaded("full", 2.5)
+    trailers = [(ERROR_METADATA_KEY, error_info(error, "r").SerializeToString())]
+    again = error_from_rpc(Failed(status_code(error), error.message, trailers))
+    assert isinstance(again, errors.Overloaded)
+    assert (again.message, again.retry_after_s) == ("full", 2.5)
