@@ -21,21 +21,19 @@ import grpc.aio
 from .errors import InvalidRequest
 from .protos import generation_pb2 as pb
 from .protos.generation_pb2_grpc import GenerationStub
-from .services.api import (
+from .services.api import Collector, Options, Prompt, build_request, parse_info, parse_sessions
+from .services.results import (
     Choice,
     Chunk,
-    Collector,
     Completion,
     DurabilityReport,
     ModelInfo,
-    Options,
-    Prompt,
     RecipeReport,
+    SessionInfo,
+    SessionReport,
     Timing,
     TokenLogprob,
     Usage,
-    build_request,
-    parse_info,
 )
 from .services.rpc import call_error, is_cancelled
 from .services.status import error_from_rpc
@@ -52,6 +50,8 @@ __all__ = [
     "Options",
     "Prompt",
     "RecipeReport",
+    "SessionInfo",
+    "SessionReport",
     "Stream",
     "Timing",
     "TokenLogprob",
@@ -186,6 +186,21 @@ class Client:
         except grpc.RpcError as exc:
             raise error_from_rpc(exc, self._address) from exc
 
+    def sessions(self) -> list[SessionInfo]:
+        """Conversations that can be continued, those used last first."""
+        try:
+            return parse_sessions(self._stub.ListSessions(pb.ListSessionsRequest(), timeout=self._timeout_s))
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc, self._address) from exc
+
+    def delete_session(self, session_id: str) -> bool:
+        """Delete a conversation. Returns whether it was there."""
+        request = pb.DeleteSessionRequest(session_id=session_id)
+        try:
+            return bool(self._stub.DeleteSession(request, timeout=self._timeout_s).found)
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc, self._address) from exc
+
     def model_info(self) -> ModelInfo:
         """What is served."""
         try:
@@ -232,6 +247,21 @@ class AsyncClient:
         except grpc.RpcError as exc:
             raise error_from_rpc(exc, self._address) from exc
         return bool(reply.found)
+
+    async def sessions(self) -> list[SessionInfo]:
+        """Conversations that can be continued, those used last first."""
+        try:
+            return parse_sessions(await self._stub.ListSessions(pb.ListSessionsRequest(), timeout=self._timeout_s))
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc, self._address) from exc
+
+    async def delete_session(self, session_id: str) -> bool:
+        """Delete a conversation. Returns whether it was there."""
+        request = pb.DeleteSessionRequest(session_id=session_id)
+        try:
+            return bool((await self._stub.DeleteSession(request, timeout=self._timeout_s)).found)
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc, self._address) from exc
 
     async def model_info(self) -> ModelInfo:
         """What is served."""

@@ -17,6 +17,7 @@
     ├── FrameMismatch               FAILED_PRECONDITION  no    a sound frame of another model, recipe or epoch
     ├── Fenced                      FAILED_PRECONDITION  no    another worker owns the sequence by now
     ├── SequenceLost                DATA_LOSS            yes   what was stored of a sequence is not there, or not whole
+    ├── SessionMismatch             FAILED_PRECONDITION  no    a session that this request cannot continue; says why
     └── InternalError               INTERNAL             no
 
 The message of an error is public: it never holds prompts, secrets, addresses or paths of the server.
@@ -184,6 +185,14 @@ class SequenceLost(KvsluiceError):
     status = "DATA_LOSS"
     http_status = 500
     retryable = True
+
+
+class SessionMismatch(KvsluiceError):
+    """A session that the request cannot continue: of another model or recipe, or not where the request takes it to
+    be."""
+
+    status = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class InternalError(KvsluiceError):

@@ -5,6 +5,7 @@ envelope.py   what frames and manifests share on the wire: magic, version, lengt
 frame.py      tensors of one sequence as one message or one stored value
 manifest.py   what a whole sequence consists of; written last
 continuation.py   how far a sequence has come beyond its prompt
+session.py    conversations that are continued by their id
 sequences.py  how a sequence lies in a store: written by its owner, found and taken over by another
 store.py      what a store must do      memory.py   a store inside the process
 """

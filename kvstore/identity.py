@@ -86,3 +86,18 @@ def epoch_of(key: FrameKey | ManifestKey) -> int:
 def head_key(ident: FrameIdent) -> HeadKey:
     """Name of the sequence's head; the same in all epochs."""
     return HeadKey(f"kvsluice:head:{sequence_key(ident)}")
+
+
+def tenant_sessions(tenant: TenantId) -> str:
+    """What the names of all sessions of a tenant begin with."""
+    return f"kvsluice:session:{content_key('tenant', tenant)}:"
+
+
+def session_key(tenant: TenantId, session_id: str) -> HeadKey:
+    """Name of a session's head."""
+    return HeadKey(tenant_sessions(tenant) + content_key("session", session_id))
+
+
+def session_record_key(tenant: TenantId, session_id: str, epoch: int, turn: int) -> ManifestKey:
+    """Name of what a session has come to with a turn, which an attempt of this epoch has ended."""
+    return ManifestKey(StoreKey(f"kvsluice:record:{content_key('record', tenant, session_id)}:{epoch}:{turn}"))

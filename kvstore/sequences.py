@@ -11,6 +11,7 @@ So a sequence is there whole or not at all, and what an owner leaves behind when
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,19 @@ async def find_sequence(store: Store, ident: FrameIdent) -> StoredSequence | Non
         return None
     found = StoredSequence(head, manifest, key, checksum_of(data), continuation)
     return found if _fits(found, ident) else None
+
+
+async def delete_sequence(store: Store, ident: FrameIdent) -> None:
+    """Remove what is stored of a sequence, names first; its head expires, and leads nowhere.
+
+    Raises:
+        StoreUnavailable: the store cannot be reached; what is left expires.
+    """
+    found = await find_sequence(store, ident)
+    if found is not None:
+        writer = SequenceWriter(store, ident, 1.0)
+        writer.take_over(found, dict.fromkeys(range(len(found.manifest.choices)), sys.maxsize))
+        await writer.delete()
 
 
 def _fits(found: StoredSequence, ident: FrameIdent) -> bool:
@@ -238,14 +252,14 @@ class SequenceWriter:
         if before is not None and before != self._base[0]:
             await self._store.delete(before)
 
-    async def renew(self) -> None:
-        """Let everything live for another time to live: what is named first, the head last."""
-        frame_ttl_s = self._ttl_s * FRAME_TTL_FACTOR
-        await _together([self._store.renew(key, frame_ttl_s) for key in self._frames])
+    async def renew(self, ttl_s: float | None = None) -> None:
+        """Let everything live for another time to live, or for this one: what is named first, the head last."""
+        ttl_s = self._ttl_s if ttl_s is None else ttl_s
+        await _together([self._store.renew(key, ttl_s * FRAME_TTL_FACTOR) for key in self._frames])
         if self._head is not None and self._base is not None:
             for key in dict.fromkeys((self._base[0], self._head.manifest)):
-                await self._store.renew(key, self._ttl_s)
-            await self._point_to(self._head.manifest)
+                await self._store.renew(key, ttl_s)
+            await self._point_to(self._head.manifest, ttl_s)
 
     async def delete(self) -> None:
         """Remove what can be removed now, names first; the head expires, and leads nowhere."""
@@ -265,12 +279,13 @@ class SequenceWriter:
         await self._store.put(key, data, ttl_s)
         self.stored_bytes += len(data)
 
-    async def _point_to(self, key: ManifestKey) -> None:
+    async def _point_to(self, key: ManifestKey, ttl_s: float | None = None) -> None:
         """Make the head lead to a manifest or continuation."""
+        ttl_s = self._ttl_s if ttl_s is None else ttl_s
         name, new = head_key(self._ident), Head(self._ident.epoch, key)
         expected = self._head
         while True:
-            result = await self._store.compare_and_set_head(name, expected, new, self._ttl_s)
+            result = await self._store.compare_and_set_head(name, expected, new, ttl_s)
             if result is HeadWrite.WRITTEN:
                 self._head = new
                 return

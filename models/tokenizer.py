@@ -126,6 +126,29 @@ class Tokenizer:
         text = self._template.render([self._disarm(m, mark) for m in messages], add_generation_prompt)
         return self._encode_disarmed(_valid(text), mark)
 
+    def continue_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of further messages of a conversation, to go behind the assistant's last one: what closes that, the
+        messages, and the opening of the assistant's next turn.
+
+        Raises:
+            InvalidRequest: as `apply_chat_template`, or the template writes earlier messages otherwise when others
+                follow, so that nothing can be put behind them.
+        """
+        if self._template is None:
+            raise InvalidRequest("messages", "this model has no chat template", "a plain prompt")
+        strings = list(_strings(messages))
+        armed = any(map(self._is_armed, strings))
+        mark = _unused_character(strings) if armed else ""
+        further = [self._disarm(m, mark) for m in messages] if armed else list(messages)
+        asked, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+        answered = self._template.render([asked], True) + "y"
+        closed = self._template.render([asked, answer], False)
+        whole = self._template.render([asked, answer, *further], True)
+        if not (closed.startswith(answered) and whole.startswith(closed)):
+            raise InvalidRequest("messages", "cannot follow others in this model's chat template", "the whole chat")
+        text = whole[len(answered) :]
+        return self._encode_disarmed(_valid(text), mark) if armed else self.encode(text)
+
     def _stand_in_tokenizer(self, added: Mapping[int, AddedToken]) -> tuple[RawTokenizer, dict[int, int]]:
         """The same tokenizer, but control tokens are only characters, and others stand in for them.
 

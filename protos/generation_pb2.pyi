@@ -27,7 +27,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompt", "token_ids", "chat", "sampling", "recipe", "session_id", "durability", "tools", "response_format", "prompt_logprobs")
+    __slots__ = ("request_id", "model", "prompt", "token_ids", "chat", "sampling", "recipe", "session_id", "durability", "session_turn", "tools", "response_format", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class GenerateRequest(_message.Message):
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TURN_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -49,10 +50,11 @@ class GenerateRequest(_message.Message):
     recipe: RecipeChoice
     session_id: str
     durability: str
+    session_turn: int
     tools: str
     response_format: str
     prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recipe: _Optional[_Union[RecipeChoice, _Mapping]] = ..., session_id: _Optional[str] = ..., durability: _Optional[str] = ..., tools: _Optional[str] = ..., response_format: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recipe: _Optional[_Union[RecipeChoice, _Mapping]] = ..., session_id: _Optional[str] = ..., durability: _Optional[str] = ..., session_turn: _Optional[int] = ..., tools: _Optional[str] = ..., response_format: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "logprobs", "n")
@@ -142,18 +144,30 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., token: _Optional[str] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Complete(_message.Message):
-    __slots__ = ("choices", "usage", "recipe", "timing", "durability")
+    __slots__ = ("choices", "usage", "recipe", "timing", "durability", "session")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[Choice]
     usage: Usage
     recipe: RecipeReport
     timing: Timing
     durability: DurabilityReport
-    def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., recipe: _Optional[_Union[RecipeReport, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., durability: _Optional[_Union[DurabilityReport, _Mapping]] = ...) -> None: ...
+    session: SessionReport
+    def __init__(self, choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., recipe: _Optional[_Union[RecipeReport, _Mapping]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., durability: _Optional[_Union[DurabilityReport, _Mapping]] = ..., session: _Optional[_Union[SessionReport, _Mapping]] = ...) -> None: ...
+
+class SessionReport(_message.Message):
+    __slots__ = ("session_id", "turn", "tokens")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    turn: int
+    tokens: int
+    def __init__(self, session_id: _Optional[str] = ..., turn: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DurabilityReport(_message.Message):
     __slots__ = ("level", "kept", "stored_bytes", "migrations", "recomputed_tokens", "recomputed_prompt_tokens", "stalled_s")
@@ -262,6 +276,46 @@ class GetModelInfoResponse(_message.Message):
     default_recipe: str
     version: str
     def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., default_recipe: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class ListSessionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSessionsResponse(_message.Message):
+    __slots__ = ("sessions",)
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionInfo]
+    def __init__(self, sessions: _Optional[_Iterable[_Union[SessionInfo, _Mapping]]] = ...) -> None: ...
+
+class SessionInfo(_message.Message):
+    __slots__ = ("session_id", "turns", "tokens", "recipe", "begun_unix_s", "used_unix_s", "expires_unix_s")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    USED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    turns: int
+    tokens: int
+    recipe: str
+    begun_unix_s: float
+    used_unix_s: float
+    expires_unix_s: float
+    def __init__(self, session_id: _Optional[str] = ..., turns: _Optional[int] = ..., tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., begun_unix_s: _Optional[float] = ..., used_unix_s: _Optional[float] = ..., expires_unix_s: _Optional[float] = ...) -> None: ...
+
+class DeleteSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class DeleteSessionResponse(_message.Message):
+    __slots__ = ("found",)
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    def __init__(self, found: _Optional[bool] = ...) -> None: ...
 
 class ErrorInfo(_message.Message):
     __slots__ = ("type", "message", "field", "allowed", "retryable", "request_id", "retry_after_s")

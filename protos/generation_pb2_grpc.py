@@ -52,6 +52,16 @@ class GenerationStub:
                 request_serializer=kvsluice_dot_protos_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=kvsluice_dot_protos_dot_generation__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/kvsluice.v1.Generation/ListSessions',
+                request_serializer=kvsluice_dot_protos_dot_generation__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=kvsluice_dot_protos_dot_generation__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.DeleteSession = channel.unary_unary(
+                '/kvsluice.v1.Generation/DeleteSession',
+                request_serializer=kvsluice_dot_protos_dot_generation__pb2.DeleteSessionRequest.SerializeToString,
+                response_deserializer=kvsluice_dot_protos_dot_generation__pb2.DeleteSessionResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -78,6 +88,18 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSession(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +117,16 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=kvsluice_dot_protos_dot_generation__pb2.GetModelInfoRequest.FromString,
                     response_serializer=kvsluice_dot_protos_dot_generation__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=kvsluice_dot_protos_dot_generation__pb2.ListSessionsRequest.FromString,
+                    response_serializer=kvsluice_dot_protos_dot_generation__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'DeleteSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSession,
+                    request_deserializer=kvsluice_dot_protos_dot_generation__pb2.DeleteSessionRequest.FromString,
+                    response_serializer=kvsluice_dot_protos_dot_generation__pb2.DeleteSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +213,60 @@ class Generation:
             '/kvsluice.v1.Generation/GetModelInfo',
             kvsluice_dot_protos_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
             kvsluice_dot_protos_dot_generation__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvsluice.v1.Generation/ListSessions',
+            kvsluice_dot_protos_dot_generation__pb2.ListSessionsRequest.SerializeToString,
+            kvsluice_dot_protos_dot_generation__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvsluice.v1.Generation/DeleteSession',
+            kvsluice_dot_protos_dot_generation__pb2.DeleteSessionRequest.SerializeToString,
+            kvsluice_dot_protos_dot_generation__pb2.DeleteSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -133,7 +133,7 @@ class Shipped(_message.Message):
     def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "from_store")
+    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "history_tokens", "from_store")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class Open(_message.Message):
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     KEEPING_FIELD_NUMBER: _ClassVar[int]
     SENT_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FROM_STORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
@@ -153,14 +154,17 @@ class Open(_message.Message):
     credits: int
     keeping: Keeping
     sent: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ContinuedChoice]
+    history_tokens: int
     from_store: bool
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., sent: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ..., from_store: _Optional[bool] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., sent: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ..., history_tokens: _Optional[int] = ..., from_store: _Optional[bool] = ...) -> None: ...
 
 class Keeping(_message.Message):
-    __slots__ = ("keep_every",)
+    __slots__ = ("keep_every", "end_ttl_s")
     KEEP_EVERY_FIELD_NUMBER: _ClassVar[int]
+    END_TTL_S_FIELD_NUMBER: _ClassVar[int]
     keep_every: int
-    def __init__(self, keep_every: _Optional[int] = ...) -> None: ...
+    end_ttl_s: float
+    def __init__(self, keep_every: _Optional[int] = ..., end_ttl_s: _Optional[float] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("request_id", "epoch", "tokens")

@@ -110,6 +110,34 @@ class Host:
         view: Any = ray.get(self._controller.view.remote())
         return next((m.address for m in view.members if m.worker_id == self._worker_id), None)
 
+    async def _open_store(self) -> Store | None:
+        """The store that the configuration names; None where there is none, or none now: a worker that takes another's
+        place serves without, rather than not at all.
+
+        Raises:
+            ConfigError: it is not to be had as configured. StoreUnavailable: it is not there.
+        """
+        config = self._config.store
+        if config is None:
+            return None
+        from ..kvstore.opening import open_store
+
+        try:
+            return await open_store(config)
+        except StoreUnavailable as exc:
+            if await asyncio.to_thread(self._predecessor) is None:
+                raise
+            log.error("%s serves without its store until that is there again: %s", self._worker_id, exc.message)
+            return None
+
+    async def _use_store_later(self, use: Callable[[Store], None]) -> None:
+        from ..kvstore.opening import open_store
+
+        config = self._config.store
+        assert config is not None, "there is one to wait for"
+        use(await persist(lambda: open_store(config), StoreUnavailable, math.inf, STORE_PAUSE_S))
+        log.info("%s has its store again", self._worker_id)
+
     def _register(self, role: Role, address: str) -> None:
         member = Member(self._worker_id, role, address, uuid.uuid4().hex)
         ray.get(self._controller.register.remote(member))
@@ -137,39 +165,11 @@ class Worker(Host):
         self._worker = WorkerHost(services, config.max_frame_bytes)
         address = self._loop.run(self._worker.start(WORKER_HOST))
         if store is None and config.store is not None and "decode" in self.roles:
-            self._loop.spawn(self._use_store_later(services[-1]))
+            decode: Any = services[-1]
+            self._loop.spawn(self._use_store_later(decode.use_store))
         for role in self.roles:
             self._register(role, address)
         return address
-
-    async def _open_store(self) -> Store | None:
-        """The store that the configuration names; None where there is none, or none now: a worker that takes another's
-        place serves without, rather than not at all.
-
-        Raises:
-            ConfigError: it is not to be had as configured. StoreUnavailable: it is not there.
-        """
-        config = self._config.store
-        if config is None:
-            return None
-        from ..kvstore.opening import open_store
-
-        try:
-            return await open_store(config)
-        except StoreUnavailable as exc:
-            if await asyncio.to_thread(self._predecessor) is None:
-                raise
-            log.error("%s serves without its store until that is there again: %s", self._worker_id, exc.message)
-            return None
-
-    async def _use_store_later(self, service: WorkerService) -> None:
-        from ..kvstore.opening import open_store
-        from .decode.server import DecodeService
-
-        config = self._config.store
-        assert isinstance(service, DecodeService) and config is not None
-        service.use_store(await persist(lambda: open_store(config), StoreUnavailable, math.inf, STORE_PAUSE_S))
-        log.info("%s has its store again", self._worker_id)
 
     def _services(self, model: Model, store: Store | None) -> list[WorkerService]:
         from ..models.profiles import load_profile
@@ -233,6 +233,11 @@ class Gateway(Host):
 
         # what died may hold its port a moment longer
         self._gateway, address = self._loop.run(persist(start, ConfigError, REBIND_S if earlier else 0.0))
+        store = self._loop.run(self._open_store())
+        if store is not None:
+            self._gateway.sessions.use_store(store)
+        elif config.store is not None:
+            self._loop.spawn(self._use_store_later(self._gateway.sessions.use_store))
         self._register("gateway", address)
         return address
 

@@ -10,6 +10,19 @@ from typing import Any, TypedDict
 
 from ..errors import InternalError, InvalidRequest
 from ..protos import generation_pb2 as pb
+from .results import (
+    Choice,
+    Chunk,
+    Completion,
+    DurabilityReport,
+    ModelInfo,
+    RecipeReport,
+    SessionInfo,
+    SessionReport,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages ({"role": ..., "content": ...})."""
@@ -23,7 +36,8 @@ class Options(TypedDict, total=False):
 
     `slots` replaces single slots of the recipe. `timeout_s` is the deadline of the whole request. `durability` says
     what is kept in the service's store while the request runs: `none`, `handoff` (the prompt) or `tokens` (the answer
-    as well).
+    as well). `session_id` continues the conversation of that id, or begins it; the prompt is then the new turn alone,
+    and `session_turn` says which turn that has to be.
     """
 
     model: str
@@ -31,6 +45,8 @@ class Options(TypedDict, total=False):
     recipe: str
     slots: Mapping[str, Any]
     durability: str
+    session_id: str
+    session_turn: int
     timeout_s: float | None
     max_tokens: int
     temperature: float
@@ -50,139 +66,6 @@ class Options(TypedDict, total=False):
     n: int
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token with its log-probability and, where asked for, its most likely alternatives."""
-
-    token_id: int
-    token: str
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What became final of one choice.
-
-    Attributes:
-        index: which of the n choices.
-        text: may be empty while tokens could still become part of a stop string or of a character.
-        finish_reason: `stop` or `length` on the choice's last chunk, else None.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Token counts of a finished request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class RecipeReport:
-    """What was done to the prompt's KV cache; sizes in bytes."""
-
-    requested: str
-    effective: str
-    fingerprint: str
-    fallback_reason: str
-    handoff_bytes: int
-    handoff_bf16_bytes: int
-    resident_bytes: int
-    bytes_read_per_step: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Where a request's time went, as the gateway saw it; seconds."""
-
-    queue_s: float
-    prefill_s: float
-    time_to_first_token_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
-class DurabilityReport:
-    """What became of a request's workers, and what was kept of it.
-
-    Attributes:
-        level: none, handoff or tokens.
-        kept: the store held it until its end.
-        stored_bytes: written to the store by the last worker.
-        migrations: how often other workers went on with it.
-        recomputed_tokens, recomputed_prompt_tokens: that were run more than once.
-        stalled_s: between the last token before a migration and the first one behind it.
-    """
-
-    level: str
-    kept: bool
-    stored_bytes: int
-    migrations: int
-    recomputed_tokens: int
-    recomputed_prompt_tokens: int
-    stalled_s: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One finished choice.
-
-    Attributes:
-        stop_match: the stop string or the stop token's text that ended it, else empty.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: str
-    stop_match: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request."""
-
-    request_id: str
-    choices: tuple[Choice, ...]
-    usage: Usage
-    recipe: RecipeReport
-    timing: Timing
-    durability: DurabilityReport
-
-    @property
-    def text(self) -> str:
-        """The text of the first choice."""
-        return self.choices[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The token ids of the first choice."""
-        return self.choices[0].token_ids
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """The served model."""
-
-    model: str
-    fingerprint: str
-    max_model_len: int
-    vocab_size: int
-    recipes: tuple[str, ...]
-    default_recipe: str
-    version: str
-
-
 def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """The message for a prompt and its options. Raises `InvalidRequest` where a value does not fit its field."""
     given: dict[str, Any] = dict(options)
@@ -191,6 +74,8 @@ def build_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     request.model = _text("model", given.pop("model", ""))
     request.recipe.name = _text("recipe.name", given.pop("recipe", ""))
     request.durability = _text("durability", given.pop("durability", ""))
+    request.session_id = _text("session_id", given.pop("session_id", ""))
+    _set_number(request, "session_turn", given.pop("session_turn", None))
     _set_input(request, prompt)
     slots = given.pop("slots", None)
     if slots:
@@ -245,6 +130,15 @@ def _set_input(request: pb.GenerateRequest, prompt: Prompt) -> None:
         raise InvalidRequest("prompt", "does not fit its field", allowed) from exc
 
 
+def _set_number(message: Any, name: str, value: Any) -> None:
+    if value is None:
+        return
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequest(name, f"got {value!r}"[:96], "a number that fits the field") from exc
+
+
 def _set_sampling(sampling: pb.SamplingParams, name: str, value: Any) -> None:
     try:
         if name == "logit_bias":
@@ -285,6 +179,22 @@ def parse_info(info: pb.GetModelInfoResponse) -> ModelInfo:
         default_recipe=info.default_recipe,
         version=info.version,
     )
+
+
+def parse_sessions(response: pb.ListSessionsResponse) -> list[SessionInfo]:
+    """The sessions that a service names."""
+    return [
+        SessionInfo(
+            one.session_id, one.turns, one.tokens, one.recipe, one.begun_unix_s, one.used_unix_s, one.expires_unix_s
+        )
+        for one in response.sessions
+    ]
+
+
+def _parse_session(complete: pb.Complete) -> SessionReport | None:
+    if not complete.HasField("session"):
+        return None
+    return SessionReport(complete.session.session_id, complete.session.turn, complete.session.tokens)
 
 
 @dataclass
@@ -360,4 +270,5 @@ class Collector:
                 durability.recomputed_prompt_tokens,
                 durability.stalled_s,
             ),
+            session=_parse_session(complete),
         )

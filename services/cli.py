@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
+from .cli_sessions import register as register_sessions
 
 if TYPE_CHECKING:
     from .config import ServeConfig
@@ -142,6 +143,10 @@ def generate(
     durability: Annotated[
         str | None, typer.Option(help=f"what is kept while it runs: none, handoff or tokens; {_SERVERS}")
     ] = None,
+    session: Annotated[
+        str | None, typer.Option(help="continue the conversation of this id, or begin it", metavar="ID")
+    ] = None,
+    session_turn: Annotated[int | None, typer.Option(help="which turn of it this has to be, from 1")] = None,
     timeout_s: Annotated[float | None, typer.Option(help=f"deadline; {_SERVERS}", metavar="SECONDS")] = None,
 ) -> None:
     """Generate text with a running service and print it as it comes."""
@@ -167,6 +172,8 @@ def generate(
         "ignore_eos": ignore_eos or None,
         "n": n,
         "durability": durability,
+        "session_id": session,
+        "session_turn": session_turn,
         "timeout_s": timeout_s,
     }
     options = {name: value for name, value in given.items() if value is not None}
@@ -209,6 +216,7 @@ def demo(
 
 register_eval(app)
 register_bench(app)
+register_sessions(app)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ class ServeConfig(BaseModel):
     store_ttl_s: Seconds = Field(
         900.0, description="how long what a lost worker has kept lives; renewed while a request runs"
     )
+    session_ttl_s: Seconds = Field(86400.0, description="how long a session lives in the store without a turn")
     store_keep_every: int = Field(
         16, ge=1, le=4096, description="generated rows of a choice that are written to the store together"
     )

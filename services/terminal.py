@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from ..client import Client, Completion, Options, Prompt, Stream
 from ..errors import InvalidRequest, KvsluiceError
 
 EXIT_INTERRUPTED = 130
+SESSIONS_TIMEOUT_S = 30.0
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -109,9 +114,39 @@ def _summary(done: Completion) -> str:
     kept = done.durability
     if kept.level != "none":
         parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "not kept to its end")
+    if done.session is not None:
+        parts.append(f"turn {done.session.turn} of {done.session.session_id}, {usage.cached_tokens} tokens kept")
     if kept.migrations:
         parts.append(f"moved {kept.migrations} times, {kept.stalled_s:.1f} s without a token")
     return " · ".join(parts)
+
+
+def delete_sessions(address: str, session_ids: Sequence[str]) -> int:
+    """Delete sessions. Returns an exit status: 1 where one was not there."""
+    missing = 0
+    with Client(address, timeout_s=SESSIONS_TIMEOUT_S) as client:
+        for session_id in session_ids:
+            if not client.delete_session(session_id):
+                missing = 1
+                print(f"kvsluice: there is no session {session_id}", file=sys.stderr)
+    return missing
+
+
+def print_sessions(address: str, as_json: bool) -> None:
+    """A table of a service's sessions, or a JSON object a line."""
+    with Client(address, timeout_s=SESSIONS_TIMEOUT_S) as client:
+        sessions = client.sessions()
+    if as_json:
+        for one in sessions:
+            print(json.dumps(asdict(one)))
+        return
+    table = Table("session", "turns", "tokens", "recipe", "last used", "expires", box=None)
+    for one in sessions:
+        used, expires = (
+            datetime.fromtimestamp(at).isoformat(" ", "seconds") for at in (one.used_unix_s, one.expires_unix_s)
+        )
+        table.add_row(one.session_id, str(one.turns), str(one.tokens), one.recipe, used, expires)
+    Console(highlight=False, soft_wrap=True).print(table)
 
 
 def _size(num_bytes: float) -> str:

@@ -34,7 +34,7 @@ ROLES = ("system", "user", "assistant")
 
 T = TypeVar("T", int, None)
 
-_UNSUPPORTED = ("tools", "response_format", "session_id")
+_UNSUPPORTED = ("tools", "response_format")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ServedModel:
         default_recipe: recipe of requests that name none.
         has_chat_template: whether chat messages can be turned into a prompt.
         has_store: whether requests can be kept beyond the life of a worker.
+        has_sessions: whether the gateway has the store, too.
         default_durability: of requests that name none.
     """
 
@@ -59,6 +60,7 @@ class ServedModel:
     default_recipe: str
     has_chat_template: bool
     has_store: bool = False
+    has_sessions: bool = False
     default_durability: str = "none"
 
 
@@ -71,6 +73,9 @@ class CheckedRequest:
         max_tokens: as asked for; None = as much as fits.
         input_field: the field that holds the prompt, for error messages.
         durability: none, handoff or tokens.
+        recipe_given: the request names a recipe or slots, rather than have the server's default.
+        session_id: the conversation that it continues or begins; None = none.
+        session_turn: which turn of it this has to be, from 1; None = the next one.
     """
 
     request_id: str
@@ -84,6 +89,9 @@ class CheckedRequest:
     recipe: Recipe
     recipe_name: str
     durability: str = "none"
+    recipe_given: bool = False
+    session_id: str | None = None
+    session_turn: int | None = None
 
 
 def check_request(request: pb.GenerateRequest, model: ServedModel, default_seed: Callable[[], int]) -> CheckedRequest:
@@ -119,7 +127,10 @@ def check_request(request: pb.GenerateRequest, model: ServedModel, default_seed:
         stop=_stops(request.sampling.stop),
         recipe=_recipe(recipe_name, request.recipe.slots_json),
         recipe_name=recipe_name,
-        durability=_durability(request.durability, model),
+        durability=_durability(request, model),
+        recipe_given=bool(request.recipe.name or request.recipe.slots_json),
+        session_id=_session(request, model),
+        session_turn=request.session_turn if request.HasField("session_turn") else None,
     )
 
 
@@ -169,10 +180,10 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
-def _check_id(request_id: str) -> None:
-    if len(request_id) > MAX_ID_CHARS or not all(33 <= ord(c) <= 126 for c in request_id):
+def _check_id(text: str, field: str = "request_id") -> None:
+    if len(text) > MAX_ID_CHARS or not all(33 <= ord(c) <= 126 for c in text):
         raise InvalidRequest(
-            "request_id", "is too long or holds odd characters", f"at most {MAX_ID_CHARS} printable ASCII characters"
+            field, "is too long or holds odd characters", f"at most {MAX_ID_CHARS} printable ASCII characters"
         )
 
 
@@ -226,8 +237,27 @@ def _stops(stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _durability(level: str, model: ServedModel) -> str:
-    level = level or model.default_durability
+def _session(request: pb.GenerateRequest, model: ServedModel) -> str | None:
+    if not request.session_id:
+        if request.HasField("session_turn"):
+            raise InvalidRequest("session_turn", "has no session", "only with session_id")
+        return None
+    _check_id(request.session_id, "session_id")
+    if request.HasField("session_turn") and not request.session_turn:
+        raise InvalidRequest("session_turn", "got 0", "at least 1, or leave it out")
+    if not model.has_store or not model.has_sessions:
+        raise InvalidRequest("session_id", "needs a store, which the service has not", "leave it out")
+    if request.sampling.HasField("n") and request.sampling.n != 1:
+        raise InvalidRequest("sampling.n", f"got {request.sampling.n} in a session", "1")
+    return request.session_id
+
+
+def _durability(request: pb.GenerateRequest, model: ServedModel) -> str:
+    if request.session_id:
+        if request.durability not in ("", "tokens"):
+            raise InvalidRequest("durability", f"got {_shown(request.durability)} in a session", "tokens")
+        return "tokens"
+    level = request.durability or model.default_durability
     if level not in DURABILITIES:
         raise InvalidRequest("durability", f"got {_shown(level)}", ", ".join(DURABILITIES))
     if level != "none" and not model.has_store:

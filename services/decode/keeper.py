@@ -68,6 +68,7 @@ class Keeper:
         self._lengthen, self._fenced, self._recorder = lengthen, fenced, recorder
         self._jobs: deque[_Job] = deque()
         self._queued_bytes = 0
+        self._is_writing = False
         self._changed = asyncio.Event()  # there is a job, or room
         self._tokens: list[list[int]] = []
         self._reasons: list[str] = []
@@ -125,15 +126,29 @@ class Keeper:
         """Store generated rows."""
         self._add(event)
 
+    async def finish(self, ttl_s: float) -> None:
+        """Write what is left, and let all of it live for so long: the sequence may be continued then."""
+        while self.is_kept and (self._jobs or self._is_writing):
+            await self._turn()
+        await self._stop()
+        if self.is_kept:
+            try:
+                await self._writer.renew(ttl_s)
+            except Exception as exc:
+                self._give_up(exc)
+
+    async def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
     async def close(self, delete: bool) -> None:
         """Write nothing more.
 
         Args:
             delete: what was written is of no use to anyone; otherwise it expires.
         """
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._stop()
         was_kept, self.is_kept = self.is_kept, False
         self._jobs.clear()
         self._changed.set()
@@ -175,7 +190,10 @@ class Keeper:
                 await self._writer.renew()
                 due_s = loop.time() + self._ttl_s / 3
             if self._jobs:
+                self._is_writing = True
                 await self._write(self._jobs.popleft())
+                self._is_writing = False
+                self._changed.set()
                 continue
             try:
                 async with asyncio.timeout_at(due_s):

@@ -34,6 +34,7 @@ def decode_request(message: wpb.Open) -> DecodeRequest:
         sampling=SamplingParams(**sampling_fields(message.sampling)),
         credits=message.credits,
         keep_every=message.keeping.keep_every or None,
+        history_tokens=message.history_tokens,
     )
 
 

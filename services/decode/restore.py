@@ -37,6 +37,8 @@ class Restoring:
         max_bytes: that all of it may take, as reserved.
         emitted: what every choice has sent, at least one token each.
         ttl_s: how long the claim lives.
+        history_tokens: of what was sent, so many tokens go before the answer. What a turn that failed has left behind
+            them may differ, and is not used.
     """
 
     ident: FrameIdent
@@ -46,6 +48,7 @@ class Restoring:
     max_bytes: int
     emitted: Sequence[EmittedChoice]
     ttl_s: float
+    history_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,24 @@ def _check(found: StoredSequence, wanted: Restoring) -> None:
     """
     if len(found.manifest.prompt_ids) != wanted.num_prompt_tokens:
         raise SequenceLost("the stored prompt has another length")
-    stored = [[token.token_id for token in choice.emitted] for choice in found.manifest.choices]
-    if found.continuation is not None:
-        stored = [list(choice.token_ids) for choice in found.continuation.choices]
+    stored = _stored_ids(found)
     if len(stored) != len(wanted.emitted):
         raise SequenceLost("the stored sequence has another number of choices")
     for ids, choice in zip(stored, wanted.emitted, strict=True):
-        both = min(len(ids), len(choice.token_ids))
-        if tuple(ids[:both]) != choice.token_ids[:both]:
+        if not wanted.history_tokens and _num_common(ids, choice.token_ids) < min(len(ids), len(choice.token_ids)):
             raise SequenceLost("the stored sequence says other tokens than were sent")
+
+
+def _stored_ids(found: StoredSequence) -> list[tuple[int, ...]]:
+    """What each choice has come to behind the prompt."""
+    if found.continuation is not None:
+        return [choice.token_ids for choice in found.continuation.choices]
+    return [tuple(token.token_id for token in choice.emitted) for choice in found.manifest.choices]
+
+
+def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 async def _restore_prompt(store: Store, found: StoredSequence, wanted: Restoring, target: Target) -> None:
@@ -116,7 +128,8 @@ async def _with_rows(store: Store, found: StoredSequence, index: int, wanted: Re
     if choice.finish_reason or not entries:
         return choice
     size = wanted.num_prompt_tokens
-    end = size + usable_rows(wanted.recipe, size, len(choice.token_ids), entries[-1].tokens[1] - size)
+    num_kept = min(entries[-1].tokens[1] - size, _num_common(_stored_ids(found)[index], choice.token_ids))
+    end = size + usable_rows(wanted.recipe, size, len(choice.token_ids), num_kept)
     kept = [await _rows(store, entry, wanted) for entry in entries if entry.tokens[0] < end]
     return replace(choice, kept=[rows.first(end - rows.begin) for rows in kept])
 

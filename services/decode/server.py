@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from asyncio import AbstractEventLoop, Queue
+from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
 from ...compression.interfaces import EncodedLayer
-from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLost
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent
@@ -51,48 +49,16 @@ from .messages import (
     token_entry,
 )
 from .receiver import Receiver
+from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
 from .sequence import typed
 from .tiers import TierPolicy
 
 
-class _Session:
-    """One gateway's stream. What waits in it is bounded by the credits that the gateway gave."""
-
-    def __init__(self) -> None:
-        self.outbox: Queue[wpb.FromDecode] = Queue()
-        self._batch: list[wpb.TokenEntry] = []
-
-    def add(self, entry: wpb.TokenEntry) -> None:
-        self._batch.append(entry)
-
-    def flush(self) -> None:
-        if self._batch:
-            self.outbox.put_nowait(wpb.FromDecode(tokens=wpb.TokenBatch(entries=self._batch)))
-            self._batch = []
-
-    def send(self, message: wpb.FromDecode) -> None:
-        self.flush()
-        self.outbox.put_nowait(message)
-
-
-@dataclass
-class _Request:
-    session: _Session
-    ident: FrameIdent
-    max_bytes: int
-    recipe: Recipe
-    num_prompt_tokens: int
-    keeper: Keeper | None = None
-    sent: Sequence[EmittedChoice] = ()
-    from_store: bool = False
-    receiving: bool = False
-
-
 class _EngineTarget:
     """A request's layers on their way into the engine."""
 
-    def __init__(self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request: _Request) -> None:
+    def __init__(self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request: OpenRequest) -> None:
         self._thread = thread
         self._engine = engine
         self._uploads = uploads
@@ -109,7 +75,7 @@ class _EngineTarget:
         again = await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
         if request.sent:
             prompt_again = 0 if request.from_store else len(prompt_ids)
-            request.session.send(resumed_message(request.ident, again, prompt_again))
+            request.stream.send(resumed_message(request.ident, again, prompt_again))
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -142,7 +108,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._identity = identity
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("decode-engine", self._step, setup, on_crash)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, OpenRequest] = {}
         self._loop: AbstractEventLoop | None = None
         if store is not None:
             self.use_store(store)
@@ -179,24 +145,24 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`. When the stream ends, so do the requests that were opened on it."""
-        session = _Session()
+        stream = GatewayStream()
         await context.send_initial_metadata(())
-        writer = asyncio.create_task(self._write(session, context))
+        writer = asyncio.create_task(self._write(stream, context))
         try:
             async for message in request_iterator:
-                self._take(session, message)
+                self._take(stream, message)
         finally:
             writer.cancel()
             # before anything is awaited: a call may be cancelled again while it cleans up
             for request_id, request in list(self._requests.items()):
-                if request.session is session:  # another worker may be told to go on with what is kept
+                if request.stream is stream:  # another worker may be told to go on with what is kept
                     self._close(request_id, keep=True)
             await asyncio.gather(writer, return_exceptions=True)
 
     async def PutFrames(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`."""
         receiver: Receiver | None = None
-        request: _Request | None = None
+        request: OpenRequest | None = None
         try:
             async for message in request_iterator:
                 if receiver is None:
@@ -209,7 +175,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             if request is not None:
                 request.receiving = False
 
-    def _expected(self, message: wpb.FramePut) -> _Request:
+    def _expected(self, message: wpb.FramePut) -> OpenRequest:
         """The open request that a stream's first message belongs to."""
         ident = decode_frame(message.frame).ident if message.frame else decode_manifest(message.manifest).ident
         current_request_id.set(ident.request_id)
@@ -221,27 +187,27 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request.receiving = True
         return request
 
-    def _receiver(self, request: _Request, context: Any) -> Receiver:
+    def _receiver(self, request: OpenRequest, context: Any) -> Receiver:
         ident, num_layers, target = request.ident, self._identity.shape.num_layers, self._target(request)
         return Receiver(
             ident, num_layers, request.max_bytes, target, context.write, self._recorder, request.keeper, request.sent
         )
 
-    def _target(self, request: _Request) -> _EngineTarget:
+    def _target(self, request: OpenRequest) -> _EngineTarget:
         return _EngineTarget(self._thread, self.engine, self._uploads, request)
 
-    async def _write(self, session: _Session, context: Any) -> None:
+    async def _write(self, stream: GatewayStream, context: Any) -> None:
         while True:
-            await context.write(await session.outbox.get())
+            await context.write(await stream.outbox.get())
 
-    def _take(self, session: _Session, message: wpb.ToDecode) -> None:
+    def _take(self, stream: GatewayStream, message: wpb.ToDecode) -> None:
         kind = message.WhichOneof("message")
         if kind == "open":
-            self._open(session, message.open)
+            self._open(stream, message.open)
             return
         body = message.credit if kind == "credit" else message.cancel
         request = self._requests.get(body.request_id)
-        if request is None or request.session is not session or request.ident.epoch != body.epoch:
+        if request is None or request.stream is not stream or request.ident.epoch != body.epoch:
             return
         request_id, epoch = body.request_id, body.epoch
         if kind == "credit":
@@ -253,7 +219,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         elif kind == "cancel":
             self._close(request_id, message.cancel.keep)
 
-    def _open(self, session: _Session, message: wpb.Open) -> None:
+    def _open(self, stream: GatewayStream, message: wpb.Open) -> None:
         try:
             if message.request_id in self._requests:
                 raise DuplicateRequest("request_id: a request with this id is running")
@@ -261,12 +227,21 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             sent = sent_choices(message)
             max_bytes = self.engine.demand(request).most_bytes
         except Exception as exc:  # whatever it is, the stream's other requests go on
-            session.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
+            stream.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
         ident = self._identity.frame_ident(message, request.recipe)
         keeper = self._keeper(ident) if self._store is not None and message.HasField("keeping") else None
-        opened = _Request(
-            session, ident, max_bytes, request.recipe, request.num_prompt_tokens, keeper, sent, message.from_store
+        opened = OpenRequest(
+            stream,
+            ident,
+            max_bytes,
+            request.recipe,
+            request.num_prompt_tokens,
+            keeper,
+            message.keeping.end_ttl_s,
+            sent,
+            request.history_tokens,
+            message.from_store,
         )
         self._requests[message.request_id] = opened
         self._thread.post(lambda: self._open_in_engine(request))
@@ -280,19 +255,19 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
         return self._store.keeper(ident, lengthen, lambda error: self._refuse(ident, error))
 
-    async def _restore(self, store: KeptRequests, request: _Request) -> None:
+    async def _restore(self, store: KeptRequests, request: OpenRequest) -> None:
         """Go on with what an earlier attempt has left in the store; an error ends the request."""
         ident, num_layers = request.ident, self._identity.shape.num_layers
         try:
             wanted = Restoring(
                 ident, request.recipe, request.num_prompt_tokens, num_layers, request.max_bytes, request.sent,
-                store.ttl_s,
+                store.ttl_s, request.history_tokens,
             )  # fmt: skip
             await store.restore(wanted, self._target(request), request.keeper)
         except Exception as exc:
             self._refuse(ident, typed(exc, ident.request_id))
 
-    def _begin_restoring(self, request: _Request) -> None:
+    def _begin_restoring(self, request: OpenRequest) -> None:
         if self._store is None:
             self._refuse(request.ident, SequenceLost("this worker has no store"))
         else:
@@ -302,7 +277,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """End a request with an error that did not come from the engine; another worker may go on with it."""
         request = self._requests.get(ident.request_id)
         if request is not None and request.ident == ident:
-            request.session.send(failed_message(ident.request_id, ident.epoch, error))
+            request.stream.send(failed_message(ident.request_id, ident.epoch, error))
             self._close(ident.request_id, keep=True)
 
     def _open_in_engine(self, request: DecodeRequest) -> None:
@@ -322,9 +297,22 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         epoch = request.ident.epoch
         self._thread.post(lambda: self._cancel(request_id, None, epoch))
 
-    def _end_keeping(self, request: _Request, keep: bool) -> None:
+    def _end_keeping(self, request: OpenRequest, keep: bool) -> None:
         if request.keeper is not None and self._store is not None:
             self._store.end(request.keeper, delete=not keep)
+
+    def _finish_kept(self, request: OpenRequest, event: FinishedEvent) -> None:
+        """End a request that may be continued; that it has ended is told when all of it is kept."""
+        keeper = request.keeper
+        assert keeper is not None and self._store is not None
+        del self._requests[event.request_id]
+
+        async def finish() -> None:
+            await keeper.finish(request.end_ttl_s)
+            request.stream.send(event_message(event, keeper))
+            await keeper.close(delete=False)
+
+        self._store.start(finish())
 
     def _cancel(self, request_id: str, choice: int | None, epoch: int) -> None:
         self.engine.cancel(request_id, choice, epoch)
@@ -341,26 +329,29 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _dispatch(self, events: list[Event]) -> None:
         """Send a step's events, the tokens of each gateway in one batch."""
-        touched: set[_Session] = set()
+        touched: set[GatewayStream] = set()
         for event in events:
             request = self._requests.get(event.request_id)
             if request is None or request.ident.epoch != event.epoch:
                 continue
-            session = request.session
-            touched.add(session)
+            stream = request.stream
+            touched.add(stream)
             if request.keeper is not None:
                 tell_keeper(request.keeper, event)
             if isinstance(event, TokensEvent):
-                session.add(token_entry(event))
+                stream.add(token_entry(event))
+            elif isinstance(event, FinishedEvent) and request.keeper is not None and request.end_ttl_s:
+                self._finish_kept(request, event)
+                continue
             elif not isinstance(event, RowsEvent):
-                session.send(event_message(event, request.keeper))
+                stream.send(event_message(event, request.keeper))
             if isinstance(event, OpenedEvent) and request.from_store:
                 self._begin_restoring(request)
             if isinstance(event, (FinishedEvent, FailedEvent)):
                 del self._requests[event.request_id]
                 self._end_keeping(request, keep=isinstance(event, FailedEvent))
-        for session in touched:
-            session.flush()
+        for stream in touched:
+            stream.flush()
 
 
 def make_decode_service(

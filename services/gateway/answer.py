@@ -25,11 +25,12 @@ class Answer:
         queue_s: until a prefill worker took the request, and until it began.
         prefill_s: of the first attempt that gave a token.
         stalled_s: what attempts that failed took between two tokens.
+        opened_s: until a decode worker had room for the request.
     """
 
     def __init__(self, job: Job, tokenizer: Detokenizer, metrics: GatewayMetrics) -> None:
         self.has_begun = False
-        self.queue_s = self.prefill_s = self.stalled_s = 0.0
+        self.queue_s = self.prefill_s = self.stalled_s = self.opened_s = 0.0
         self._job, self._metrics = job, metrics
         self._choices = [Choice(i, tokenizer, job.checked.stop, job.sampling.min_tokens) for i in range(job.sampling.n)]
         self._chunks: dict[int, list[pb.Chunk]] = {}
@@ -50,18 +51,18 @@ class Answer:
         return self._choices[0].finish_reason
 
     def sent(self) -> list[fpb.ContinuedChoice]:
-        """What every choice has come to; empty before the first tokens."""
-        if not self.has_begun:
+        """What every choice has come to, what goes before the answer included; empty before the first tokens."""
+        history = self._job.history_ids
+        if not (self.has_begun or history):
             return []
-        return [fpb.ContinuedChoice(token_ids=c.token_ids, finish_reason=c.finish_reason) for c in self._choices]
+        return [
+            fpb.ContinuedChoice(token_ids=(*history, *c.token_ids), finish_reason=c.finish_reason)
+            for c in self._choices
+        ]
 
     def begin(self, first: wpb.FirstTokens, queue_s: float) -> None:
-        """Take every choice's first token."""
-        self.has_begun = True
-        self.queue_s, self.prefill_s = queue_s + first.queue_s, first.prefill_s
-        self._first_s = self._last_s = time.monotonic()
-        self._metrics.started(self.queue_s)
-        self._metrics.first_token(self._first_s - self._job.accepted_s)
+        """Take every choice's first token from prefill."""
+        self._begin(queue_s + first.queue_s, first.prefill_s)
         for state in first.choices:
             self._extend(state.index, 0, state.emitted, state.finish_reason)
         if not all(choice.num_tokens for choice in self._choices):
@@ -69,6 +70,8 @@ class Answer:
 
     def take(self, entry: wpb.TokenEntry) -> bool:
         """Take tokens that decode made. Returns whether they ended the choice and decode does not know it."""
+        if not self.has_begun:  # where there is history, all tokens are decode's
+            self._begin(self.opened_s, time.monotonic() - self._job.accepted_s - self.opened_s)
         now = time.monotonic()
         if entry.tokens:
             self._metrics.next_tokens(now - self._last_s, len(entry.tokens))
@@ -79,6 +82,13 @@ class Answer:
         self._last_s = now
         return self._extend(entry.choice, entry.first_index, entry.tokens, entry.finish_reason)
 
+    def _begin(self, queue_s: float, prefill_s: float) -> None:
+        self.has_begun = True
+        self.queue_s, self.prefill_s = queue_s, prefill_s
+        self._first_s = self._last_s = time.monotonic()
+        self._metrics.started(queue_s)
+        self._metrics.first_token(self._first_s - self._job.accepted_s)
+
     def interrupted(self) -> None:
         """Those who made the tokens are gone, others will go on."""
         self._failed = self.has_begun
@@ -87,6 +97,10 @@ class Answer:
         """Chunks that have not been handed out."""
         chunks, self._chunks = self._chunks, {}
         return list(chain.from_iterable(chunks.values()))
+
+    @property
+    def first_choice(self) -> Choice:
+        return self._choices[0]
 
     def choices(self) -> list[pb.Choice]:
         return [choice.report() for choice in self._choices]

@@ -38,6 +38,7 @@ class Attempt:
     Attributes:
         shipped, finished: the workers' accounts of it, once they have come.
         resumed: how far decode had to go back.
+        epoch: its own.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Attempt:
         respond: Callable[[pb.Chunk], Awaitable[None]],
         config: ServeConfig,
     ) -> None:
-        self._job, self._route, self._recipe, self._epoch, self._start = job, route, recipe, epoch, start
+        self.epoch = epoch
+        self._job, self._route, self._recipe, self._start = job, route, recipe, start
         self._answer, self._respond, self._config = answer, respond, config
         self._inbox = Inbox()
         self._early: list[wpb.TokenEntry] = []
@@ -74,7 +76,7 @@ class Attempt:
                 assert self._route.prefill is not None
                 await self._prefill_and_stream(self._route.prefill)
         finally:
-            decode.close(self._job.request_id, self._epoch, self.finished is not None)
+            decode.close(self._job.sequence_id, self.epoch, self.finished is not None, keep=bool(self._job.history_ids))
 
     def blamed(self) -> set[Member]:
         """Who may be at fault where it failed: those that are gone, or all."""
@@ -84,18 +86,20 @@ class Attempt:
     def _open_message(self) -> wpb.Open:
         job = self._job
         message = wpb.Open(
-            request_id=job.request_id,
-            epoch=self._epoch,
+            request_id=job.sequence_id,
+            epoch=self.epoch,
             num_prompt_tokens=len(job.prompt_ids),
             recipe_json=self._recipe.to_json(),
             sampling=job.sampling,
             credits=self._window,
             sent=self._answer.sent(),
+            history_tokens=len(job.history_ids),
             from_store=self._start is Start.RESTORE,
         )
         if job.keeps:
             every = self._config.store_keep_every if job.checked.durability == "tokens" else 0
-            message.keeping.CopyFrom(wpb.Keeping(keep_every=every))
+            end_ttl_s = 0.0 if job.turn is None else self._config.session_ttl_s
+            message.keeping.CopyFrom(wpb.Keeping(keep_every=every, end_ttl_s=end_ttl_s))
         return message
 
     @property
@@ -106,11 +110,12 @@ class Attempt:
         for event in await self._inbox.take():
             if not isinstance(event, wpb.Opened):
                 raise InternalError("a decode worker answered out of order")
+        self._answer.opened_s = time.monotonic() - self._job.accepted_s
 
     async def _prefill_and_stream(self, prefill: PrefillLink) -> None:
-        job, epoch = self._job, self._epoch
+        job, epoch = self._job, self.epoch
         request = wpb.PrefillRequest(
-            request_id=job.request_id,
+            request_id=job.sequence_id,
             epoch=epoch,
             prompt_ids=job.prompt_ids,
             recipe_json=self._recipe.to_json(),
@@ -126,7 +131,7 @@ class Attempt:
             reader = asyncio.create_task(self._read_prefill(call, prefill.called))
             await self._stream()
         finally:
-            prefill.done(job.request_id, epoch)
+            prefill.done(job.sequence_id, epoch)
             if reader is not None:
                 reader.cancel()
             call.cancel()
@@ -176,7 +181,7 @@ class Attempt:
                 self._take_first(event)
             elif isinstance(event, wpb.TokenEntry):
                 self._decoding = True
-                if self._answer.has_begun:
+                if self._answer.has_begun or self._job.history_ids:
                     self._take_entry(event)
                 else:
                     self._early.append(event)
@@ -190,14 +195,14 @@ class Attempt:
         for chunk in chunks:
             await self._respond(chunk)
         if chunks and self._owed >= max(1, self._window // 2):
-            self._route.decode.credit(self._job.request_id, self._epoch, self._owed)
+            self._route.decode.credit(self._job.sequence_id, self.epoch, self._owed)
             self._owed = 0
 
     def _take_first(self, event: wpb.FirstTokens) -> None:
         assert self._route.prefill is not None
-        self._route.prefill.done(self._job.request_id, self._epoch)
-        if self._answer.has_begun:
-            return  # drawn again, to no end: what was told counts
+        self._route.prefill.done(self._job.sequence_id, self.epoch)
+        if self._answer.has_begun or self._job.history_ids:
+            return  # drawn to no end: what was told counts, and what goes before the answer
         self._answer.begin(event, self._queue_s)
         early, self._early = self._early, []
         for entry in early:
@@ -206,4 +211,4 @@ class Attempt:
     def _take_entry(self, entry: wpb.TokenEntry) -> None:
         self._owed += len(entry.tokens)
         if self._answer.take(entry):
-            self._route.decode.cancel_choice(self._job.request_id, self._epoch, entry.choice)
+            self._route.decode.cancel_choice(self._job.sequence_id, self.epoch, entry.choice)

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from ...compression.recipe import Resolved
-from ...errors import KvsluiceError, WorkerLost
+from ...errors import KvsluiceError, StoreUnavailable, WorkerLost
+from ...kvstore.session import Session
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
@@ -15,10 +16,10 @@ from ..telemetry import GatewayMetrics, Recorder
 from ..validation import choose_recipe
 from .answer import Answer
 from .attempt import Attempt
-from .choice import Detokenizer
 from .failover import Failover, RetryBudget, Start
 from .job import Epochs, Job, Write, public_error
 from .pool import Route, WorkerPool
+from .sessions import Sessions, TurnTokenizer, after_turn, said_ids
 
 
 class Call:
@@ -30,7 +31,8 @@ class Call:
         write: Write,
         *,
         pool: WorkerPool,
-        tokenizer: Detokenizer,
+        tokenizer: TurnTokenizer,
+        sessions: Sessions,
         config: ServeConfig,
         epochs: Epochs,
         budget: RetryBudget,
@@ -45,13 +47,25 @@ class Call:
         self._metrics = metrics
         self._recorder = recorder
         self._answer = Answer(job, tokenizer, metrics)
-        self._failover = Failover(config.max_migrations, budget, job.keeps)
+        self._tokenizer = tokenizer
+        self._failover = Failover(
+            config.max_migrations, budget, job.keeps, in_session=job.turn is not None, continues=bool(job.history_ids)
+        )
+        self._sessions = sessions
+        self._kept: Session | None = None
+        self._cached_tokens = 0
         self._recomputed_tokens = self._recomputed_prompt_tokens = 0
 
     async def run(self) -> None:
         """Work until the `complete` message is written. Raises an error of the tree otherwise."""
-        route = await self._route(None)
-        resolved = choose_recipe(self._job.checked, len(self._job.prompt_ids), route.model.shape, route.model.profile)
+        job = self._job
+        of_session = None if job.turn is None or job.turn.session is None else job.turn.session.model_fingerprint
+        route = await self._route(of_session)
+        shape, profile = route.model.shape, route.model.profile
+        if job.turn is None or job.turn.session is None:
+            resolved = choose_recipe(job.checked, len(job.prompt_ids), shape, profile)
+        else:
+            resolved = job.turn.recipe(job.checked, shape, profile)
         while True:
             attempt = self._attempt(route, resolved)
             try:
@@ -66,6 +80,7 @@ class Call:
                 except WorkerLost as none:
                     raise WorkerLost(f"{exc.message}; {none.message}") from exc
         self._count_again(attempt)
+        await self._keep_turn(route, resolved, attempt)
         await self._respond(complete=self._report(route, resolved, attempt))
         self._count(route, resolved, attempt)
 
@@ -81,7 +96,8 @@ class Call:
         )
 
     def _attempt(self, route: Route, resolved: Resolved) -> Attempt:
-        epoch, start = self._epochs.next(), self._failover.start
+        above = 0 if self._job.turn is None else self._job.turn.epoch
+        epoch, start = self._epochs.next(above), self._failover.start
         self._recorder.record("gateway.attempt", request_id=self._job.request_id, epoch=epoch, start=start.value)
         return Attempt(
             self._job, route, resolved.recipe, epoch, start, self._answer, self._write_chunk, self._config
@@ -105,9 +121,27 @@ class Call:
 
     def _count_again(self, attempt: Attempt) -> None:
         """Count what an attempt has computed that had been computed before."""
+        if self._job.history_ids and not self._failover.migrations:
+            # a turn begins so: what is new is computed for the first time, and what is not computed was kept
+            again = attempt.resumed.recomputed_tokens + attempt.resumed.recomputed_prompt_tokens
+            self._cached_tokens = max(0, self._job.num_input_tokens - 1 - again)
+            return
         self._recomputed_tokens += attempt.resumed.recomputed_tokens
         self._recomputed_prompt_tokens += attempt.resumed.recomputed_prompt_tokens
         self._metrics.recomputed(attempt.resumed.recomputed_tokens, attempt.resumed.recomputed_prompt_tokens)
+
+    async def _keep_turn(self, route: Route, resolved: Resolved, attempt: Attempt) -> None:
+        """Let a turn of a session count, before its end is told."""
+        job = self._job
+        if job.turn is None:
+            return
+        finished = attempt.finished
+        if job.turn.session is None and not (finished is not None and finished.kept):
+            raise StoreUnavailable("the store did not take the session's first turn; it is not kept")
+        history = [*job.history_ids, *said_ids(self._answer.first_choice, self._tokenizer)]
+        fingerprint = route.model.fingerprint
+        self._kept = after_turn(job.turn, job.checked, resolved, fingerprint, attempt.epoch, job.prompt_ids, history)
+        await self._sessions.keep(self._kept, job.turn)
 
     async def _write_chunk(self, chunk: pb.Chunk) -> None:
         await self._respond(chunk=chunk)
@@ -116,10 +150,14 @@ class Call:
         await self._write(pb.GenerateResponse(request_id=self._job.request_id, **event))
 
     def _report(self, route: Route, resolved: Resolved, attempt: Attempt) -> pb.Complete:
-        finished, num_prompt = attempt.finished or wpb.Finished(), len(self._job.prompt_ids)
+        finished, num_prompt = attempt.finished or wpb.Finished(), self._job.num_input_tokens
         return pb.Complete(
             choices=self._answer.choices(),
-            usage=pb.Usage(prompt_tokens=num_prompt, completion_tokens=self._answer.num_tokens),
+            usage=pb.Usage(
+                prompt_tokens=num_prompt,
+                completion_tokens=self._answer.num_tokens,
+                cached_tokens=self._cached_tokens,
+            ),
             recipe=pb.RecipeReport(
                 requested=self._job.checked.recipe_name,
                 effective=resolved.recipe.name,
@@ -140,10 +178,17 @@ class Call:
                 recomputed_prompt_tokens=self._recomputed_prompt_tokens,
                 stalled_s=self._answer.stalled_s,
             ),
+            session=self._session_report(),
         )
 
+    def _session_report(self) -> pb.SessionReport | None:
+        turn, kept = self._job.turn, self._kept
+        if turn is None or kept is None:
+            return None
+        return pb.SessionReport(session_id=turn.session_id, turn=kept.num_turns, tokens=kept.num_tokens)
+
     def _count(self, route: Route, resolved: Resolved, attempt: Attempt) -> None:
-        num_prompt = len(self._job.prompt_ids)
+        num_prompt = self._job.num_input_tokens
         self._metrics.finished(
             self._answer.finish_reason,
             time.monotonic() - self._job.accepted_s,

@@ -28,6 +28,8 @@ class Choice:
 
     Attributes:
         token_ids: all that were taken.
+        text: that was delivered.
+        stopped_by_text: a stop string has ended it, and not a token.
     """
 
     def __init__(self, index: int, tokenizer: Detokenizer, stops: Sequence[str], min_tokens: int) -> None:
@@ -35,12 +37,18 @@ class Choice:
         self.finish_reason = ""
         self.stop_match = ""
         self.token_ids: list[int] = []
+        self.stopped_by_text = False
+        self._texts: list[str] = []
         self._tokenizer = tokenizer
         self._text = ChoiceText(tokenizer.stream(), stops, min_tokens)
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
 
     def extend(self, first_index: int, tokens: Iterable[fpb.SampledToken], finish_reason: str) -> pb.Chunk:
         """Add tokens as a worker reports them; those behind a stop string are dropped.
@@ -66,15 +74,16 @@ class Choice:
             step = self._text.push(token.token_id)
             text.append(step.text)
             if step.stop_match is not None:
-                self.finish_reason, self.stop_match = "stop", step.stop_match
+                self.finish_reason, self.stop_match, self.stopped_by_text = "stop", step.stop_match, True
                 break
         if finish_reason and not self.finish_reason:
             last = self._text.finish()
             text.append(last.text)
             self.finish_reason = finish_reason
             if last.stop_match is not None:
-                self.finish_reason, self.stop_match = "stop", last.stop_match
+                self.finish_reason, self.stop_match, self.stopped_by_text = "stop", last.stop_match, True
         chunk.text = "".join(text)
+        self._texts.append(chunk.text)
         chunk.finish_reason = self.finish_reason
         return chunk
 

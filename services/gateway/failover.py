@@ -2,6 +2,7 @@
 
     fresh ──(workers lost)──> fresh                       nothing was told: another pair begins anew
       └─(tokens were told)──> restore ──> replay ──> …    from the store where it was kept, else from the prompt
+    a session's later turn ──────^
 
 An attempt that goes on is given the tokens that were told. They are the truth: whoever goes on feeds them, and draws
 only what comes behind them.
@@ -59,6 +60,8 @@ class Failover:
         max_migrations: attempts that may follow the first.
         budget: shared by all requests.
         keeps: the request is kept in a store.
+        in_session: other gateways may go on with the sequence; whoever is fenced by one of them ends.
+        continues: something goes before the answer, which the store holds.
 
     Attributes:
         avoid: workers that failed; they are taken again where there are no others.
@@ -68,9 +71,15 @@ class Failover:
     max_migrations: int
     budget: RetryBudget
     keeps: bool
+    in_session: bool = False
+    continues: bool = False
     avoid: set[Member] = field(default_factory=set)
     migrations: int = 0
     start: Start = Start.FRESH
+
+    def __post_init__(self) -> None:
+        if self.continues:
+            self.start = Start.RESTORE
 
     def next(self, error: KvsluiceError, has_begun: bool, blamed: set[Member]) -> float:
         """Plan the attempt that follows. Returns seconds to wait before it: the links need a moment to notice.
@@ -84,7 +93,7 @@ class Failover:
         """
         was, self.avoid = self.start, self.avoid | blamed
         self.start = self._start(error, has_begun)
-        if not self._may_follow(error, was):
+        if not self._may_follow(error, has_begun):
             raise error
         if was is Start.RESTORE and self.start is Start.REPLAY:
             return 0.0  # the store did not have it: the same migration by the other way
@@ -96,13 +105,14 @@ class Failover:
         return min(MOST_WAIT_S, FIRST_WAIT_S * (1 << (self.migrations - 1)))
 
     def _start(self, error: KvsluiceError, has_begun: bool) -> Start:
-        if not has_begun:
+        if not (has_begun or self.continues):
             return Start.FRESH
         lost = isinstance(error, (SequenceLost, StoreUnavailable, CorruptFrame, Fenced))
         return Start.REPLAY if lost or not self.keeps else Start.RESTORE
 
-    @staticmethod
-    def _may_follow(error: KvsluiceError, was: Start) -> bool:
+    def _may_follow(self, error: KvsluiceError, has_begun: bool) -> bool:
         if isinstance(error, Overloaded):
-            return was is not Start.FRESH  # its client has tokens already: it waits for room
+            return has_begun  # its client has tokens already: it waits for room
+        if isinstance(error, Fenced) and self.in_session:
+            return False
         return isinstance(error, (WorkerLost, SequenceLost, StoreUnavailable, CorruptFrame, Fenced))

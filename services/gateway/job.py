@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidRequest, KvsluiceError
+from ...kvstore.session import sequence_id
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..validation import CheckedRequest
+from .sessions import Turn
 
 _EPOCH_UNIT_NS = 1000
 
@@ -25,8 +27,9 @@ class Epochs:
     def __init__(self) -> None:
         self._last = time.time_ns() // _EPOCH_UNIT_NS
 
-    def next(self) -> int:
-        self._last += 1
+    def next(self, above: int = 0) -> int:
+        """The next one, above those that others are known to have used."""
+        self._last = max(self._last + 1, time.time_ns() // _EPOCH_UNIT_NS, above + 1)
         return self._last
 
 
@@ -61,6 +64,9 @@ class Job:
     """A validated, tokenized request.
 
     Attributes:
+        prompt_ids: what is prefilled.
+        history_ids: what follows it before the answer: earlier turns of a session, and this one's input.
+        turn: of a session; None = the request is by itself.
         accepted_s: monotonic time at which the request arrived.
         deadline_s: monotonic time of its deadline.
     """
@@ -71,6 +77,17 @@ class Job:
     sampling: wpb.Sampling
     accepted_s: float
     deadline_s: float
+    history_ids: tuple[int, ...] = ()
+    turn: Turn | None = None
+
+    @property
+    def sequence_id(self) -> str:
+        """What workers and the store call it: the turns of a session are one sequence."""
+        return self.request_id if self.turn is None else sequence_id(self.turn.session_id)
+
+    @property
+    def num_input_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.history_ids)
 
     @property
     def keeps(self) -> bool:

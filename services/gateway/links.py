@@ -262,10 +262,14 @@ class DecodeLink(Link):
     def cancel_choice(self, request_id: str, epoch: int, choice: int) -> None:
         self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch, choice=choice)))
 
-    def close(self, request_id: str, epoch: int, finished: bool) -> None:
-        """Forget a request; unless the worker has finished it, tell the worker to do so too."""
+    def close(self, request_id: str, epoch: int, finished: bool, keep: bool = False) -> None:
+        """Forget a request; unless the worker has finished it, tell the worker to do so too.
+
+        Args:
+            keep: leave what the store holds of it.
+        """
         if self._inboxes.pop((request_id, epoch), None) is not None and not finished:
-            self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch)))
+            self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch, keep=keep)))
 
     def _send(self, message: wpb.ToDecode) -> None:
         if self.up:

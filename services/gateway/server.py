@@ -17,7 +17,15 @@ from grpc_reflection.v1alpha import reflection
 
 from ... import __version__
 from ...compression.recipe import recipe_names
-from ...errors import DeadlineExceeded, DuplicateRequest, KvsluiceError, RequestCancelled, UnknownModel, WorkerLost
+from ...errors import (
+    DeadlineExceeded,
+    DuplicateRequest,
+    InvalidRequest,
+    KvsluiceError,
+    RequestCancelled,
+    UnknownModel,
+    WorkerLost,
+)
 from ...protos import generation_pb2 as pb
 from ...protos import generation_pb2_grpc
 from ..config import ServeConfig
@@ -26,12 +34,12 @@ from ..telemetry import GatewayMetrics, NullRecorder, Recorder
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission
 from .call import Call
-from .choice import Detokenizer
 from .failover import RetryBudget
 from .job import Epochs, Job, Ticket
 from .links import WorkerModel
 from .membership import Membership
 from .pool import WorkerPool
+from .sessions import Sessions, Turn, TurnTokenizer
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -39,13 +47,12 @@ SERVICE = "kvsluice.v1.Generation"
 MAX_TOKENIZING = 2
 
 
-class Tokenizer(Detokenizer, Protocol):
+class Tokenizer(TurnTokenizer, Protocol):
     """What the gateway needs of `models.tokenizer.Tokenizer`."""
 
     @property
     def has_chat_template(self) -> bool: ...
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]: ...
 
 
@@ -73,6 +80,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._admission = Admission(config.max_num_seqs * config.decode_workers, config.max_queue)
         self._epochs = Epochs()
         self._retries = RetryBudget(config.retries_per_minute, time.monotonic)
+        self.sessions = Sessions(config.session_ttl_s)
         self._tickets: dict[str, Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
@@ -129,6 +137,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
                 await self._health_task
         await self._server.stop(0.5)
         await self.pool.stop()
+        await self.sessions.close()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """See `generation.proto`."""
@@ -170,6 +179,16 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             version=__version__,
         )
 
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Any) -> pb.ListSessionsResponse:
+        """See `generation.proto`."""
+        return pb.ListSessionsResponse(sessions=await self.sessions.all())
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:
+        """See `generation.proto`."""
+        if not request.session_id:
+            raise InvalidRequest("session_id", "is empty", "the id of a session")
+        return pb.DeleteSessionResponse(found=await self.sessions.delete(request.session_id))
+
     async def _generate(self, request: pb.GenerateRequest, context: Any, accepted_s: float, deadline_s: float) -> None:
         current_request_id.set(request.request_id)
         served = self._served(self.pool.model or (await self.pool.route()).model)
@@ -183,22 +202,36 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         ticket = self._tickets[request_id] = Ticket(request_id, task)
         self._idle.clear()
         try:
-            with ticket.interruptible():
+            with ticket.interruptible(), self.sessions.running(checked.session_id):
                 if checked.token_ids is None:
                     check_input_size(checked, served)
                 else:
                     check_prompt(checked, len(checked.token_ids), served)
                 # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
                 async with self._admission.slot(checked.sampling.n, deadline_s - time.monotonic()):
-                    prompt_ids = await self._tokenize(checked)
-                    sampling = check_prompt(checked, len(prompt_ids), served)
-                    job = Job(request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s)
+                    job = await self._job(request_id, checked, served, accepted_s, deadline_s)
                     await self._run(job, context.write)
         finally:
             del self._tickets[request_id]
             if not self._tickets:
                 self._idle.set()
             self._report_load()
+
+    async def _job(
+        self, request_id: str, checked: CheckedRequest, served: ServedModel, accepted_s: float, deadline_s: float
+    ) -> Job:
+        turn = None if checked.session_id is None else await self.sessions.turn(checked)
+        if turn is None or turn.session is None:
+            prompt_ids, history_ids = await self._tokenize(checked), tuple[int, ...]()
+        else:
+            assert self.pool.model is not None
+            turn.check_model(self.pool.model.fingerprint)
+            prompt_ids = list(turn.session.prompt_ids)
+            history_ids = (*turn.session.history_ids, *await self._tokenize(checked, turn))
+        sampling = check_prompt(checked, len(prompt_ids) + len(history_ids), served)
+        return Job(
+            request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s, history_ids=history_ids, turn=turn
+        )
 
     async def _run(self, job: Job, write: Callable[[pb.GenerateResponse], Any]) -> None:
         self._report_load()
@@ -207,6 +240,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             write,
             pool=self.pool,
             tokenizer=self._tokenizer,
+            sessions=self.sessions,
             config=self._config,
             epochs=self._epochs,
             budget=self._retries,
@@ -215,11 +249,13 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         )
         await call.run()
 
-    async def _tokenize(self, checked: CheckedRequest) -> list[int]:
+    async def _tokenize(self, checked: CheckedRequest, turn: Turn | None = None) -> list[int]:
         if checked.token_ids is not None:
             return list(checked.token_ids)
         async with self._tokenizing:
             # long texts take a second or more, and the tokenizer lets other threads run meanwhile
+            if turn is not None:
+                return await asyncio.to_thread(turn.new_ids, checked, self._tokenizer)
             if checked.messages is not None:
                 return await asyncio.to_thread(self._tokenizer.apply_chat_template, list(checked.messages))
             return await asyncio.to_thread(self._tokenizer.encode, checked.prompt or "", True)
@@ -234,6 +270,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             default_recipe=self._config.default_recipe,
             has_chat_template=self._tokenizer.has_chat_template,
             has_store=self.pool.has_store,
+            has_sessions=self.sessions.available,
             default_durability=self._config.durability,
         )
 
