@@ -254,7 +254,7 @@ class DecodeEngine:
         turns = [Turn(choice, self._runs[choice.request_id]) for choice in self.scheduler.next_batch()]
         if self._parking is not None and not turns and not in_flight:
             self._parking.wait()
-        launched = launch(self.runner, turns) if turns else None
+        launched = launch(self.runner, turns, self.scheduler.replay_more) if turns else None
         if launched is not None:
             self._events += launched.rows_events(self._mark)
         before, self._under_way = self._under_way, launched

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from .events import RowsEvent
 from .scheduler import Choice
 from .sequence import ChoiceRun, KeptRows, RequestRun
 from .step import StepRow, StepRunner
+
+MOST_REPLAYED = 128  # more rows of a step than one a choice; others wait for the whole step
 
 
 @dataclass(slots=True)
@@ -90,9 +93,16 @@ class LaunchedStep:
         return [next(tokens, None) if turn.samples and turn.error is None else None for turn in self.turns]
 
 
-def launch(runner: StepRunner, turns: Sequence[Turn]) -> LaunchedStep:
-    """Run one row of each turn and draw the next token of those that sample. Faults are kept in the turns."""
-    parts, step = [], LaunchedStep(turns)
+def launch(
+    runner: StepRunner, turns: Sequence[Turn], more: Callable[[Choice, int], int] = lambda choice, most: 0
+) -> LaunchedStep:
+    """Run one row of each turn and draw the next token of those that sample. Faults are kept in the turns.
+
+    Args:
+        more: takes up to so many more turns for a choice that only replays tokens. They run in the same step, which
+            costs little more than one row: the weights are read once.
+    """
+    parts, step, left = [], LaunchedStep(turns), MOST_REPLAYED
     for turn in turns:
         state = turn.run.choices[turn.choice.index]
         turn.samples = state.samples_next
@@ -100,7 +110,9 @@ def launch(runner: StepRunner, turns: Sequence[Turn]) -> LaunchedStep:
             kept = state.rows_to_keep()
             if kept is not None:
                 step.kept.append((turn, kept))
-            parts.append(_Part(turn, state, state.next_row()))
+            row = state.next_row(partial(_capped, more, turn.choice, left))
+            left -= len(row.more_ids)
+            parts.append(_Part(turn, state, row))
         except Exception as exc:
             turn.error = exc
     if parts:
@@ -112,6 +124,10 @@ def launch(runner: StepRunner, turns: Sequence[Turn]) -> LaunchedStep:
     return step
 
 
+def _capped(more: Callable[[Choice, int], int], choice: Choice, left: int, most: int) -> int:
+    return more(choice, min(most, left))
+
+
 def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep) -> None:
     rows = [part.row for part in parts]
     logits = runner.logits(rows)
@@ -121,7 +137,7 @@ def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep) -> None
         if turn.error is None and turn.samples:
             drawing.append(state)
             at.append(number)
-        state.launched(number)
+        state.launched(number, 1 + len(row.more_ids))
         turn.bytes_read = row.cache.counter.bytes_read
     if drawing:
         if len(at) == len(rows):

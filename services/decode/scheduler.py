@@ -23,7 +23,6 @@ eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
 from .pages import Demand as Demand
 from .pages import PagePool, Region
 from .tiers import Place, Room, Tiers
+from .turns import Turns
 
 
 class Phase(Enum):
@@ -49,21 +49,6 @@ class Choice:
 
     request_id: str
     index: int
-
-
-@dataclass
-class Turns:
-    """What a started choice may still do.
-
-    Attributes:
-        replays: steps left that only replay tokens.
-        left: turns that it may have, replays included; it waits for its end after the last one.
-        leash: turns before `Scheduler.lengthen`; infinite where nothing has to keep up with it.
-    """
-
-    replays: int = 0
-    left: float = math.inf
-    leash: float = math.inf
 
 
 @dataclass
@@ -381,17 +366,23 @@ class Scheduler:
             return False
         return request.credits is None or request.credits > 0 or turns.replays > 0
 
+    def replay_more(self, choice: Choice, most: int) -> int:
+        """Take further turns of a choice that has just had one, up to `most`, of those that only replay tokens. Returns
+        how many."""
+        turns = self._requests[choice.request_id].choices[choice.index]
+        count = int(max(0, min(most, turns.replays, turns.left, turns.leash)))
+        turns.spend(count, count)
+        return count
+
     def _spend(self, choice: Choice) -> bool:
         """Take what a turn costs. False where the choice may have none."""
         if not self._eligible(choice):
             return False
         request = self._requests[choice.request_id]
         turns = request.choices[choice.index]
-        turns.left -= 1
-        turns.leash -= 1
-        if turns.replays > 0:
-            turns.replays -= 1
-        elif request.credits is not None:
+        is_replay = turns.replays > 0
+        turns.spend(1, int(is_replay))
+        if not is_replay and request.credits is not None:
             request.credits -= 1
         return True
 

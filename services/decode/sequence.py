@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -26,6 +27,8 @@ from .scheduler import Demand
 from .step import StepRow, sampled_by
 
 logger = logging.getLogger(__name__)
+
+REPLAY_KEEP_EVERY = 64  # replayed rows that are kept together, at least
 
 T = TypeVar("T")
 
@@ -172,13 +175,30 @@ class ChoiceRun:
         """Whether the next step gives a new token, rather than replay one."""
         return len(self._ahead) <= 1
 
-    def next_row(self) -> StepRow:
-        """The next step's row, after sealing what is due before it."""
+    @property
+    def _rows_to_tell(self) -> int:
+        """Rows after which they are told, to be kept. What is replayed goes by in larger parts."""
+        assert self._keep_every is not None
+        return self._keep_every if self.samples_next else max(self._keep_every, REPLAY_KEEP_EVERY)
+
+    def next_row(self, more: Callable[[int], int] = lambda most: 0) -> StepRow:
+        """The next step's row, after sealing what is due before it.
+
+        Args:
+            more: how many more rows of known tokens it may have, of so many at most. The one that is sampled from has a
+                step of its own.
+        """
         if self._rows_left == 0:
             self.cache.seal(self._position)
             self._rows_left = self.cache.rows_until_seal(self._position)
         token_id = self._ahead[0] if self._ahead else sampled_by(self._row)
-        return StepRow(token_id, self._position, self.num_prompt_tokens, self._last_position, self.cache, self.guarded)
+        most = min(len(self._ahead) - 2, self._rows_left - 1)
+        if self._keep_every is not None:  # what the leash is for: no more than this is run before it is told
+            most = min(most, self._rows_to_tell - 1 - (self._position - self._kept_until))
+        more_ids = tuple(islice(self._ahead, 1, 1 + more(most))) if most > 0 else ()
+        return StepRow(
+            token_id, self._position, self.num_prompt_tokens, self._last_position, self.cache, self.guarded, more_ids
+        )
 
     def rows_to_keep(self) -> KeptRows | None:
         """Rows that are to be kept before the next row is run, because there are enough or because sealing would take
@@ -187,20 +207,21 @@ class ChoiceRun:
             return None
         begin, end, recipe = self._kept_until, self._position, self.cache.recipe
         is_taken = self._rows_left == 0 and sealed_end(recipe, self.num_prompt_tokens, end) > begin
-        if end - begin < self._keep_every and not is_taken:
+        if end - begin < self._rows_to_tell and not is_taken:
             return None
         self._kept_until = end
         return KeptRows(begin, self.cache.rows(begin, end))
 
-    def launched(self, row: int) -> None:
-        """The step is under way whose row `next_row` gave, as its `row`-th."""
+    def launched(self, row: int, num_rows: int = 1) -> None:
+        """The step is under way whose rows `next_row` gave, as its `row`-th."""
         if self._ahead:
-            self._ahead.popleft()
+            for _ in range(num_rows):
+                self._ahead.popleft()
         else:
             self._has_run = True
         self._row = row
-        self._rows_left -= 1
-        self._position += 1
+        self._rows_left -= num_rows
+        self._position += num_rows
 
     def settled(self, bytes_read: int) -> None:
         """Count a step that was launched; attention had read `bytes_read` by its end."""

@@ -19,8 +19,8 @@ from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
 from ...models.sampling import PromptIds, SamplerState
 from .pages import Demand
-from .scheduler import Turns
-from .sequence import ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
+from .sequence import REPLAY_KEEP_EVERY, ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
+from .turns import Turns
 
 LEASH = 2  # times as many rows as are kept at once may be run before the first of them are
 
@@ -109,9 +109,17 @@ def start_choices(
         ids = emitted[index].token_ids
         num_run = put_kept(own, emitted[index], num_tokens, like)
         choices[index] = ChoiceRun(own, sampler, num_tokens, ids, num_run, every, history)
-        leash = math.inf if every is None else LEASH * every
-        turns[index] = Turns(len(ids) - 1 - num_run, history + sampling.max_tokens - 1 - num_run, leash)
+        replays, left = len(ids) - 1 - num_run, history + sampling.max_tokens - 1 - num_run
+        turns[index] = Turns(replays, left, *leash_of(every, replays))
     return choices, turns
+
+
+def leash_of(keep_every: int | None, replays: int) -> tuple[float, float]:
+    """How far a choice may run ahead of its kept rows, and how much of that is for replays alone."""
+    if keep_every is None:
+        return math.inf, 0
+    slack = LEASH * (max(keep_every, REPLAY_KEEP_EVERY) - keep_every) if replays else 0
+    return LEASH * keep_every + slack, slack
 
 
 def usable_rows(recipe: Recipe, num_prompt_tokens: int, num_told: int, num_kept: int) -> int:

@@ -51,6 +51,7 @@ class StepRow(NamedTuple):
         last_position: of the last row that the sequence may ever have.
         cache: sealed as far as is due.
         guarded: the same for attention one by one; keeps faults to itself.
+        more_ids: known tokens that follow; all of them run at once, and give no logits but the last one's.
     """
 
     token_id: int
@@ -59,6 +60,7 @@ class StepRow(NamedTuple):
     last_position: int
     cache: SequenceCache
     guarded: Guarded
+    more_ids: tuple[int, ...] = ()
 
 
 def sampled_by(row: int) -> int:
@@ -137,7 +139,8 @@ class StepRunner:
         self.like = torch.empty(like, dtype=model.dtype, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
-        """Append one row to every sequence. Returns float32 [rows, V], in their order; void at the next call."""
+        """Append a row, or several, to every sequence. Returns float32 [rows, V] in their order, of the last row of
+        each; void at the next call."""
         settle_tails([row.cache for row in rows])  # first, as what is packed ahead in this step reads what it moves
         if self._before is not None:
             self._before.record(torch.cuda.current_stream(self.model.device))
@@ -199,7 +202,10 @@ class StepRunner:
             torch.cuda.current_stream(self.model.device).wait_stream(self._side)
 
     def _block_or_fault(self, row: StepRow) -> Block | None:
-        """`_block`, whose faults end its own sequence: it runs apart then, where attention gives zeros."""
+        """`_block`, whose faults end its own sequence: it runs apart then, where attention gives zeros. So does who has
+        several rows."""
+        if row.more_ids:
+            return None
         try:
             return self._block(row.cache)
         except Exception as exc:
@@ -226,12 +232,17 @@ class StepRunner:
         return block
 
     def _one_by_one(self, rows: Sequence[StepRow]) -> Tensor:
-        ids, positions, _ = sent(self._inputs(rows), self.model.device)
-        ids = self.computation.known(ids)
-        batch = [
-            Rows(ids[i : i + 1], positions[i : i + 1], row.guarded, row.num_prompt_tokens) for i, row in enumerate(rows)
-        ]
-        return self.model.logits(forward_rows(self.model, batch))
+        sizes = [1 + len(row.more_ids) for row in rows]
+        ids, positions = sent(_all_rows(rows), self.model.device)
+        parts = zip(rows, torch.split(self.computation.known(ids), sizes), torch.split(positions, sizes), strict=True)
+        batch = [Rows(own_ids, at, row.guarded, row.num_prompt_tokens) for row, own_ids, at in parts]
+        hidden = forward_rows(self.model, batch)
+        if max(sizes) > 1:
+            hidden = hidden[sent(torch.tensor(sizes).cumsum(0) - 1, hidden.device)]
+            for row in rows:
+                if row.more_ids:
+                    row.cache.note_moved()  # tables count on one row a step
+        return self.model.logits(hidden)
 
     def _together(self, rows: Sequence[StepRow], blocks: Sequence[Block]) -> Tensor:
         logits = self._steps.run(self._inputs(rows), blocks)
@@ -242,3 +253,10 @@ class StepRunner:
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:
         """Ids, positions and lengths of prompts, int64 [3, rows], on the host."""
         return torch.tensor([[row[field] for row in rows] for field in range(3)], dtype=torch.int64)
+
+
+def _all_rows(rows: Sequence[StepRow]) -> Tensor:
+    """Ids and positions of all rows of each sequence, int64 [2, n], on the host."""
+    ids = [token_id for row in rows for token_id in (row.token_id, *row.more_ids)]
+    positions = [at for row in rows for at in range(row.position, row.position + 1 + len(row.more_ids))]
+    return torch.tensor([ids, positions], dtype=torch.int64)

@@ -75,6 +75,9 @@ class CharTokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
+    def continue_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode("<end>" + "".join(f"<{m['role']}>{m['content']}" for m in messages))
+
     def stream(self) -> Decoder:
         return self.Decoder()
 
@@ -409,6 +412,8 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
                 addresses[role] = await host.start("127.0.0.1")
                 await members.register(Member("worker-0", role, addresses[role], "first"))  # type: ignore[arg-type]
             gateway = Gateway(config, CharTokenizer(), members, recorder)
+            if store is not None:
+                gateway.sessions.use_store(store)
 
             async def stop_hosts() -> None:
                 for host in hosts.values():
