@@ -197,6 +197,7 @@ class DecodeBench:
 
     engine: DecodeEngine
     events: list[Event] = field(default_factory=list)
+    replayed: int = 0  # tokens of the request that was fed last
 
     def open(self, name: str, encoded: Encoded, credits: int | None = None, keep_every: int | None = None) -> None:
         size = len(encoded.ids)
@@ -205,7 +206,7 @@ class DecodeBench:
     def feed(self, name: str, encoded: Encoded, emitted: list[EmittedChoice] | None = None) -> None:
         for layer in encoded.layers:
             self.engine.add_layer(name, layer)
-        self.engine.commit(name, encoded.ids, emitted or encoded.first)
+        self.replayed = self.engine.commit(name, encoded.ids, emitted or encoded.first)
 
     def start(
         self, name: str, encoded: Encoded, emitted: list[EmittedChoice] | None = None, credits=None, keep_every=None

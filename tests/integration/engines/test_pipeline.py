@@ -120,7 +120,7 @@ def test_a_long_answer_equals_its_replay_at_any_point(bench, encode, prompt, sam
         again.start("x", encoded, [EmittedChoice(tuple(wanted[:replayed]))])
         again.run()
         assert wanted[:replayed] + again.tokens("x") == wanted
-        assert again.ended("x").bytes_read == b.ended("x").bytes_read
+        assert again.ended("x").bytes_read <= b.ended("x").bytes_read, "replayed rows read what they share once"
 
 
 def test_sealing_keeps_long_answers_small(bench, encode, prompt, sampling) -> None:
