@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -66,12 +67,18 @@ class CudaGraphs:
                 try:
                     result = work()
                 except BaseException:
-                    with suppress(RuntimeError):  # the capture is void, which ending it says too
-                        graph.capture_end()
+                    self._give_up(graph)
                     raise
                 graph.capture_end()
             main.wait_stream(side)
         return graph.replay, result
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed, and take what the device says of it: others would be told of it else."""
+        self._pool = None  # the device may count it as being written to still
+        for end in (graph.capture_end, partial(torch.cuda.synchronize, self._device)):
+            with suppress(RuntimeError):
+                end()
 
 
 @contextmanager

@@ -29,6 +29,9 @@ from .step import StepRow, sampled_by
 logger = logging.getLogger(__name__)
 
 REPLAY_KEEP_EVERY = 64  # replayed rows that are kept together, at least
+# So many are replayed one by one, as after a loss of what was kept up to the last few tokens: a row by itself rounds as
+# it did when it was sampled. More go in blocks, which round as a batch does, and take a step a block.
+MOST_ALONE = 64
 
 T = TypeVar("T")
 
@@ -164,6 +167,7 @@ class ChoiceRun:
         self._position = self._kept_until = num_prompt_tokens + num_run
         self._keep_every = keep_every
         self._ahead = deque(begun[num_run:])  # known, not yet run; the last one is sampled from
+        self._in_blocks = len(self._ahead) > MOST_ALONE
         self._row = 0  # of the last step that was launched
         self._has_run = False  # the token that is emitted next
         self._rows_left = cache.rows_until_seal(self._position)
@@ -179,7 +183,8 @@ class ChoiceRun:
     def _rows_to_tell(self) -> int:
         """Rows after which they are told, to be kept. What is replayed goes by in larger parts."""
         assert self._keep_every is not None
-        return self._keep_every if self.samples_next else max(self._keep_every, REPLAY_KEEP_EVERY)
+        in_block = self._in_blocks and not self.samples_next
+        return max(self._keep_every, REPLAY_KEEP_EVERY) if in_block else self._keep_every
 
     def next_row(self, more: Callable[[int], int] = lambda most: 0) -> StepRow:
         """The next step's row, after sealing what is due before it.
@@ -192,7 +197,7 @@ class ChoiceRun:
             self.cache.seal(self._position)
             self._rows_left = self.cache.rows_until_seal(self._position)
         token_id = self._ahead[0] if self._ahead else sampled_by(self._row)
-        most = min(len(self._ahead) - 2, self._rows_left - 1)
+        most = min(len(self._ahead) - 2, self._rows_left - 1) if self._in_blocks else 0
         if self._keep_every is not None:  # what the leash is for: no more than this is run before it is told
             most = min(most, self._rows_to_tell - 1 - (self._position - self._kept_until))
         more_ids = tuple(islice(self._ahead, 1, 1 + more(most))) if most > 0 else ()

@@ -19,7 +19,7 @@ from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
 from ...models.sampling import PromptIds, SamplerState
 from .pages import Demand
-from .sequence import REPLAY_KEEP_EVERY, ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
+from .sequence import MOST_ALONE, REPLAY_KEEP_EVERY, ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
 from .turns import Turns
 
 LEASH = 2  # times as many rows as are kept at once may be run before the first of them are
@@ -121,7 +121,7 @@ def leash_of(keep_every: int | None, replays: int) -> tuple[float, float]:
     """How far a choice may run ahead of its kept rows, and how much of that is for replays alone."""
     if keep_every is None:
         return math.inf, 0
-    slack = LEASH * (max(keep_every, REPLAY_KEEP_EVERY) - keep_every) if replays else 0
+    slack = LEASH * (max(keep_every, REPLAY_KEEP_EVERY) - keep_every) if replays >= MOST_ALONE else 0
     return LEASH * keep_every + slack, slack
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvsluice.compression.recipe import get_recipe
 from kvsluice.errors import InvalidRequest
-from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice, RowsEvent
+from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice, FinishedEvent, RowsEvent
 from kvsluice.services.decode.sequence import KeptRows
 
 EVERY, TOKENS = 8, 20
@@ -69,6 +69,33 @@ def test_a_turn_says_what_the_whole_conversation_as_one_prompt_says(bench, encod
     b.run()
     want = [*whole.first[0].token_ids, *b.tokens("x")]
     assert go_on(bench(), "x", encoded, params, [EmittedChoice(history, kept=kept)], len(history)) == want
+
+
+@pytest.mark.parametrize("conversation", ["exact", "kivi"], indirect=True)
+@pytest.mark.parametrize("keep_every", [None, EVERY])
+def test_a_long_question_runs_in_blocks(bench, encode, prompt, conversation, sampling, keep_every):
+    """Beside another request, whose every step has one row; and what is kept of the question is of use."""
+    encoded, answer, kept, _ = conversation
+    history = (*answer, *prompt(300, seed=5))
+    params, other = sampling.greedy(25), encode(prompt(50, seed=3), sampling.greedy(40))
+    b = bench()
+    b.start("other", other)
+    told = go_on(b, "x", encoded, params, [EmittedChoice(history, kept=kept)], len(history), keep_every=keep_every)
+    assert b.of("x", FinishedEvent)[0].steps < 25 + 300 / 8
+    alone = bench()
+    alone.start("other", other)
+    alone.run()
+    assert b.tokens("other") == alone.tokens("other")
+    if encoded.recipe.name == "exact":
+        whole, dense = encode((*encoded.ids, *history), params, "exact"), bench()
+        dense.start("x", whole)
+        dense.run()
+        assert told == [whole.first[0].token_ids[0], *dense.tokens("x")]
+    if keep_every:
+        more = [KeptRows(event.begin, event.layers) for event in b.of("x", RowsEvent)]
+        assert max(rows.num_rows for rows in more) > EVERY
+        begun = [EmittedChoice((*history, *told[:9]), kept=[*kept, *more])]
+        assert go_on(bench(), "x", encoded, params, begun, len(history)) == told[9:]
 
 
 @pytest.mark.parametrize("conversation", ["chunks"], indirect=True)
