@@ -162,7 +162,7 @@ def stored_bytes(
         choices = (ContinuedChoice((vocab - 1,) * (end + 1)),)
         data = encode_continuation(Continuation(ident, manifest_key(ident), 2**64 - 1, version, choices, tuple(kept)))
         last, written = len(data), written + len(data)
-    names = [frame_key(ident, i) for i in range(num_frames)]
+    names: list[str] = [frame_key(ident, i) for i in range(num_frames)]
     names += [manifest_key(ident), continuation_key(ident, max(1, len(kept))), head_key(ident)]
     return StoredBytes(
         prompt_bytes=prompt_bytes,

@@ -41,6 +41,7 @@ def wanted(root: Path) -> dict[Path, str]:
         "decode": performance.decode_table(files),
         "service": performance.service_table(files),
         "failover": performance.failover_table(files),
+        "store": performance.store_table(files),
         "kernels": performance.kernels_table(files),
     }
     made = {}
