@@ -9,6 +9,7 @@ import time
 import pytest
 
 from kvsluice.errors import StoreUnavailable
+from kvsluice.kvstore.frame import decode_frame
 from kvsluice.kvstore.memory import MemoryStore
 
 PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
@@ -151,6 +152,48 @@ async def test_a_store_that_breaks_loses_nothing(make_real_fleet):
             await fleet.lose(fleet.busy())
     assert stream.completion.token_ids == whole.token_ids
     assert not stream.completion.durability.kept
+    assert stream.completion.durability.recomputed_prompt_tokens == len(PROMPT)
+    await fleet.until_idle()
+
+
+class FlippingStore(SharedStore):
+    """One that gives values of a kind back with a flipped bit, from when it is told which."""
+
+    kind = ""
+    draw = random.Random(0)
+
+    async def get(self, key):
+        data = await super().get(key)
+        if data is None or self.kind not in (key.split(":")[1], self._place(key, data)):
+            return data
+        bit = self.draw.randrange(8 * len(data))
+        return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+    @staticmethod
+    def _place(key, data) -> str:
+        """What a frame holds."""
+        if ":frame:" not in key:
+            return ""
+        return "rows" if decode_frame(data).tokens[0] else "prompt"
+
+
+@pytest.mark.parametrize("kind", ["manifest", "continuation", "prompt", "rows"])
+async def test_a_flipped_bit_costs_the_prompt_and_changes_nothing(make_real_fleet, kind):
+    store = FlippingStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    options = {"recipe": "kivi", "durability": "tokens", "max_tokens": TOKENS, "ignore_eos": True, **SEEDED}
+    whole = await fleet.client.generate(PROMPT, **options)
+    await until_empty(store)
+    await fleet.add_decode("spare", store)
+    slow_down(fleet)
+    stream, came, lost = fleet.client.stream(PROMPT, **options), 0, False
+    async for chunk in stream:
+        came += len(chunk.token_ids)
+        if came >= 30 and not lost:
+            lost, store.kind = True, kind
+            await fleet.lose(fleet.busy())
+    assert stream.completion.token_ids == whole.token_ids
+    assert stream.completion.durability.migrations == 1
     assert stream.completion.durability.recomputed_prompt_tokens == len(PROMPT)
     await fleet.until_idle()
 

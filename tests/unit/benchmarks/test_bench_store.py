@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvsluice.benchmarks import performance, store_sides, timing
+from kvsluice.benchmarks import bench_store, performance, store_sides, timing
 from kvsluice.benchmarks.bench_store import HEAD, READ, WRITE
 from kvsluice.benchmarks.performance import File
 from kvsluice.benchmarks.store_sides import LIBRARY, OURS, TOOL, open_sides
@@ -19,6 +19,7 @@ from kvsluice.tests.faults.rig.redis_server import needs_redis
 def small_limits(monkeypatch):
     monkeypatch.setattr(timing, "CPU_COPY_BYTES", 1 << 16)
     monkeypatch.setattr(timing, "CPU_GEMM_SIZE", 16)
+    monkeypatch.setattr(bench_store, "LEAST_SECONDS", 0.01)
     needs_redis()
 
 
