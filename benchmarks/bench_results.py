@@ -3,7 +3,7 @@
 One JSON file a run:
 
     environment  hardware, versions, commit
-    part         prefill, decode, tiers, handoff, service or kernels
+    part         one of `options.PARTS`
     models       name, fingerprint, dtype and whether weights are random, of each model
     settings     the options, as they were taken
     limits       what the device gave in the same run: bytes a second of a copy, floating-point operations a second of

@@ -130,6 +130,12 @@ PARTS: Mapping[str, Part] = {
          replace(_REPEATS, default="3"),
          replace(_WARMUP, help="losses of each side that are not counted", default="0"), *_COMMON),
     ),
+    "store": Part(
+        "Values of requests to a store and back, against the client library alone and redis-benchmark.",
+        (replace(_MODEL, help="the model whose rows are written; its shape alone is read"), _CONTEXT,
+         Option("batch", "N,N", "operations, and connections, at once", "1,8"),
+         Option("steps", "N", "operations of a repetition", "64"), _REPEATS, _WARMUP, *_COMMON),
+    ),
     "kernels": Part(
         "Every operation of kernels/ at a model's shapes, against its torch reference and the device's limits.",
         (replace(_MODEL, metavar="MODEL,MODEL", default="llama-3.1-8b,smollm2-135m"), _CONTEXT, _REPEATS, _WARMUP,

@@ -15,6 +15,7 @@ from .bench_prefill import BESIDE, FIRST_TOKEN
 from .bench_results import BenchResults, Row
 from .bench_service import BENCH, STREAMS
 from .goals import GOALS, GPU, MODEL
+from .store_sides import LIBRARY, OURS, TOOL
 from .tables import figure, seconds
 
 NOT_MEASURED = "Not measured yet."
@@ -153,6 +154,21 @@ def failover_table(files: Sequence[File]) -> str:
             name = f"{row.conditions['recipe']} ({row.model}), {file.gpu or 'CPU'}"
             own = (seconds(row.time.median_s), seconds(again.time.median_s), _times(row.ratios.get(AGAIN)))
             lines.append((f"{row.context:,}", name, *own, f"{row.figures['recomputed_tokens']:.0f}"))
+    return _table(header, lines)
+
+
+def store_table(files: Sequence[File]) -> str:
+    """How fast values of requests are written and read, and what other clients take for the same."""
+    header = ("what", "bytes", "at once", "an operation", "99th of 100", "GB/s", f"÷ {LIBRARY}", f"÷ {TOOL}")
+    lines: list[tuple[str, ...]] = []
+    for row in (row for file in files if file.results.part == "store" for row in file.results.rows):
+        if row.side != OURS or row.time is None:
+            continue
+        size, rate = row.figures.get("value_bytes"), row.figures.get("bytes_per_s")
+        value = ("", "") if size is None or rate is None else (figure("value_bytes", size), f"{rate / 1e9:.2f}")
+        times = (seconds(row.time.median_s), seconds(row.figures["latency_p99_s"]))
+        ratios = [_times(row.ratios.get(other)) for other in (LIBRARY, TOOL)]
+        lines.append((row.what.removeprefix("store: "), value[0], f"{row.batch}", *times, value[1], *ratios))
     return _table(header, lines)
 
 

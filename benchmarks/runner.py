@@ -27,6 +27,7 @@ from . import (
     bench_kernels,
     bench_prefill,
     bench_service,
+    bench_store,
     bench_tiers,
 )
 from .bench_results import BenchResults, Row, save
@@ -53,6 +54,7 @@ MEASURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "tiers": bench_tiers.measure,
     "service": bench_service.measure,
     "failover": bench_failover.measure,
+    "store": bench_store.measure,
 }
 
 
@@ -84,8 +86,9 @@ def run(options: BenchOptions, progress: Progress | None = None) -> BenchResults
         if options.json is not None:
             save(options.json, _results(bench, kept))
 
-    # a service's GPU is its own
-    limits = measure_limits(torch.device("cpu") if options.part in ("service", "failover") else device, dtype)
+    # a service's GPU is its own, and a store needs none
+    elsewhere = options.part in ("service", "failover", "store")
+    limits = measure_limits(torch.device("cpu") if elsewhere else device, dtype)
     bench = Bench(options, subjects, device, dtype, limits, progress, keep)
     results = _results(bench, MEASURES[options.part](bench))
     if options.json is not None:
@@ -101,7 +104,7 @@ def _results(bench: Bench, rows: Sequence[Row]) -> BenchResults:
         models=bench.bench_models(),
         settings=_settings(options, bench),
         limits=bench.limits,
-        recipes={} if options.part == "kernels" else measured_recipes(bench.subject),
+        recipes={} if options.part in ("kernels", "store") else measured_recipes(bench.subject),
         rows=tuple(rows),
     )
 

@@ -144,7 +144,7 @@ def read_subject(source: str, options: BenchOptions) -> Subject:
     Raises:
         KvsluiceError: names the option and what it allows, or says what is wrong with the model.
     """
-    only_shape = options.random_weights or options.part in ("kernels", "service")
+    only_shape = options.random_weights or options.part in ("kernels", "service", "store")
     config = load_config(source, random_weights=only_shape)
     shape = model_shape(config)
     name = source if source in SHAPES and only_shape else locate(source).name

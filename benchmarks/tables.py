@@ -25,7 +25,8 @@ def figure(name: str, value: float) -> str:
     """A number by the unit in its name."""
     if name.endswith("_bytes"):
         size, unit = next((one for one in _SIZES if value >= one[0]), (1, "B"))
-        return f"{value / size:.3g} {unit}"
+        scaled = value / size
+        return f"{scaled:,.0f} {unit}" if scaled >= 1000 else f"{scaled:.3g} {unit}"
     if name.endswith("_s") and not name.endswith("_per_s"):
         return seconds(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -299,6 +299,11 @@ class Guard:
             raise Trouble(Cause.CLOSED)
 
     async def _tries(self, attempt: Callable[[], Awaitable[T]], deadline: float, server: Callable[[], Hashable]) -> T:
+        """The first attempt, and what follows where it failed."""
+        try:
+            return await self._try(attempt, deadline, self._breaker(server()))
+        except Trouble as exc:
+            failed: Trouble | None = exc
         loop = asyncio.get_running_loop()
 
         def used_up(state: RetryCallState) -> bool:
@@ -312,7 +317,10 @@ class Guard:
         )
         async for trial in retrying:
             with trial:
-                self.counters.retries += trial.retry_state.attempt_number > 1
+                if failed is not None:  # it counts as the first one here; most calls need no second and none of this
+                    first, failed = failed, None
+                    raise first
+                self.counters.retries += 1
                 return await self._try(attempt, deadline, self._breaker(server()))
         raise AssertionError("the last attempt returns or raises")
 

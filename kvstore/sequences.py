@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ..errors import CorruptFrame, Fenced
+from ..errors import CorruptFrame, Fenced, StoreUnavailable
 from .continuation import Continuation, ContinuedChoice, RowsEntry, decode_continuation, encode_continuation
 from .envelope import Fault, checksum_of, corrupt
 from .frame import decode_frame
@@ -291,7 +291,9 @@ class SequenceWriter:
                 return
             if result is HeadWrite.FENCED:
                 raise Fenced(FENCED)
-            expected = await self._store.read_head(name)  # an earlier owner's, or gone
+            expected = await self._store.read_head(name)  # an earlier owner's
+            if expected is None and self._base is not None and not await self._store.exists(self._base[0]):
+                raise StoreUnavailable("what the store held of the sequence is gone")  # it was emptied
 
 
 async def _together(operations: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,6 +1,6 @@
-"""Puts what `kvsluice bench` measured on a GPU into docs/performance.md and draws docs/images/. The numbers come from
-benchmarks/results/bench_*.json. What was not measured says so. With --check it only says whether page and images hold
-all that."""
+"""Puts what `kvsluice bench` measured into docs/performance.md and draws docs/images/, and what requests write to a
+store into docs/store.md. The measured numbers come from benchmarks/results/bench_*.json; what was not measured says so.
+With --check it only says whether pages and images hold all that."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from kvsluice.benchmarks.bench_decode import STEP
 from kvsluice.benchmarks.bench_prefill import FIRST_TOKEN
 from kvsluice.benchmarks.bench_results import load
 from kvsluice.benchmarks.performance import File
+from kvsluice.benchmarks.stored_bytes import stored_table
 from kvsluice.errors import KvsluiceError
 from kvsluice.evals.pages import apart, filled, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "performance.md"
+STORE_PAGE = Path("docs") / "store.md"
 RESULTS = Path("benchmarks") / "results"
 PLOTS = {
     "step parts": (STEP, Path("docs/images/bench_step.svg")),
@@ -25,11 +27,11 @@ PLOTS = {
 
 
 def wanted(root: Path) -> dict[Path, str]:
-    """The page and its images as they should be, by path; "" for an image that should not be there.
+    """Pages and images as they should be, by path; "" for an image that should not be there.
 
     Raises:
         InvalidRequest: a file of results is none.
-        ValueError: the page lacks a block.
+        ValueError: a page lacks a block.
     """
     files = [File(path.stem, load(path)) for path in sorted((root / RESULTS).glob("bench_*.json"))]
     blocks = {
@@ -39,6 +41,7 @@ def wanted(root: Path) -> dict[Path, str]:
         "decode": performance.decode_table(files),
         "service": performance.service_table(files),
         "failover": performance.failover_table(files),
+        "store": performance.store_table(files),
         "kernels": performance.kernels_table(files),
     }
     made = {}
@@ -46,6 +49,7 @@ def wanted(root: Path) -> dict[Path, str]:
         made[path] = performance.parts_plot(files, what)
         link = f"![kinds of work]({path.relative_to(PAGE.parent)})"
         blocks[name] = link if made[path] else performance.NOT_MEASURED
+    made[STORE_PAGE] = filled((root / STORE_PAGE).read_text(), {"stored bytes": stored_table()}, str(STORE_PAGE))
     return made | {PAGE: filled((root / PAGE).read_text(), blocks, str(PAGE))}
 
 

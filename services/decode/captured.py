@@ -182,6 +182,8 @@ class CapturedSteps:
             try:
                 self._captured[key] = self._capture(inputs, tables, blocks)
             except Exception as exc:  # nothing of the step has run, so it is computed
+                if len(self._failures) >= MAX_SEEN:
+                    self._failures.clear()
                 self._failures[key] += 1
                 logger.warning("a step of %d rows was not captured: %s", tables.num_rows, where(exc))
                 return None

@@ -17,6 +17,7 @@ from .receiver import Target
 from .restore import Restoring, restore
 
 STOP_WAIT_S = 5.0
+MAX_TASKS = 256  # beyond which what is of no use any more is left to expire
 
 
 class KeptRequests:
@@ -61,8 +62,9 @@ class KeptRequests:
         )
 
     def end(self, keeper: Keeper, delete: bool) -> None:
-        """Write no more of a request, and delete what was written if nobody needs it."""
-        self.start(keeper.close(delete))
+        """Write no more of a request, and delete what was written if nobody needs it. Where the store is so slow that
+        many requests wait to be deleted already, it expires."""
+        self.start(keeper.close(delete and len(self._tasks) < MAX_TASKS))
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside; it is waited for at the end."""

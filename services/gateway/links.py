@@ -28,6 +28,7 @@ log = logging.getLogger("kvsluice.gateway")
 INFO_PERIOD_S = 1.0
 GREETING_TIMEOUT_S = 5.0
 RECONNECT_S = 0.2
+MAX_UNSENT = 4096  # messages to a worker that does not read them
 
 Event = wpb.Opened | wpb.Resumed | wpb.TokenEntry | wpb.Finished | wpb.FirstTokens | wpb.Shipped
 
@@ -253,6 +254,9 @@ class DecodeLink(Link):
         """Ask for room for a request; answers and tokens go to `inbox` until `close`."""
         if not self.up:
             raise WorkerLost(f"the {self.called} was lost")
+        if self._outbox.qsize() >= MAX_UNSENT:
+            # requests that their clients gave up have left their messages; the lease says when it is lost altogether
+            raise WorkerLost(f"the {self.called} takes no messages")
         self._inboxes[message.request_id, message.epoch] = inbox
         self._outbox.put_nowait(wpb.ToDecode(open=message))
 

@@ -22,6 +22,7 @@ from ...errors import (
     DuplicateRequest,
     InvalidRequest,
     KvsluiceError,
+    Overloaded,
     RequestCancelled,
     UnknownModel,
     WorkerLost,
@@ -85,6 +86,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
         self._draining = False
+        self._num_early = 0  # requests that wait for the first workers
         self._idle = asyncio.Event()
         self._idle.set()
         self._health = health.aio.HealthServicer()
@@ -167,7 +169,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         """See `generation.proto`."""
         if request.model and request.model != self._config.model_name:
             raise UnknownModel(f"model: {request.model[:64]!r} is not served here; allowed: {self._config.model_name}")
-        model = self.pool.model or (await self.pool.route()).model
+        model = self.pool.model or await self._first_model()
         served = self._served(model)
         return pb.GetModelInfoResponse(
             model=served.name,
@@ -191,7 +193,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
 
     async def _generate(self, request: pb.GenerateRequest, context: Any, accepted_s: float, deadline_s: float) -> None:
         current_request_id.set(request.request_id)
-        served = self._served(self.pool.model or (await self.pool.route()).model)
+        served = self._served(self.pool.model or await self._first_model())
         checked = check_request(request, served, self._draw_seed)
         request_id = checked.request_id or uuid.uuid4().hex
         current_request_id.set(request_id)
@@ -216,6 +218,20 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             if not self._tickets:
                 self._idle.set()
             self._report_load()
+
+    async def _first_model(self) -> WorkerModel:
+        """Of the first workers, waited for by as many requests as may wait for room: nothing is known of them yet.
+
+        Raises:
+            Overloaded: more do. WorkerLost: no workers come.
+        """
+        if self._num_early >= max(1, self._config.max_queue):
+            raise Overloaded(f"no workers are there yet, and {self._num_early} requests wait for them")
+        self._num_early += 1
+        try:
+            return (await self.pool.route()).model
+        finally:
+            self._num_early -= 1
 
     async def _job(
         self, request_id: str, checked: CheckedRequest, served: ServedModel, accepted_s: float, deadline_s: float

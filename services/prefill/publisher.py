@@ -6,6 +6,10 @@
 
 A layer is copied and packed while the next one computes, so the device holds at most MAX_LAYERS of them beside the one
 that computes. The first tokens go to the gateway by another way and never wait for a frame.
+
+An acknowledgement is what the receiver grants the next frame by: it comes when a frame is placed, and where it is kept,
+taken in for the store. So no more than a window of frames is under way, whatever networks buffer, and a receiver, store
+or device that is slow slows the prompts that go there.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ class Publisher:
     Args:
         job: the prompt.
         ident: whom its frames belong to.
-        window: frames that may wait for their acknowledgement before the engine is held back.
+        window: frames that may be under way without an acknowledgement; while more wait, the engine is held back.
         copies: how layers come to the host.
         wake: has the engine look at `ready` again.
     """
@@ -73,6 +77,8 @@ class Publisher:
         self._unpacked = 0
         self._unacked = 0
         self._acked = 0
+        self._granted = asyncio.Event()  # a frame was acknowledged, or none will be any more
+        self._acks_ended = False
         self._committed = False
         self._closed = False
         self._submitted_s = time.monotonic()
@@ -161,6 +167,7 @@ class Publisher:
     async def _ship(self, stub: DecodeWorkerStub) -> wpb.Shipped:
         call = stub.PutFrames()
         acks = asyncio.create_task(read_all(call, self._take_ack))
+        acks.add_done_callback(self._end_acks)
         sends = asyncio.create_task(self._write_frames(call))
         try:
             await asyncio.wait((acks, sends), return_when=asyncio.FIRST_EXCEPTION)
@@ -222,6 +229,9 @@ class Publisher:
         return frames
 
     async def _put(self, call: Any, message: wpb.FramePut, shipped: wpb.Shipped) -> None:
+        while shipped.frames - self._acked >= self._window and not self._acks_ended:
+            self._granted.clear()
+            await self._granted.wait()
         await call.write(message)
         shipped.payload_bytes += message.ByteSize()
         shipped.frames += 1
@@ -235,7 +245,13 @@ class Publisher:
         with self._lock:
             self._unacked -= 1
         self._record("prefill.frame_acked", index=ack.index)
+        self._granted.set()
         self._wake()
+
+    def _end_acks(self, _: asyncio.Task[None]) -> None:
+        """Nothing is granted any more; what is still written finds out why."""
+        self._acks_ended = True
+        self._granted.set()
 
     def _manifest(self) -> bytes:
         return encode_manifest(

@@ -181,12 +181,24 @@ class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
 STARTED: dict[tuple[str, int], asyncio.Event] = {}
 
 
+class OneWriter:
+    """A call's context whose messages are written one after the other, as gRPC wants them."""
+
+    def __init__(self, context: Any) -> None:
+        self._context, self._lock = context, asyncio.Lock()
+
+    async def write(self, message: Any) -> None:
+        async with self._lock:
+            await self._context.write(message)
+
+
 class ScriptedDecode(_Service, worker_pb2_grpc.DecodeWorkerServicer):
     def add_to(self, server: Any) -> None:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
 
     async def Attach(self, requests: Any, context: Any) -> None:
         await context.send_initial_metadata(())
+        context = OneWriter(context)
         runs: dict[tuple[str, int], tuple[asyncio.Task[None], asyncio.Semaphore]] = {}
         ended: set[tuple[str, int, int]] = set()
         try:

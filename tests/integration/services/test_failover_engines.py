@@ -9,10 +9,12 @@ import time
 import pytest
 
 from kvsluice.errors import StoreUnavailable
+from kvsluice.kvstore.frame import decode_frame
 from kvsluice.kvstore.memory import MemoryStore
 
 PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
 TOKENS = 70
+MOST_CHOICES = 2
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "presence_penalty": 0.5, "logprobs": 2}
 
@@ -155,10 +157,65 @@ async def test_a_store_that_breaks_loses_nothing(make_real_fleet):
     await fleet.until_idle()
 
 
+class FlippingStore(SharedStore):
+    """One that gives values of a kind back with a flipped bit, from when it is told which."""
+
+    kind = ""
+    draw = random.Random(0)
+
+    async def get(self, key):
+        data = await super().get(key)
+        if data is None or self.kind not in (key.split(":")[1], self._place(key, data)):
+            return data
+        bit = self.draw.randrange(8 * len(data))
+        return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+    @staticmethod
+    def _place(key, data) -> str:
+        """What a frame holds."""
+        if ":frame:" not in key:
+            return ""
+        return "rows" if decode_frame(data).tokens[0] else "prompt"
+
+
+@pytest.mark.parametrize("kind", ["manifest", "continuation", "prompt", "rows"])
+async def test_a_flipped_bit_costs_the_prompt_and_changes_nothing(make_real_fleet, kind):
+    store = FlippingStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    options = {"recipe": "kivi", "durability": "tokens", "max_tokens": TOKENS, "ignore_eos": True, **SEEDED}
+    whole = await fleet.client.generate(PROMPT, **options)
+    await until_empty(store)
+    await fleet.add_decode("spare", store)
+    slow_down(fleet)
+    stream, came, lost = fleet.client.stream(PROMPT, **options), 0, False
+    async for chunk in stream:
+        came += len(chunk.token_ids)
+        if came >= 30 and not lost:
+            lost, store.kind = True, kind
+            await fleet.lose(fleet.busy())
+    assert stream.completion.token_ids == whole.token_ids
+    assert stream.completion.durability.migrations == 1
+    assert stream.completion.durability.recomputed_prompt_tokens == len(PROMPT)
+    await fleet.until_idle()
+
+
 async def until_empty(store) -> None:
     """All that was kept is deleted in the end, also what lost workers had kept. Heads stay until their time is over, so
-    that no earlier owner can come back."""
+    that no earlier owner can come back, and so do rows that a worker had written, and not named, when it was lost."""
     store.check_integrity()
     async with asyncio.timeout(10):
-        while any(not key.startswith("kvsluice:head:") for key in await store.scan("")):  # noqa: ASYNC110
+        while not only_unnamed(store._values, store._heads):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+def only_unnamed(values, heads) -> bool:
+    """Whether nothing is left but rows of earlier owners, those of one time that they are written for each choice."""
+    left: dict[str, set[tuple[int, int]]] = {}
+    for key, held in values.items():
+        _, kind, sequence, epoch, *_ = key.split(":")
+        head = heads.get(f"kvsluice:head:{sequence}")
+        tokens = decode_frame(held.content).tokens if kind == "frame" else (0, 0)
+        if not tokens[0] or head is None or int(epoch) >= head.content.epoch:
+            return False
+        left.setdefault(sequence, set()).add(tokens)
+    return all(len(extents) <= MOST_CHOICES for extents in left.values())

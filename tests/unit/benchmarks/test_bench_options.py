@@ -38,11 +38,12 @@ def test_what_decode_measures():
 @pytest.mark.parametrize(
     ("part", "given", "said"),
     [
-        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, tiers, service, failover, kernels"),
+        ("serve", {}, "part: 'serve'; allowed: prefill, decode, handoff, tiers, service, failover, store, kernels"),
         ("prefill", {"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
         ("prefill", {"recipe": "none"}, "--recipe: recipe.name: unknown recipe 'none'; allowed: exact"),
         ("prefill", {"variant": ["kivi"]}, "--variant: 'kivi'; allowed: LABEL=RECIPE:{slots as JSON}"),
         ("prefill", {"batch": "max"}, "--batch: 'max'; allowed: a whole number from 1 to 4096"),
+        ("store", {"batch": "0"}, "--batch: '0'; allowed: a whole number from 1 to 4096"),
         ("prefill", {"batch": "2,02"}, "--batch: '2,2'; allowed: values that differ"),
         ("prefill", {"beside": "0"}, "--beside: '0'; allowed: a whole number from 1"),
         ("prefill", {"repeats": "0"}, "--repeats: '0'; allowed: a whole number from 1"),

@@ -131,7 +131,8 @@ report = load_script()
 def tree(tmp_path):
     (tmp_path / report.PAGE).parent.mkdir(parents=True)
     (tmp_path / report.RESULTS).mkdir(parents=True)
-    shutil.copy(ROOT / report.PAGE, tmp_path / report.PAGE)
+    for page in (report.PAGE, report.STORE_PAGE):
+        shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 
 

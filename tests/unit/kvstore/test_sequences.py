@@ -165,11 +165,26 @@ async def test_everything_expires_unless_it_is_renewed(store, clock):
     assert await store.scan("") == []
 
 
-async def test_a_head_that_expired_comes_back(store, clock):
+async def test_a_store_that_was_emptied_keeps_nothing_any_longer(store):
+    """What comes behind would name a manifest that is not there."""
     writer = await committed(store)
-    clock.now += TTL_S * 1.01
+    store._values.clear()
+    store._heads.clear()
+    store.used_bytes = 0
+    for going_on in (writer.renew, lambda: writer.extend([rows(OLD, 0, 3, 5)], EMITTED)):
+        with pytest.raises(StoreUnavailable, match="gone"):
+            await going_on()
+    assert await find_sequence(store, NEW) is None
+
+
+async def test_a_head_that_is_gone_comes_back_where_it_leads_somewhere(store, clock):
+    writer = await committed(store)
+    store.used_bytes -= store._heads.pop(head_key(OLD)).charged_bytes
     await writer.extend([], EMITTED)
     assert await store.read_head(head_key(OLD)) is not None
+    clock.now += TTL_S * 1.01
+    with pytest.raises(StoreUnavailable, match="gone"):
+        await writer.extend([], EMITTED)
 
 
 async def test_deleting_leaves_only_the_head(store):
