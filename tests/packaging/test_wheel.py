@@ -61,7 +61,7 @@ def test_the_wheel_has_one_top_level_name(wheel):
 
 
 def test_nothing_of_the_fault_rig_is_in_the_wheel(wheel, sources):
-    """Points at which processes are killed are put in from outside; the product has neither them nor a place for them."""
+    """Points at which processes are killed are put in from outside; the product has no place for them."""
     assert [name for name in wheel if "sitecustomize" in name or "failpoint" in name or "/rig/" in name] == []
     assert [s.path for s in sources if re.search("failpoint|sitecustomize", ast.unparse(s.tree), re.I)] == []
 

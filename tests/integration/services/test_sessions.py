@@ -6,14 +6,7 @@ import asyncio
 
 import pytest
 
-from kvsluice.errors import (
-    DuplicateRequest,
-    Fenced,
-    InvalidRequest,
-    RequestCancelled,
-    SessionMismatch,
-    StoreUnavailable,
-)
+from kvsluice.errors import DuplicateRequest, Fenced, InvalidRequest, RequestCancelled, SessionMismatch, StoreUnavailable
 from kvsluice.kvstore.memory import MemoryStore
 
 PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
