@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,16 @@ class Failpoints:
         """Wait until an order was carried out. Returns the process that did."""
         wait_until(done.exists, f"{done.stem} is passed", timeout_s=60.0)
         return int(done.read_text())
+
+    def tasks(self, pids: Sequence[int]) -> dict[int, Counter[str]]:
+        """Tasks of asyncio that have not ended in each of these processes, by the name of what they run."""
+        number = next(self._numbers)
+        draft = self._folder / "tasks.draft"
+        draft.write_text(str(number))
+        draft.rename(self._folder / "tasks.question")
+        answers = {pid: self._folder / f"tasks.{pid}.{number}" for pid in pids}
+        wait_until(lambda: all(answer.exists() for answer in answers.values()), "processes tell of their tasks")
+        return {pid: Counter(json.loads(answer.read_text())) for pid, answer in answers.items()}
 
     def withdraw(self) -> None:
         """Forget what has not come about."""

@@ -1,4 +1,5 @@
-"""Loaded by every Python process that starts with this folder on its PYTHONPATH: wraps the functions that are points.
+"""Loaded by every Python process that starts with this folder on its PYTHONPATH: wraps the functions that are points,
+and lets the process tell of its tasks.
 
 It knows nothing of what it wraps: names come from `points.json` in the folder that `FAILPOINTS` names, which
 `rig/failpoints.py` writes. A process of the product that is started otherwise never sees any of this.
@@ -19,6 +20,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import tasks
 
 FOLDER = Path(os.environ["FAILPOINTS"])
 POINTS: dict[str, list[str]] = json.loads((FOLDER / "points.json").read_text())
@@ -107,3 +110,4 @@ class Finder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
+tasks.start(FOLDER)
