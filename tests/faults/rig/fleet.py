@@ -137,7 +137,9 @@ class Fleet(Victim):
         infos = {role: self.infos(role) for role in self.sizes}
         if any(len(infos[role]) != size for role, size in self.sizes.items()):
             return False
-        return all(info.has_store for info in infos["decode"]) and self._links_are_up() and is_ready(self.address)
+        if not all(info.has_store for info in infos["decode"]):
+            return False
+        return self._links_are_up() and self.redis.answers() and is_ready(self.address)
 
     def _links_are_up(self) -> bool:
         last = {}
