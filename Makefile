@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check acceptance readme clean
+.PHONY: help setup demo test check soak acceptance readme clean
 
 help:
 	@echo "make demo        ask a real long document questions, with three recipes, and print a table"
 	@echo "make test        the test suite (ARGS='tests/unit -x' narrows it)"
 	@echo "make check       lint, formatting, types, import rules, generated files; changes nothing"
-	@echo "make acceptance  what is too long for the suite; writes benchmarks/results/acceptance.json"
+	@echo "make soak        random faults under load for SECONDS=600, drawn from SEED"
+	@echo "make acceptance  what is too long for the suite; writes benchmarks/results/*.json, as docs/testing.md says"
 	@echo "make readme      put the measured numbers, tables and plots into README.md and docs/"
 	@echo "make clean       remove the virtual environment and everything that was built"
 
@@ -25,8 +26,16 @@ check: setup
 	@$(BIN)/python scripts/check.py
 
 # -P keeps the repository root off the import path: no top-level module may be called `kernels`
+SECONDS ?= 600
+soak: setup
+	@$(BIN)/python -P -m kvsluice.tests.faults.soak --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+RESULTS := benchmarks/results
 acceptance: setup
 	@$(BIN)/python -P -m kvsluice.evals.acceptance $(ARGS)
+	@$(BIN)/python -P -m kvsluice.tests.faults.attacks --seconds 10 --json $(RESULTS)/attacks.json
+	@$(BIN)/python -P -m kvsluice.benchmarks.fault_runs --kills 50 --stalls 50
+	@$(BIN)/python -P -m kvsluice.tests.faults.soak --seconds 600 --json $(RESULTS)/soak.json
 
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py

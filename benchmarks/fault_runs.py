@@ -19,13 +19,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
+from itertools import cycle, islice
 from typing import Any
 
 from rich.console import Console
 
-from ..client import Client
+from ..client import Client, Completion, Stream
 from ..errors import KvsluiceError
 from ..evals.report import RESULTS, write_results
 from ..evals.service_process import running_redis, running_service
@@ -40,6 +43,8 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_p": 0.9, "seed": 11},
     {"temperature": 1.0, "seed": 12, "presence_penalty": 0.4},
 )
+DEADLINE_S = 300.0
+SLOW_S = (0.0, 0.3)  # between two reads of a client that reads slowly
 LEASE_S = 3.0
 QUIET_S = (0.5, 4.0)  # between a worker's return and the next fault
 
@@ -51,8 +56,22 @@ class Request:
     prompt: tuple[int, ...]
     options: dict[str, Any]
 
-    def ask(self, client: Client) -> Any:
-        return client.generate(list(self.prompt), ignore_eos=True, timeout_s=300.0, **self.options)
+    def stream(self, client: Client) -> Stream:
+        return client.stream(list(self.prompt), ignore_eos=True, timeout_s=DEADLINE_S, **self.options)
+
+    def ask(self, client: Client) -> Completion:
+        stream = self.stream(client)
+        for _ in stream:
+            pass
+        return stream.completion
+
+
+class Manner(Enum):
+    """How a client reads."""
+
+    READS = "reads"
+    READS_SLOWLY = "reads slowly"  # the workers run ahead as far as they may, and wait
+    LEAVES = "leaves"  # cancels in the middle
 
 
 @dataclass
@@ -61,22 +80,39 @@ class Outcome:
 
     Attributes:
         answers: that came; wrong: with other tokens; moved: that other workers went on with.
+        left: requests that their client has cancelled.
+        differences: of wrong answers, which request it was and how many tokens were right.
         errors: requests that ended with an error, by its type.
     """
 
     answers: int = 0
     wrong: int = 0
+    left: int = 0
     moved: int = 0
     migrations: int = 0
     recomputed_tokens: int = 0
     recomputed_prompt_tokens: int = 0
+    differences: list[dict[str, Any]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def count(self, done: Any, wanted: Any) -> None:
+    def compare(self, index: int, token_ids: Sequence[int], wanted: Sequence[int]) -> None:
+        """Note whether a request was told what it should be, or its first part."""
+        right = next((i for i, (one, other) in enumerate(zip(token_ids, wanted, strict=False)) if one != other), None)
+        if right is not None or len(token_ids) > len(wanted):
+            self.wrong += 1
+            self.differences.append({"request": index, "right_tokens": right})
+
+    def leave(self, index: int, token_ids: Sequence[int], wanted: Sequence[int]) -> None:
+        with self.lock:
+            self.left += 1
+            self.compare(index, token_ids, wanted)
+
+    def count(self, index: int, done: Completion, wanted: Sequence[int]) -> None:
         with self.lock:
             self.answers += 1
-            self.wrong += done.token_ids != wanted
+            self.compare(index, done.token_ids, wanted)
+            self.wrong += len(done.token_ids) < len(wanted)
             self.moved += done.durability.migrations > 0
             self.migrations += done.durability.migrations
             self.recomputed_tokens += done.durability.recomputed_tokens
@@ -87,27 +123,48 @@ class Outcome:
             self.errors[error.type_name] += 1
 
     def results(self) -> dict[str, Any]:
-        asked = self.answers + sum(self.errors.values())
+        asked = self.answers + self.left + sum(self.errors.values())
         kept = {name: value for name, value in vars(self).items() if name not in ("lock", "errors")}
-        return kept | {"errors": dict(self.errors), "success_rate": self.answers / max(1, asked)}
+        return kept | {"errors": dict(self.errors), "success_rate": (self.answers + self.left) / max(1, asked)}
 
 
-def requests(draw: random.Random) -> list[Request]:
-    """Of every level and sampling."""
+def requests(
+    draw: random.Random,
+    count: int = len(LEVELS) * len(SAMPLINGS),
+    prompts: Sequence[int] = PROMPTS,
+    new_tokens: tuple[int, int] = NEW_TOKENS,
+) -> list[Request]:
+    """So many, of every level and sampling.
+
+    Args:
+        prompts: lengths to draw from; new_tokens: the least and the most of an answer.
+    """
     made = []
-    for number, level in enumerate(LEVELS * len(SAMPLINGS)):
-        prompt = tuple(draw.randrange(100, 40_000) for _ in range(draw.choice(PROMPTS)))
-        options = SAMPLINGS[number % len(SAMPLINGS)] | {"durability": level, "max_tokens": draw.randint(*NEW_TOKENS)}
+    for number, level in enumerate(islice(cycle(LEVELS), count)):
+        prompt = tuple(draw.randrange(100, 40_000) for _ in range(draw.choice(prompts)))
+        options = SAMPLINGS[number % len(SAMPLINGS)] | {"durability": level, "max_tokens": draw.randint(*new_tokens)}
         made.append(Request(prompt, options))
     return made
 
 
 class Load:
-    """Clients that ask until they are told to stop."""
+    """Clients that ask until they are told to stop.
 
-    def __init__(self, address: str, asked: list[Request], wanted: list[Any], seed: int) -> None:
+    Args:
+        asked, wanted: requests, and what they are to be answered.
+        manners: of clients, one of which is drawn for each request.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        asked: Sequence[Request],
+        wanted: Sequence[Sequence[int]],
+        seed: int,
+        manners: Sequence[Manner] = (Manner.READS,),
+    ) -> None:
         self.outcome = Outcome()
-        self._address, self._asked, self._wanted, self._seed = address, asked, wanted, seed
+        self._address, self._asked, self._wanted, self._seed, self._manners = address, asked, wanted, seed, manners
         self._stopped = threading.Event()
         self._threads = ThreadPoolExecutor(STREAMS)
         self._running = [self._threads.submit(self._ask, number) for number in range(STREAMS)]
@@ -124,14 +181,28 @@ class Load:
         draw = random.Random(self._seed * 1000 + number)
         with Client(self._address) as client:
             while not self._stopped.is_set():
-                index = draw.randrange(len(self._asked))
+                index, manner = draw.randrange(len(self._asked)), draw.choice(self._manners)
                 try:
-                    self.outcome.count(self._asked[index].ask(client), self._wanted[index])
+                    self._read(index, manner, client, draw)
                 except KvsluiceError as exc:
                     self.outcome.fail(exc)
 
+    def _read(self, index: int, manner: Manner, client: Client, draw: random.Random) -> None:
+        wanted, stream = self._wanted[index], self._asked[index].stream(client)
+        ids: list[int] = []
+        leave_at = draw.randrange(len(wanted)) if manner is Manner.LEAVES else None
+        for chunk in stream:
+            ids += chunk.token_ids
+            if leave_at is not None and len(ids) >= leave_at:
+                stream.cancel()
+                self.outcome.leave(index, ids, wanted)
+                return
+            if manner is Manner.READS_SLOWLY:
+                time.sleep(draw.uniform(*SLOW_S))
+        self.outcome.count(index, stream.completion, wanted)
 
-def undisturbed(address: str, asked: list[Request]) -> tuple[list[Request], list[Any], int]:
+
+def undisturbed(address: str, asked: Sequence[Request]) -> tuple[list[Request], list[Any], int]:
     """The requests whose answers do not depend on their company, those answers, and how many were set aside."""
     with Client(address) as client, ThreadPoolExecutor(STREAMS) as threads:
         alone = [request.ask(client).token_ids for request in asked]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +58,12 @@ def test_the_wheel_is_the_tree(wheel, files):
 
 def test_the_wheel_has_one_top_level_name(wheel):
     assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"kvsluice"}
+
+
+def test_nothing_of_the_fault_rig_is_in_the_wheel(wheel, sources):
+    """Points at which processes are killed are put in from outside; the product has no place for them."""
+    assert [name for name in wheel if "sitecustomize" in name or "failpoint" in name or "/rig/" in name] == []
+    assert [s.path for s in sources if re.search("failpoint|sitecustomize", ast.unparse(s.tree), re.I)] == []
 
 
 def test_every_folder_with_code_is_listed(files, root):

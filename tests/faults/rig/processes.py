@@ -42,7 +42,7 @@ class Child:
     """
 
     def __init__(self, command: list[str], log: Path) -> None:
-        # the kernel ends the child when the test's process dies without cleaning up
+        # the kernel ends the child when the thread that starts it here dies, and so when the test's process does
         prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         self.log = log
         with log.open("ab") as output:

@@ -347,13 +347,17 @@ class RealFleet:
     hosts: dict[str, WorkerHost]
     engines: dict[str, DecodeEngine]
 
-    async def add_decode(self, worker_id: str, store: Store | None = None) -> None:
-        """Start another decode worker; it is in rotation when this returns."""
+    async def add_decode(
+        self, worker_id: str, store: Store | None = None, through: Callable[[str], str] = lambda address: address
+    ) -> None:
+        """Start another decode worker; it is in rotation when this returns. `through` gives the address at which others
+        reach it."""
         identity = replace(self.identity, worker_id=worker_id, role="decode")
         service = make_decode_service(self.model, self.config, identity, recorder=self.recorder, store=store)
         host = self.hosts[worker_id] = WorkerHost([service], self.config.max_frame_bytes)
         self.engines[worker_id] = service.engine
-        await self.members.register(Member(worker_id, "decode", await host.start("127.0.0.1"), "first"))
+        address = through(await host.start("127.0.0.1"))
+        await self.members.register(Member(worker_id, "decode", address, "first"))
         await wait_until(lambda: any(link.member.worker_id == worker_id for link in self.gateway.pool._decodes()))
 
     async def lose(self, worker_id: str) -> None:
