@@ -116,7 +116,9 @@ def _settings(options: BenchOptions, bench: Bench) -> dict[str, Any]:
     for one in fields(options):
         value = getattr(options, one.name)
         if one.name not in elsewhere:
-            found[one.name] = list(value) if isinstance(value, tuple) else value
+            found[one.name] = value
+            if isinstance(value, tuple | Path):
+                found[one.name] = list(value) if isinstance(value, tuple) else str(value)
     return found | {
         "device": str(bench.device),
         "dtype": str(bench.dtype).removeprefix("torch."),

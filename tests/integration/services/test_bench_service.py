@@ -49,7 +49,9 @@ def test_streams_are_counted_while_all_of_them_run(service, tmp_path):
     slower = replace(alone, figures=ran.figures, conditions={"hit rate": 0.0})
     other = replace(alone, model="other", figures={"tokens_per_s": 9 * ran.figures["tokens_per_s"]})
     save(path, replace(results, rows=(slower, alone, other)))
-    again = measure(service, recipe="exact,kivi", against=str(path))
+    both = tmp_path / "both.json"
+    again = measure(service, recipe="exact,kivi", against=str(path), json=str(both))
+    assert load(both) == again
     assert again.rows[1].ratios == {}
     expected = again.rows[0].figures["tokens_per_s"] / alone.figures["tokens_per_s"]
     assert again.rows[0].ratios == {BENCH: pytest.approx(expected)}
