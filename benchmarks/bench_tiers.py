@@ -35,6 +35,7 @@ from .subject import Bench
 from .timing import release, summarize, time_steps
 
 WHAT = "decode by turns"
+LOAD = "sequences ÷ pool"
 BY_TURNS, WHOLE = "by turns", "whole on the device"
 SLICES = 4  # that a sequence may have before and after what is timed
 
@@ -76,7 +77,7 @@ def measure(bench: Bench) -> list[Row]:
                 model=bench.subject.name,
                 recipe_fingerprint=bench.subject.recipes[label].fingerprint,
                 context=context,
-                conditions={"kv": options.kv, "sequences ÷ pool": load, "where": side},
+                conditions={"kv": options.kv, LOAD: load, "where": side},
             )
             own.append(measured(bench, empty, partial(_time, bench, bench.subject.recipes[label], side, load)))
         rows += _compared(own)
@@ -206,11 +207,11 @@ def _fill(bench: Bench, engine: DecodeEngine, load: _Load, tiers: Tiers | None) 
 
 def _compared(rows: list[Row]) -> list[Row]:
     """Tokens a second against the pool that is not oversubscribed, and against the same load whole on the device."""
-    rates = {(row.conditions["sequences ÷ pool"], row.conditions["where"]): row.figures.get("tokens_per_s")
+    rates = {(row.conditions[LOAD], row.conditions["where"]): row.figures.get("tokens_per_s")
              for row in rows}  # fmt: skip
     out = []
     for row in rows:
-        times, ratios = row.conditions["sequences ÷ pool"], {}
+        times, ratios = row.conditions[LOAD], {}
         rate, alone, whole = row.figures.get("tokens_per_s"), rates.get((1, BY_TURNS)), rates.get((times, WHOLE))
         if rate is not None and times != 1 and row.conditions["where"] == BY_TURNS:
             ratios = {name: rate / other for name, other in (("1 ×, tokens/s", alone), (f"{WHOLE}, tokens/s", whole))

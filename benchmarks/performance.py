@@ -14,6 +14,8 @@ from .bench_failover import AGAIN, FROM_STORE, NEXT_TOKEN
 from .bench_prefill import BESIDE, FIRST_TOKEN
 from .bench_results import BenchResults, Row
 from .bench_service import BENCH, STREAMS
+from .bench_tiers import BY_TURNS, LOAD, WHOLE
+from .bench_tiers import WHAT as TURNS
 from .goals import GOALS, GPU, MODEL
 from .store_sides import LIBRARY, OURS, TOOL
 from .tables import figure, seconds
@@ -137,6 +139,24 @@ def service_table(files: Sequence[File]) -> str:
         waits = [seconds(row.figures[name]) for name in ("token_p99_s", "mean_first_token_s", "last_first_token_s")]
         own = (f"{row.figures['tokens_per_s']:,.0f}", _times(row.ratios.get(BENCH)), seconds(row.time.median_s))
         lines.append((count, _side(row), *own, *waits))
+    return _table(header, lines)
+
+
+def tiers_table(files: Sequence[File]) -> str:
+    """What it costs that more sequences run than the device holds."""
+    header = ("sequences ÷ pool", "side", "sequences", "held at once", "tokens/s", "÷ those of 1 ×", f"÷ {WHOLE}",
+              "moved both ways, GB/s")  # fmt: skip
+    lines: list[tuple[str, ...]] = []
+    for file in files:
+        for row in (row for row in file.results.rows if row.what == TURNS and row.conditions["where"] == BY_TURNS):
+            name = f"{_side(row)}, {row.context:,} tokens, {file.gpu or 'CPU'}"
+            if row.time is None:
+                lines.append((f"{row.conditions[LOAD]} ×", name, "not run", "", "", "", "", row.not_run or ""))
+                continue
+            ratios = [_times(row.ratios.get(f"{other}, tokens/s")) for other in ("1 ×", WHOLE)]
+            moved = row.figures.get("moved_per_s_bytes", 0.0) / 1e9
+            counts = (f"{row.figures['sequences']:.0f}", f"{row.batch}", f"{row.figures['tokens_per_s']:,.0f}")
+            lines.append((f"{row.conditions[LOAD]} ×", name, *counts, *ratios, f"{moved:.1f}" if moved else ""))
     return _table(header, lines)
 
 

@@ -3,6 +3,8 @@ waits for the device: a library's eigensolver copies to the host whether it conv
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,9 @@ def leading_subspace(gram: Tensor, rank: int) -> Tensor:
     Gram matrix the columns miss little more than its eigenvectors do: measured, the norm of what is missed is 1.003 to
     1.01 times theirs, for white noise and for keys of models alike, as long as that is 1 % of the rows or more.
 
-    The start is drawn from a fixed seed: the same matrix gives the same bits on the same device. Nothing waits for the
-    device.
+    The start is drawn from a fixed seed, the same on every device: where eigenvalues hardly differ, it decides what is
+    found. The same matrix gives the same bits on the same device, and nothing but the first call of a shape waits for
+    the device.
 
     Args:
         gram: float64 [w, w], symmetric, its eigenvalues at least 0 but for rounding; is overwritten.
@@ -38,13 +41,19 @@ def leading_subspace(gram: Tensor, rank: int) -> Tensor:
     # a sum of 0 is that of rows of zeros, for which every basis is as good
     gram /= gram.diagonal().sum().clamp(min=torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(FLOOR)
-    generator = torch.Generator(gram.device).manual_seed(0)
-    columns = torch.randn(len(gram), rank, dtype=gram.dtype, device=gram.device, generator=generator)
+    columns = _start(len(gram), rank, gram.dtype, gram.device)
     for products in PRODUCTS:
         for _ in range(products):
             columns = gram @ columns
         columns = _orthonormal(columns)
     return columns
+
+
+@lru_cache(maxsize=32)
+def _start(width: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Columns to begin with, [width, rank]; nobody may change them."""
+    with torch.inference_mode(False):  # whoever calls first must not decide whether others may save them for a gradient
+        return torch.randn(width, rank, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def wanted(root: Path) -> dict[Path, str]:
         "prefill": performance.prefill_table(files),
         "decode": performance.decode_table(files),
         "service": performance.service_table(files),
+        "tiers": performance.tiers_table(files),
         "failover": performance.failover_table(files),
         "store": performance.store_table(files),
         "kernels": performance.kernels_table(files),

@@ -62,10 +62,11 @@ class ServeConfig(BaseModel):
         0, ge=0, le=64 * TIB, description="host memory of each decode worker, for values and parked requests; 0 = none"
     )
     kv_time_slice_steps: int = Field(
-        0,
+        128,
         ge=0,
         le=2**20,
-        description="decode steps after which a request is parked in host memory for others; 0 = it never is",
+        description="decode steps after which a request makes room for one that waits, in the host memory that "
+        "kv_offloading_bytes gives; 0 = never",
     )
     chunk_tokens: int | None = Field(
         None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"

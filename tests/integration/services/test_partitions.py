@@ -78,7 +78,7 @@ async def test_a_silent_partition_costs_a_lease(far, until, durability, requests
 
 @pytest.mark.parametrize("direction", ["requests", "replies"])
 async def test_a_connection_that_breaks_at_any_byte_costs_no_token(far, until, direction):
-    """Also those that frames come by: every connection ends behind so many bytes until another worker has taken over."""
+    """Also one that frames come by: each ends behind so many bytes until another worker has taken over."""
     fleet, proxy, whole, store = far
     await fleet.add_decode("near", store)
     for after in (50, 200, 700, 3000, 20_000, 100_000):

@@ -16,6 +16,8 @@ from kvsluice.benchmarks.bench_decode import STEP
 from kvsluice.benchmarks.bench_prefill import BESIDE, FIRST_TOKEN
 from kvsluice.benchmarks.bench_results import BenchModel, BenchResults, Floor, Limits, Row, Timing, save
 from kvsluice.benchmarks.bench_service import BENCH, STREAMS
+from kvsluice.benchmarks.bench_tiers import BY_TURNS, LOAD, WHOLE
+from kvsluice.benchmarks.bench_tiers import WHAT as TURNS
 from kvsluice.benchmarks.goals import GOALS, HUNDRED_K, LONG, MODEL
 from kvsluice.benchmarks.performance import File
 
@@ -105,6 +107,22 @@ def test_tables_show_what_ran_and_what_did_not():
                  {"reference": 4.0})  # fmt: skip
     text = performance.kernels_table([file_of(kernel, replace(kernel, side="reference"), part="kernels")])
     assert text.splitlines()[2:] == ["| `rope` | llama-3.1-8b | 8,192 | 20 µs | 10 µs | 0.50 | bandwidth | 4.00 |"]
+
+
+def test_turns_are_shown_beside_what_needs_none():
+    figures = {"tokens_per_s": 900.0, "sequences": 96.0, "moved_per_s_bytes": 4.2e9}
+    ratios = {"1 ×, tokens/s": 0.89, f"{WHOLE}, tokens/s": 0.88}
+    turns = Row(
+        TURNS, "sluice", MODEL, None, 32_768, 24, {LOAD: 4, "where": BY_TURNS}, timed(0.02), None, None, figures, ratios
+    )
+    whole = replace(turns, conditions={LOAD: 4, "where": WHOLE})
+    failed = replace(turns, conditions={LOAD: 8, "where": BY_TURNS}, time=None, not_run="out of memory")
+    lines = performance.tiers_table([file_of(turns, whole, failed, part="tiers")]).splitlines()[2:]
+    assert lines[0].startswith("| 4 × | sluice, 32,768 tokens, ") and lines[0].endswith(
+        " | 96 | 24 | 900 | 0.89 | 0.88 | 4.2 |"
+    )
+    assert lines[1].startswith("| 8 × |") and "not run" in lines[1] and "out of memory" in lines[1]
+    assert len(lines) == 2
 
 
 def test_the_plot_names_bars_and_kinds_of_work():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvsluice.compression import slots as s
 from kvsluice.compression.budgets import others
 from kvsluice.compression.lowrank import cosine_basis, gram_matrix
-from kvsluice.compression.subspace import leading_subspace
+from kvsluice.compression.subspace import _start, leading_subspace
 
 WIDTH, RANK = 128, 20
 
@@ -90,6 +90,13 @@ def test_the_same_rows_give_the_same_bits(bits: int) -> None:
     assert torch.equal(first["basis"], again["basis"])
     for one, other in zip(codec.encode(rows, first).values(), codec.encode(rows, again).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_every_device_begins_with_the_same_columns() -> None:
+    """White noise has no leading subspace: what is found is what the iteration began with."""
+    start = _start(WIDTH, RANK, torch.float64, torch.device("cpu"))
+    assert torch.equal(start, torch.randn(WIDTH, RANK, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert _start(WIDTH, RANK, torch.float64, torch.device("meta")).shape == start.shape  # drawn, then moved
 
 
 def test_not_a_number_is_no_error() -> None:
