@@ -63,9 +63,12 @@ def sequence_key(ident: FrameIdent) -> SequenceKey:
     return SequenceKey(content_key("sequence", *parts))
 
 
+FRAMES = "kvsluice:frame:"  # what names of frames begin with
+
+
 def frame_key(ident: FrameIdent, index: int) -> FrameKey:
     """Name of the frame that was sent as number `index` of its sequence and epoch."""
-    return FrameKey(StoreKey(f"kvsluice:frame:{sequence_key(ident)}:{ident.epoch}:{index}"))
+    return FrameKey(StoreKey(f"{FRAMES}{sequence_key(ident)}:{ident.epoch}:{index}"))
 
 
 def manifest_key(ident: FrameIdent) -> ManifestKey:

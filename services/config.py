@@ -138,6 +138,12 @@ class ServeConfig(BaseModel):
     store_max_bytes_in_flight: int = Field(
         64 * MIB, ge=8 * MIB, le=TIB, description="bytes that those operations move together"
     )
+    store_cache_bytes: int = Field(
+        256 * MIB,
+        ge=0,
+        le=64 * TIB,
+        description="host memory of each decode worker for what it last wrote to the store or read there; 0 = none",
+    )
     store_ttl_s: Seconds = Field(
         900.0, description="how long what a lost worker has kept lives; renewed while a request runs"
     )

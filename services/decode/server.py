@@ -11,6 +11,7 @@ import grpc.aio
 
 from ...compression.interfaces import EncodedLayer
 from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLost
+from ...kvstore.cached import CachedStore
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent
 from ...kvstore.manifest import decode_manifest
@@ -85,6 +86,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         copies: how rows come from the device to a store.
         store: where requests are kept that ask for it, and restored from; None = nowhere. Closed by `stop`.
         ttl_s: how long what is kept lives unless it is renewed.
+        store_cache_bytes: of what was last written there or read, in memory; 0 = none.
         setup: settings of the engine's thread.
         on_crash: called when the engine's thread ends by an exception.
     """
@@ -97,13 +99,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         copies: HostCopies | None = None,
         store: Store | None = None,
         ttl_s: float = 900.0,
+        store_cache_bytes: int = 0,
         recorder: Recorder | None = None,
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine = engine
         self._store: KeptRequests | None = None
-        self._copies, self._ttl_s = copies or PlainCopies(), ttl_s
+        self._copies, self._ttl_s, self._cache_bytes = copies or PlainCopies(), ttl_s, store_cache_bytes
         self._uploads = make_uploads(engine.model.device)
         self._identity = identity
         self._recorder = recorder or NullRecorder()
@@ -115,6 +118,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def use_store(self, store: Store) -> None:
         """From now on requests may be kept; those that run are not."""
+        store = CachedStore(store, self._cache_bytes) if self._cache_bytes else store
         self._store = KeptRequests(store, self._ttl_s, self._copies, self._recorder)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -385,6 +389,7 @@ def make_decode_service(
         copies=copies,
         store=store,
         ttl_s=config.store_ttl_s,
+        store_cache_bytes=config.store_cache_bytes,
         recorder=recorder,
         setup=use_threads(config.torch_threads, config.decode_workers),
         on_crash=on_crash,

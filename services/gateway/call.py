@@ -93,6 +93,7 @@ class Call:
             prefill=plan.start is not Start.RESTORE,
             store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
             avoid=plan.avoid,
+            near=self._sessions.place(self._job.checked.session_id),
         )
 
     def _attempt(self, route: Route, resolved: Resolved) -> Attempt:
@@ -141,7 +142,7 @@ class Call:
         history = [*job.history_ids, *said_ids(self._answer.first_choice, self._tokenizer)]
         fingerprint = route.model.fingerprint
         self._kept = after_turn(job.turn, job.checked, resolved, fingerprint, attempt.epoch, job.prompt_ids, history)
-        await self._sessions.keep(self._kept, job.turn)
+        await self._sessions.keep(self._kept, job.turn, route.decode.member.worker_id)
 
     async def _write_chunk(self, chunk: pb.Chunk) -> None:
         await self._respond(chunk=chunk)

@@ -85,6 +85,7 @@ class WorkerPool:
         prefill: bool = True,
         store: bool = False,
         avoid: Set[Member] = frozenset(),
+        near: str | None = None,
     ) -> Route:
         """Pick workers, waiting for them for a bounded time.
 
@@ -93,13 +94,14 @@ class WorkerPool:
             prefill: a prefill worker is needed.
             store: the decode worker has to have one.
             avoid: those that are taken only where there are no others.
+            near: the decode worker that is taken where it has room.
 
         Raises:
             WorkerLost: none came in time.
         """
         try:
             async with asyncio.timeout(self._config.worker_wait_s):
-                while (route := self._pick(model_fingerprint, prefill, store, avoid)) is None:
+                while (route := self._pick(model_fingerprint, prefill, store, avoid, near)) is None:
                     await self._changed.wait()
                 self.model = route.model
                 return route
@@ -118,6 +120,7 @@ class WorkerPool:
         prefill: bool = True,
         store: bool = False,
         avoid: Set[Member] = frozenset(),
+        near: str | None = None,
     ) -> Route | None:
         prefills = [link for link in self._links.values() if isinstance(link, PrefillLink) and link.up and link.model]
         decodes = [link for link in self._decodes() if link.model and (link.info.has_store or not store)]
@@ -126,7 +129,7 @@ class WorkerPool:
             served &= {link.model.fingerprint for link in prefills if link.model}
         if model_fingerprint is not None:
             served &= {model_fingerprint}
-        decode = _picked(decodes, served, avoid, lambda links: pick_decode([link.load() for link in links]))
+        decode = _picked(decodes, served, avoid, lambda links: pick_decode([one.load() for one in links], near))
         if decode is None or decode.model is None:
             return None
         if not prefill:

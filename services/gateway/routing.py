@@ -37,14 +37,21 @@ class PrefillLoad:
     pending_tokens: int
 
 
-def pick_decode(loads: Sequence[DecodeLoad]) -> str | None:
-    """The worker with no queue, then the most free cache, then the fewest sequences; ties go to the smaller id."""
+def pick_decode(loads: Sequence[DecodeLoad], near: str | None = None) -> str | None:
+    """The worker with no queue, then the most free cache, then the fewest sequences; ties go to the smaller id.
+
+    Args:
+        near: a worker that has what the request needs in memory; of those with no longer queue than others it is taken
+            as long as it is not all but full.
+    """
     if not loads:
         return None
 
-    def order(load: DecodeLoad) -> tuple[int, int, float, str]:
+    def order(load: DecodeLoad) -> tuple[int, bool, int, float, str]:
         # sixteenths: workers that are about equally full are told apart by how many sequences they run
-        return (load.waiting, -round(load.free_share * 16), max(load.ours, load.running), load.worker_id)
+        free = round(load.free_share * 16)
+        is_near = load.worker_id == near and free > 0
+        return (load.waiting, not is_near, -free, max(load.ours, load.running), load.worker_id)
 
     return min(loads, key=order).worker_id
 

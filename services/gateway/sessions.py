@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from .choice import Choice, Detokenizer
 log = logging.getLogger("kvsluice.gateway")
 
 NO_TENANT = TenantId("")
+MAX_PLACES = 65536  # sessions whose last worker is remembered
 
 
 class TurnTokenizer(Detokenizer, Protocol):
@@ -117,6 +119,7 @@ class Sessions:
         self._store: Store | None = None
         self._book: SessionBook | None = None
         self._running: set[str] = set()
+        self._places: OrderedDict[str, str] = OrderedDict()
 
     def use_store(self, store: Store) -> None:
         """From now on sessions are kept there; `close` closes it."""
@@ -163,13 +166,24 @@ class Sessions:
             raise SessionMismatch(f"session_turn: got {checked.session_turn}, and the session {has}")
         return turn
 
-    async def keep(self, session: Session, turn: Turn) -> None:
+    async def keep(self, session: Session, turn: Turn, worker_id: str) -> None:
         """Let a turn count.
+
+        Args:
+            worker_id: of the decode worker that ran it, which may have its cache in memory.
 
         Raises:
             Fenced: another turn has counted meanwhile. StoreUnavailable.
         """
         await self._open_book().write(session, turn.head)
+        self._places[session.session_id] = worker_id
+        self._places.move_to_end(session.session_id)
+        if len(self._places) > MAX_PLACES:
+            self._places.popitem(last=False)
+
+    def place(self, session_id: str | None) -> str | None:
+        """The decode worker of a session's last turn; None where it is not known."""
+        return None if session_id is None else self._places.get(session_id)
 
     async def all(self) -> list[pb.SessionInfo]:
         """What there is, used last first. Raises `StoreUnavailable`."""

@@ -7,12 +7,13 @@ server by shortening the life of every key, so that no test sleeps or depends on
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from redis.crc import key_slot
 
+from kvsluice.kvstore.cached import CachedStore
 from kvsluice.kvstore.config import StoreConfig
 from kvsluice.kvstore.memory import MemoryStore
 from kvsluice.kvstore.opening import open_store
@@ -144,21 +145,24 @@ def tls_servers(tmp_path_factory) -> Iterator[Servers]:
         yield Servers([server], config)
 
 
-KINDS = ("memory", "redis", "cluster", "sentinel", "tls")
+KINDS = ("memory", "cached", "redis", "cached-redis", "cluster", "sentinel", "tls")
 
 
 @pytest.fixture(params=KINDS)
 async def rig(request) -> AsyncIterator[StoreRig]:
-    if request.param == "memory":
+    cached, _, kind = request.param.rpartition("-") if request.param != "cached" else ("cached", "", "memory")
+    if kind == "memory":
         clock = Clock()
         rig = StoreRig(MemoryStore(capacity_bytes=64 * 1024, clock=clock), clock.advance)
         masters = []
     else:
-        servers: Servers = request.getfixturevalue(f"{request.param}_servers")
+        servers: Servers = request.getfixturevalue(f"{kind}_servers")
         servers.clear()
-        store = await open_store(servers.config)
+        store: Store = await open_store(servers.config)
         rig = StoreRig(store, servers.advance, MIB, servers.limit, servers.together)
         masters = servers.masters
+    if cached:
+        rig = replace(rig, store=CachedStore(rig.store, 3 * rig.value_bytes))
     yield rig
     rig.store.check_integrity()
     await rig.store.close()

@@ -168,6 +168,7 @@ def running_fleet(
         given = ["--model", "smollm2-135m", "--torch-threads", "1", "--default-recipe", "sluice-full"]
         given += ["--log-level", "info", "--worker-lease-s", str(LEASE_S), "--max-migrations", "64"]
         given += ["--store-url", f"redis://{HOST}:{proxy.port}", "--store-keep-every", "8"]
+        given += ["--store-cache-bytes", str(16 << 20)]  # full soon: what grows behind that is a leak
         given += ["--prefill-workers", str(prefill_workers), "--decode-workers", str(decode_workers), *arguments]
         service = stack.enter_context(running_service(*given))
         yield Fleet(service, redis, proxy, hooks, sizes)

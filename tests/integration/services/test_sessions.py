@@ -14,6 +14,7 @@ from kvsluice.errors import (
     SessionMismatch,
     StoreUnavailable,
 )
+from kvsluice.kvstore.identity import FRAMES
 from kvsluice.kvstore.memory import MemoryStore
 
 PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
@@ -28,6 +29,11 @@ class SharedStore(MemoryStore):
     """One that outlives the workers that use it. While it is `broken`, nothing works."""
 
     broken = False
+    read_frames = 0
+
+    async def get(self, key):
+        self.read_frames += key.startswith(FRAMES)
+        return await super().get(key)
 
     async def close(self):
         return None
@@ -72,6 +78,25 @@ async def test_turns_are_the_same_wherever_they_run(make_real_fleet, store, reci
     assert third.usage.cached_tokens == 0
     await fleet.until_idle()
     store.check_integrity()
+
+
+async def test_a_conversation_stays_where_its_cache_is(make_real_fleet, store):
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    await fleet.add_decode("other", store)
+    whole = [done.token_ids for done in await talk(fleet, **SEEDED)]
+    tasks = [asyncio.create_task(talk(fleet, session=name, **SEEDED)) for name in "tuv"]
+    assert [[done.token_ids for done in await task] for task in tasks] == [whole] * 3
+    assert store.read_frames == 0, "the worker of the last turn has them in memory"
+    await fleet.until_idle()
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+async def test_what_is_not_in_memory_is_read_from_the_store(make_real_fleet, store, room):
+    fleet = await make_real_fleet(store=store, store_keep_every=4, store_cache_bytes=room)
+    plain = await make_real_fleet(store=SharedStore(1 << 30), store_keep_every=4)
+    wanted = [done.token_ids for done in await talk(plain, **SEEDED)]
+    assert [done.token_ids for done in await talk(fleet, **SEEDED)] == wanted
+    assert store.read_frames > 0
 
 
 async def test_exact_says_what_the_whole_conversation_as_one_prompt_says(make_real_fleet, store):

@@ -25,6 +25,14 @@ def test_decode_is_picked_by_queue_then_free_cache_then_running():
     assert pick_decode([decode("b"), decode("a")]) == "a"
 
 
+def test_a_worker_that_has_it_in_memory_is_taken_while_it_has_room():
+    loads = [decode("a", free=900), decode("b", free=300, running=4)]
+    assert pick_decode(loads, near="b") == "b"
+    assert pick_decode(loads, near="gone") == "a"
+    assert pick_decode([decode("a"), decode("b", waiting=1)], near="b") == "a"
+    assert pick_decode([decode("a"), decode("b", free=10)], near="b") == "a"
+
+
 def test_prefill_is_picked_by_pending_tokens():
     assert pick_prefill([]) is None
     assert pick_prefill([PrefillLoad("a", 10), PrefillLoad("b", 9)]) == "b"
