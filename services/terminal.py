@@ -115,7 +115,8 @@ def _summary(done: Completion) -> str:
     if kept.level != "none":
         parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "not kept to its end")
     if done.session is not None:
-        parts.append(f"turn {done.session.turn} of {done.session.session_id}, {usage.cached_tokens} tokens kept")
+        again = f", {usage.cached_tokens} prompt tokens not run again" if done.session.turn > 1 else ""
+        parts.append(f"turn {done.session.turn} of session {done.session.session_id}{again}")
     if kept.migrations:
         parts.append(f"moved {kept.migrations} times, {kept.stalled_s:.1f} s without a token")
     return " · ".join(parts)
