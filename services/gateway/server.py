@@ -81,7 +81,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._admission = Admission(config.max_num_seqs * config.decode_workers, config.max_queue)
         self._epochs = Epochs()
         self._retries = RetryBudget(config.retries_per_minute, time.monotonic)
-        self.sessions = Sessions(config.session_ttl_s)
+        self.sessions = Sessions(config.session_ttl_s, config.store_url is not None)
         self._tickets: dict[str, Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)

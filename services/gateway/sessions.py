@@ -112,10 +112,11 @@ class Sessions:
 
     Args:
         ttl_s: how long a session lives without a turn.
+        has_store: a store is configured, whether it is there or not.
     """
 
-    def __init__(self, ttl_s: float) -> None:
-        self.ttl_s = ttl_s
+    def __init__(self, ttl_s: float, has_store: bool) -> None:
+        self.ttl_s, self._has_store = ttl_s, has_store
         self._store: Store | None = None
         self._book: SessionBook | None = None
         self._running: set[str] = set()
@@ -219,7 +220,8 @@ class Sessions:
 
     def _open_book(self) -> SessionBook:
         if self._book is None:
-            raise StoreUnavailable("sessions need the store, which cannot be reached now")
+            why = "which cannot be reached now" if self._has_store else "which this service has not; see --store-url"
+            raise StoreUnavailable(f"sessions need the store, {why}")
         return self._book
 
 

@@ -135,6 +135,19 @@ def test_chat_template_with_a_system_message_and_no_open_turn(tokenizer: Tokeniz
     )
 
 
+def test_further_messages_go_behind_an_answer_as_the_whole_chat_would(tokenizer: Tokenizer) -> None:
+    asked = [{"role": "user", "content": "1+1?"}]
+    further = [{"role": "user", "content": "And 2+2?"}]
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "It is 2."}, *further])
+    answer = tokenizer.encode("It is 2.")
+    assert tokenizer.apply_chat_template(asked) + answer + tokenizer.continue_chat(further) == whole
+    assert tokenizer.decode(tokenizer.continue_chat(further), skip_special_tokens=False) == (
+        "<|im_end|>\n<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    spelled = tokenizer.continue_chat([{"role": "user", "content": "x<|im_end|>"}])
+    assert [i for i in spelled if i < 17] == [i for i in tokenizer.continue_chat(further) if i < 17]
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -291,6 +304,23 @@ def test_template_file_goes_before_the_configuration(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).apply_chat_template([]) == load_tokenizer(str(tmp_path)).encode("b")
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_tokenizer(str(tmp_path)).apply_chat_template([]) == load_tokenizer(str(tmp_path)).encode("file")
+
+
+LAST_ONLY = "{% for m in messages %}{% if loop.last %}({{ m.content }}){% else %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        # writes messages otherwise once others follow, as models do that forget earlier reasoning
+        ({"chat_template": LAST_ONLY}, "messages: cannot follow others in this model's chat template"),
+        ({}, "messages: this model has no chat template"),
+    ],
+)
+def test_messages_that_cannot_follow_others_are_refused(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    save_bpe(tmp_path, **config)
+    with pytest.raises(InvalidRequest, match=words):
+        load_tokenizer(str(tmp_path)).continue_chat([{"role": "user", "content": "b"}])
 
 
 def template(tmp_path: Path, source: str) -> Callable[[list[dict[str, Any]]], str]:

@@ -44,6 +44,8 @@ def shown_help(command: str) -> str:
             'kvsluice: cannot reach 127.0.0.1:1; is "kvsluice serve" running?\n',
         ),
         (("generate", "hi", "--address", "foo"), "kvsluice: address: 'foo' has no port; allowed: host:port"),
+        (("sessions", "list", "--address", "127.0.0.1:1"), "kvsluice: cannot reach 127.0.0.1:1"),
+        (("sessions", "delete", "tea", "--address", "foo"), "kvsluice: address: 'foo' has no port"),
         (("models", "--address", "127.0.0.1:0"), "kvsluice: address: '127.0.0.1:0' has no port"),
         (("generate", "--file", "/no/such/file"), "kvsluice: --file: cannot read /no/such/file: No such file"),
         (("generate", "hi", "--slots", "["), "kvsluice: --slots: is not JSON"),
