@@ -19,8 +19,9 @@ setup:
 demo: setup
 	@$(BIN)/kvsluice demo $(ARGS)
 
+# files run in two processes at once, in the order of their names; ARGS="-n 0 ..." runs them in one
 test: setup
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: setup
 	@$(BIN)/python scripts/check.py

@@ -20,6 +20,8 @@ _CODES = {code.name: code for code in grpc.StatusCode}
 
 _BY_CODE: dict[grpc.StatusCode, tuple[type[KvsluiceError], str]] = {
     grpc.StatusCode.UNAVAILABLE: (errors.WorkerLost, "the other side was lost or cannot be reached"),
+    # our servers give every error of theirs an `ErrorInfo`: without one it is HTTP/2's, about a connection that broke
+    grpc.StatusCode.INTERNAL: (errors.WorkerLost, "the connection to the other side broke"),
     grpc.StatusCode.DEADLINE_EXCEEDED: (errors.DeadlineExceeded, "the deadline passed before the request was finished"),
     grpc.StatusCode.CANCELLED: (errors.RequestCancelled, "the request was cancelled"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Overloaded, "the server has no room for the request"),

@@ -66,6 +66,7 @@ def test_the_tree_is_whole():
         ("RESOURCE_EXHAUSTED", "SERVER: Received message larger than max (9 vs. 4)", InvalidRequest),
         ("RESOURCE_EXHAUSTED", "", errors.Overloaded),
         ("UNKNOWN", "/secret", errors.InternalError),
+        ("INTERNAL", "Received RST_STREAM with error code 2", errors.WorkerLost),
     ],
 )
 def test_failures_that_grpc_reports_itself_are_typed(code, details, cls):
