@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvsluice.errors import KvsluiceError
+from kvsluice.errors import InvalidRequest, KvsluiceError
 from kvsluice.evals import recipe_slots, recipe_tables, simulation
 from kvsluice.evals.pages import apart, block, filled, write
 from kvsluice.evals.recipe_tables import NOT_MEASURED
@@ -34,6 +34,7 @@ DRAWN = ("ruler", "niah")  # suites that have an image a file
 MAIN = "ruler"  # the file that README.md shows
 TITLES = {
     MAIN: "Every recipe",
+    "ruler_compiled": "Every recipe at a later commit, on another GPU, fewer samples",
     "ruler_float32": "In full precision, beside transformers",
     "ruler_retrieval": "How much a step reads, and what packing costs beside it",
     "ruler_reach": "Three times the rows, or outlier chunks (four tasks, float32)",
@@ -60,6 +61,17 @@ class Measurements:
     @property
     def main(self) -> Run | None:
         return next((run for run in self.ruler if run.name == MAIN), None)
+
+    def beside(self, reference: Run) -> Run:
+        """The run of compiled kernels that one of plain torch belongs to: what is equal but the kernels.
+
+        Raises:
+            InvalidRequest: there is none, so that a difference would be one of commits or devices.
+        """
+        for run in self.ruler:
+            if run.results.environment == reference.results.environment:
+                return run
+        raise InvalidRequest(f"{reference.name}: no results of compiled kernels from the same commit and machine")
 
 
 def read(root: Path) -> Measurements:
@@ -103,9 +115,7 @@ def library_blocks(found: Measurements) -> dict[str, str]:
         "fillings": recipe_slots.fillings_table(),
         "accuracy": each([f"{_title(run)}{_drawn(run)}{recipe_tables.averages(run)}" for run in found.ruler]),
         "tasks": each([f"{_title(run)}{recipe_tables.task_scores(run)}" for run in found.ruler]),
-        "reference": each(
-            [recipe_tables.beside_reference(found.main, one) for one in found.references] if found.main else []
-        ),
+        "reference": each([recipe_tables.beside_reference(found.beside(one), one) for one in found.references]),
         "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
         "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
         "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),
