@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.terminal": ("client", SERVICES_ROOT),
     "services.cluster": (SERVICES_ROOT,),
     "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
+    "services.settings": ("kvstore",),
+    "services.config": ("services.settings", "kvstore"),
     "services.prefill": WORKER,
     "services.decode": WORKER,
     "services.gateway": ("protos", "kvstore", "models.tokenizer", "compression.recipe", SERVICES_ROOT),
@@ -71,7 +73,7 @@ def covers(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(pattern + ".")
 
 
-SUBSERVICES = {"gateway", "prefill", "decode"}
+SUBSERVICES = {"gateway", "prefill", "decode", "settings"}
 
 
 def is_type_checking(node: ast.AST) -> bool:

@@ -1,0 +1,1 @@
+"""The settings of a process, one file a topic: `config.ServeConfig` is all of them together."""
