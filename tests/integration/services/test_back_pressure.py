@@ -69,7 +69,7 @@ async def test_overload_is_shed_with_its_status_and_a_hint(make_fleet, until):
     go = asyncio.Event()
     fleet.script.gate = go.wait
     running = [asyncio.create_task(fleet.client.generate("abc")) for _ in range(2)]
-    await until(lambda: fleet.gateway._admission.num_waiting == 1)
+    await until(lambda: fleet.gateway.intake.admission.num_waiting == 1)
     async with grpc.aio.insecure_channel(fleet.address) as channel:
         call = generation_pb2_grpc.GenerationStub(channel).Generate(pb.GenerateRequest(prompt="abc"))
         with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -20,7 +20,7 @@ async def test_overload_is_told_before_anything_is_tokenized(make_fleet, monkeyp
         assert go.wait(10)
         return [65]
 
-    monkeypatch.setattr(fleet.gateway._tokenizer, "encode", encode)
+    monkeypatch.setattr(fleet.gateway.intake.tokenizer, "encode", encode)
     running = {asyncio.create_task(fleet.client.generate("abc")) for _ in range(6)}
     refused = []
     while len(refused) < 4:

@@ -165,7 +165,7 @@ async def test_messages_are_joined_as_the_template_says(make_real_fleet, store):
     more = [{"role": "user", "content": "and then?"}]
     one = await fleet.client.generate(ask, session_id="c", **LONG, **GREEDY)
     two = await fleet.client.generate(more, session_id="c", **LONG, **GREEDY)
-    tokenizer = fleet.gateway._tokenizer
+    tokenizer = fleet.gateway.intake.tokenizer
     joined = [*tokenizer.apply_chat_template(ask), *one.token_ids, *tokenizer.continue_chat(more)]
     assert two.token_ids == (await fleet.client.generate(joined, **LONG, **GREEDY)).token_ids
     with pytest.raises(SessionMismatch, match="begun with messages"):
