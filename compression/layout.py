@@ -21,6 +21,7 @@ from .codec_slots import CodecFilling, Specs, TensorSpec
 from .spec import ModelShape, Recipe, Tier
 
 NEVER = 1 << 30  # rows until a seal that never comes
+TAIL_ROWS = 64  # a tail's capacity is a multiple of this
 
 
 class Part(IntEnum):

@@ -12,10 +12,10 @@ from ..kernels.dispatch import block_rows
 from ..kernels.sparse_reconstruct import ChunkSegment
 from .codecs import Codec, Reader
 from .interfaces import PageSource, Rope
+from .layout import TAIL_ROWS
 from .retrieval import Retrieval
 from .spec import ModelShape, Recipe
 
-TAIL_ROWS = 64  # a tail's capacity is a multiple of this
 _SUMMARY_ROWS = 1024  # rows decoded at once when landmarks are built
 
 

@@ -1,11 +1,10 @@
-"""How many bytes a request will hold, known before any of it exists."""
+"""How many bytes a request will hold, known before any of it exists. Free of torch."""
 
 from __future__ import annotations
 
 from .codec_slots import Specs
-from .layout import Part, grown_tier, layer_layout, layer_specs, sealed_end
+from .layout import TAIL_ROWS, Part, grown_tier, layer_layout, layer_specs, sealed_end
 from .placement import Placement, host_placement
-from .segment import TAIL_ROWS
 from .spec import ModelShape, Recipe
 
 _NATIVE = {2: "bfloat16", 4: "float32"}

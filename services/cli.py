@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
+from .cli_plan import register as register_plan
 from .cli_sessions import register as register_sessions
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def demo(
 register_eval(app)
 register_bench(app)
 register_sessions(app)
+register_plan(app)
 
 
 if __name__ == "__main__":

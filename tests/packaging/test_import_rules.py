@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli": ("",),
     "services.cli_eval": ("evals", "services.cli_options"),
     "services.cli_bench": ("benchmarks", "services.cli_options"),
+    "services.cli_plan": ("benchmarks", "models"),
     "services.terminal": ("client", SERVICES_ROOT),
     "services.cluster": (SERVICES_ROOT,),
     "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
