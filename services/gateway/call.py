@@ -92,7 +92,7 @@ class Call:
             model_fingerprint=model_fingerprint,
             prefill=plan.start is not Start.RESTORE,
             store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
-            avoid=plan.avoid,
+            blame=plan.blame,
             near=self._sessions.place(self._job.checked.session_id),
         )
 

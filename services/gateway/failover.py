@@ -10,6 +10,7 @@ only what comes behind them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -64,7 +65,7 @@ class Failover:
         continues: something goes before the answer, which the store holds.
 
     Attributes:
-        avoid: workers that failed; they are taken again where there are no others.
+        blame: how often each worker failed; those with the least of it are taken.
         migrations: attempts that followed another.
     """
 
@@ -73,7 +74,7 @@ class Failover:
     keeps: bool
     in_session: bool = False
     continues: bool = False
-    avoid: set[Member] = field(default_factory=set)
+    blame: Counter[Member] = field(default_factory=Counter)
     migrations: int = 0
     start: Start = Start.FRESH
 
@@ -91,7 +92,9 @@ class Failover:
         Raises:
             KvsluiceError: the request ends with this.
         """
-        was, self.avoid = self.start, self.avoid | blamed
+        was = self.start
+        if not isinstance(error, (SequenceLost, Fenced)):  # a worker that says so is sound
+            self.blame.update(blamed)
         self.start = self._start(error, has_begun)
         if not self._may_follow(error, has_begun):
             raise error

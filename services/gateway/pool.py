@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 from asyncio import CancelledError, Event, Task
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from ...errors import KvsluiceError, WorkerLost
@@ -19,6 +20,7 @@ from .routing import pick_decode, pick_prefill
 log = logging.getLogger("kvsluice.gateway")
 
 WATCH_S = 30.0
+NO_BLAME: Mapping[Member, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class WorkerPool:
         model_fingerprint: str | None = None,
         prefill: bool = True,
         store: bool = False,
-        avoid: Set[Member] = frozenset(),
+        blame: Mapping[Member, int] = NO_BLAME,
         near: str | None = None,
     ) -> Route:
         """Pick workers, waiting for them for a bounded time.
@@ -93,7 +95,8 @@ class WorkerPool:
             model_fingerprint: that they have to serve; None = any.
             prefill: a prefill worker is needed.
             store: the decode worker has to have one.
-            avoid: those that are taken only where there are no others.
+            blame: how often workers failed the request; those that did more often than others are taken only where
+                there are no others.
             near: the decode worker that is taken where it has room.
 
         Raises:
@@ -101,7 +104,7 @@ class WorkerPool:
         """
         try:
             async with asyncio.timeout(self._config.worker_wait_s):
-                while (route := self._pick(model_fingerprint, prefill, store, avoid, near)) is None:
+                while (route := self._pick(model_fingerprint, prefill, store, blame, near)) is None:
                     await self._changed.wait()
                 self.model = route.model
                 return route
@@ -119,7 +122,7 @@ class WorkerPool:
         model_fingerprint: str | None = None,
         prefill: bool = True,
         store: bool = False,
-        avoid: Set[Member] = frozenset(),
+        blame: Mapping[Member, int] = NO_BLAME,
         near: str | None = None,
     ) -> Route | None:
         prefills = [link for link in self._links.values() if isinstance(link, PrefillLink) and link.up and link.model]
@@ -129,13 +132,13 @@ class WorkerPool:
             served &= {link.model.fingerprint for link in prefills if link.model}
         if model_fingerprint is not None:
             served &= {model_fingerprint}
-        decode = _picked(decodes, served, avoid, lambda links: pick_decode([one.load() for one in links], near))
+        decode = _picked(decodes, served, blame, lambda links: pick_decode([one.load() for one in links], near))
         if decode is None or decode.model is None:
             return None
         if not prefill:
             return Route(None, decode, decode.model)
         same = {decode.model.fingerprint}
-        chosen = _picked(prefills, same, avoid, lambda links: pick_prefill([link.load() for link in links]))
+        chosen = _picked(prefills, same, blame, lambda links: pick_prefill([link.load() for link in links]))
         return None if chosen is None else Route(chosen, decode, decode.model)
 
     def _notify(self) -> None:
@@ -178,14 +181,15 @@ AnyLink = TypeVar("AnyLink", PrefillLink, DecodeLink)
 
 
 def _picked(
-    links: Sequence[AnyLink], served: Set[str], avoid: Set[Member], pick: Callable[[list[AnyLink]], str | None]
+    links: Sequence[AnyLink], served: Set[str], blame: Mapping[Member, int], pick: Callable[[list[AnyLink]], str | None]
 ) -> AnyLink | None:
-    """The link that is picked among those to workers of the models; those to be avoided only where there are no others.
+    """The link that is picked among those to workers of the models that have the least blame.
 
     Args:
         pick: the id of the chosen worker.
     """
     fitting = [link for link in links if link.model is not None and link.model.fingerprint in served]
-    fitting = [link for link in fitting if link.member not in avoid] or fitting
+    least = min((blame.get(link.member, 0) for link in fitting), default=0)
+    fitting = [link for link in fitting if blame.get(link.member, 0) == least]
     worker_id = pick(fitting)
     return next((link for link in fitting if link.member.worker_id == worker_id), None)

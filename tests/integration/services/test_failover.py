@@ -13,15 +13,18 @@ TEXT = "What is told once is not told again."
 
 
 class Killer:
-    """Counts tokens as decode makes them, and kills its worker at one of them."""
+    """Counts tokens as decode makes them, and kills its worker at one of them, once `may_kill` is set."""
 
     def __init__(self, fleet, at: int, worker_id: str | None = None) -> None:
         self.fleet, self.left, self.worker_id = fleet, at, worker_id
+        self.may_kill = asyncio.Event()
+        self.may_kill.set()
 
     async def __call__(self) -> None:
         self.left -= 1
         if self.left == 0:
             busy = self.worker_id or next(iter(self.fleet.script.opens_at))
+            await self.may_kill.wait()
             self.fleet.killing = asyncio.create_task(self.fleet.kill_worker(busy))
             await asyncio.Event().wait()
 
@@ -44,8 +47,12 @@ def told(opening: wpb.Open) -> list[str]:
 
 @pytest.mark.parametrize("at", [1, 2, 7, 30])
 async def test_another_decode_worker_goes_on_by_replay(pair, at):
-    pair.script.gate = Killer(pair, at, "decode-0")
-    done = await pair.client.generate("abc", max_tokens=60)
+    killer = pair.script.gate = Killer(pair, at, "decode-0")
+    killer.may_kill.clear()
+    stream = pair.client.stream("abc", max_tokens=60)
+    async for _ in stream:
+        killer.may_kill.set()  # the first token comes from prefill, and may be told later than decode is lost
+    done = stream.completion
     assert done.text == TEXT[:-1]
     first, second = pair.script.opens
     assert not first.sent

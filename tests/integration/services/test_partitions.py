@@ -77,12 +77,14 @@ async def test_a_silent_partition_costs_a_lease(far, until, durability, requests
     assert (await fleet.client.generate(PROMPT, **OPTIONS)).token_ids == whole
 
 
-async def test_replies_that_break_at_any_byte_cost_no_token(far, until):
-    """Every connection ends behind so many bytes until another worker has taken over."""
+@pytest.mark.parametrize("direction", ["requests", "replies"])
+async def test_a_connection_that_breaks_at_any_byte_costs_no_token(far, until, direction):
+    """Every connection ends behind so many bytes until another worker has taken over. What is sent to a decode worker
+    is frames as well: its link to the gateway may live on, and it still cannot be used."""
     fleet, proxy, whole, store = far
     await fleet.add_decode("near", store)
     for after in (50, 200, 700, 3000, 20_000, 100_000):
-        proxy.replies = Rules(reset_after=after)
+        setattr(proxy, direction, Rules(reset_after=after))
         proxy.reset_all()
         for durability in ("none", "tokens"):
             done = await fleet.client.generate(PROMPT, durability=durability, **OPTIONS)

@@ -35,9 +35,19 @@ def test_before_the_first_token_an_attempt_begins_anew():
     for error in (WorkerLost("x"), *LOST):
         plan.next(error, False, {MEMBER})
         assert plan.start is Start.FRESH
-    assert plan.avoid == {MEMBER}
     with pytest.raises(Overloaded):
         plan.next(Overloaded("full"), False, set())
+
+
+def test_a_worker_that_does_not_find_what_was_kept_is_not_to_blame():
+    plan = failover()
+    other = Member("decode-1", "decode", "h:2", "first")
+    plan.next(WorkerLost("x"), True, {MEMBER})
+    for error in (SequenceLost("x"), Fenced("x")):
+        plan.next(error, True, {other})
+    assert plan.blame == {MEMBER: 1}
+    plan.next(StoreUnavailable("x"), True, {MEMBER, other})
+    assert plan.blame == {MEMBER: 2, other: 1}, "who failed more often is not taken before who failed less"
 
 
 def test_behind_the_first_token_it_goes_on_from_the_store_and_else_by_replay():
