@@ -18,13 +18,16 @@ class CachedStore:
     Args:
         store: keeps everything; `close` closes it.
         capacity_bytes: of frames in memory; those used least lately make room.
+
+    Attributes:
+        hits, misses: frames that were read from memory, and from the other store.
     """
 
     def __init__(self, store: Store, capacity_bytes: int) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes must be above 0, got {capacity_bytes}")
         self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
+        self.used_bytes = self.hits = self.misses = 0
         self._store = store
         self._frames: OrderedDict[StoreKey, bytes] = OrderedDict()
 
@@ -38,10 +41,12 @@ class CachedStore:
             value = await self._store.get(key)
             if value is not None:
                 self._hold(key, value)
+                self.misses += key.startswith(FRAMES)
             return value
         if not await self._store.exists(key):
             self._drop(key)
             return None
+        self.hits += 1
         if key in self._frames:  # others may have been read meanwhile
             self._frames.move_to_end(key)
         return held

@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store")
+    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store", "tiers")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class WorkerInfo(_message.Message):
     HOST_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HAS_STORE_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     model: str
@@ -43,7 +44,62 @@ class WorkerInfo(_message.Message):
     host_capacity_bytes: int
     host_free_bytes: int
     has_store: bool
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ...) -> None: ...
+    tiers: TierSnapshot
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ..., tiers: _Optional[_Union[TierSnapshot, _Mapping]] = ...) -> None: ...
+
+class TierSnapshot(_message.Message):
+    __slots__ = ("device_capacity_bytes", "device_used_bytes", "device_sequences", "host_capacity_bytes", "host_used_bytes", "host_sequences", "store_capacity_bytes", "store_used_bytes", "store_sequences", "preemptions", "resumes", "device_to_host_bytes", "host_to_device_bytes", "store_writes", "store_reads", "host_to_store_bytes", "store_to_host_bytes", "store_failures", "kept_sessions", "kept_session_bytes", "session_hits", "session_misses", "store_cache_used_bytes", "store_cache_hits", "store_cache_misses")
+    DEVICE_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    HOST_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    STORE_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_TO_HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_TO_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_WRITES_FIELD_NUMBER: _ClassVar[int]
+    STORE_READS_FIELD_NUMBER: _ClassVar[int]
+    HOST_TO_STORE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_TO_HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_SESSION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_HITS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_MISSES_FIELD_NUMBER: _ClassVar[int]
+    STORE_CACHE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    STORE_CACHE_MISSES_FIELD_NUMBER: _ClassVar[int]
+    device_capacity_bytes: int
+    device_used_bytes: int
+    device_sequences: int
+    host_capacity_bytes: int
+    host_used_bytes: int
+    host_sequences: int
+    store_capacity_bytes: int
+    store_used_bytes: int
+    store_sequences: int
+    preemptions: int
+    resumes: int
+    device_to_host_bytes: int
+    host_to_device_bytes: int
+    store_writes: int
+    store_reads: int
+    host_to_store_bytes: int
+    store_to_host_bytes: int
+    store_failures: int
+    kept_sessions: int
+    kept_session_bytes: int
+    session_hits: int
+    session_misses: int
+    store_cache_used_bytes: int
+    store_cache_hits: int
+    store_cache_misses: int
+    def __init__(self, device_capacity_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., device_sequences: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., host_sequences: _Optional[int] = ..., store_capacity_bytes: _Optional[int] = ..., store_used_bytes: _Optional[int] = ..., store_sequences: _Optional[int] = ..., preemptions: _Optional[int] = ..., resumes: _Optional[int] = ..., device_to_host_bytes: _Optional[int] = ..., host_to_device_bytes: _Optional[int] = ..., store_writes: _Optional[int] = ..., store_reads: _Optional[int] = ..., host_to_store_bytes: _Optional[int] = ..., store_to_host_bytes: _Optional[int] = ..., store_failures: _Optional[int] = ..., kept_sessions: _Optional[int] = ..., kept_session_bytes: _Optional[int] = ..., session_hits: _Optional[int] = ..., session_misses: _Optional[int] = ..., store_cache_used_bytes: _Optional[int] = ..., store_cache_hits: _Optional[int] = ..., store_cache_misses: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "logprobs", "n")

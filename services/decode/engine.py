@@ -29,6 +29,7 @@ from ..model_shape import model_shape
 from ..staging import Event as DeviceEvent
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, TokensEvent
 from .host_pages import HostPages
+from .integrity import check_memory
 from .launch import LaunchedStep, Turn, launch
 from .pages import PagePool
 from .parking import Parking
@@ -42,6 +43,7 @@ from .sequence import (
     add_layer,
     typed,
 )
+from .snapshot import TierSnapshot, snapshot_of
 from .start import check_start, demand_of, start_choices
 from .step import StepRunner
 from .tiers import TierPolicy
@@ -129,6 +131,10 @@ class DecodeEngine:
     @property
     def host_free_bytes(self) -> int:
         return 0 if self.scheduler.host is None else self.scheduler.host.free_bytes
+
+    def tier_snapshot(self) -> TierSnapshot:
+        """What the tiers hold and have moved; any thread may ask."""
+        return snapshot_of(self.scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -269,22 +275,7 @@ class DecodeEngine:
 
     def check_integrity(self) -> None:
         """Assert that states, ledger and the memory really held agree, whatever is under way."""
-        self.scheduler.check_integrity()
-        sizes = self.scheduler.pool.regions()
-        for request_id, run in self._runs.items():
-            assert self.scheduler.phase(request_id) is not None, "every request has a state"
-            assert set(run.choices) == set(self.scheduler.live_choices(request_id)), "every choice has a turn"
-            reserved = sum(size for region, size in sizes.items() if region.request_id == request_id)
-            assert run.held_bytes() <= reserved, f"{request_id} holds {run.held_bytes()} of {reserved} bytes"
-        assert {region.request_id for region in sizes} <= set(self._runs), "no memory without a request"
-        if self.host is not None:
-            self.host.check_integrity()
-            held = sum(run.host_bytes() for run in self._runs.values())
-            if self._parking is not None:
-                self._parking.check_integrity()
-                held += self._parking.held_bytes
-            taken = (self.host.num_pages - self.host.num_free) * self.host.page_nbytes
-            assert held == taken, f"requests hold {held} of {taken} bytes of host memory"
+        check_memory(self.scheduler, self._runs, self.host, self._parking)
 
     def _rope(self, num_prompt_tokens: int) -> Rope:
         model = self.model  # not the engine, which holds the caches that hold this

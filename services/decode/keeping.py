@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from ...errors import FrameMismatch, KvsluiceError, SequenceLost
+from ...kvstore.cached import CachedStore
 from ...kvstore.identity import FrameIdent
 from ...kvstore.sequences import SequenceWriter
 from ...kvstore.store import Store
@@ -15,6 +17,7 @@ from ..telemetry import Recorder
 from .keeper import Keeper
 from .receiver import Target
 from .restore import Restoring, restore
+from .snapshot import TierSnapshot
 
 STOP_WAIT_S = 5.0
 MAX_TASKS = 256  # beyond which what is of no use any more is left to expire
@@ -71,6 +74,18 @@ class KeptRequests:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def with_cache(self, tiers: TierSnapshot) -> TierSnapshot:
+        """The snapshot with what the store holds in this process's memory, if it does."""
+        store = self._store
+        if not isinstance(store, CachedStore):
+            return tiers
+        return replace(
+            tiers,
+            store_cache_used_bytes=store.used_bytes,
+            store_cache_hits=store.hits,
+            store_cache_misses=store.misses,
+        )
 
     async def stop(self) -> None:
         """Wait a while for what is under way, and let go of the store."""

@@ -97,6 +97,11 @@ class Scheduler:
         """Choices that are started and not ended, paused ones included."""
         return len(self._ring)
 
+    @property
+    def num_started(self) -> int:
+        """Requests that have a choice running."""
+        return sum(request.phase is Phase.RUNNING for request in list(self._requests.values()))
+
     def phase(self, request_id: str) -> Phase | None:
         """The state of a request; None when it is unknown or gone."""
         request = self._requests.get(request_id)

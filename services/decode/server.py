@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
 
-from ...compression.interfaces import EncodedLayer
 from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLost
 from ...kvstore.cached import CachedStore
 from ...kvstore.frame import decode_frame
@@ -24,12 +24,11 @@ from ..lifecycle import EngineThread
 from ..rpc import current_request_id
 from ..staging import HostCopies, PlainCopies, make_host_copies
 from ..telemetry import NullRecorder, Recorder
-from ..uploads import Uploads, make_uploads
+from ..uploads import make_uploads
 from ..worker import WorkerIdentity, use_threads
 from .engine import (
     DecodeEngine,
     DecodeRequest,
-    EmittedChoice,
     Event,
     FailedEvent,
     FinishedEvent,
@@ -44,7 +43,6 @@ from .messages import (
     decode_request,
     event_message,
     failed_message,
-    resumed_message,
     sent_choices,
     tell_keeper,
     token_entry,
@@ -53,30 +51,8 @@ from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
 from .sequence import typed
+from .target import EngineTarget
 from .tiers import TierPolicy
-
-
-class _EngineTarget:
-    """A request's layers on their way into the engine."""
-
-    def __init__(self, thread: EngineThread, engine: DecodeEngine, uploads: Uploads, request: OpenRequest) -> None:
-        self._thread = thread
-        self._engine = engine
-        self._uploads = uploads
-        self._request = request
-        self._request_id, self._epoch = request.ident.request_id, request.ident.epoch
-
-    async def add_layer(self, encoded: EncodedLayer) -> None:
-        # the engine's thread goes on with its steps meanwhile
-        layer, wait = await asyncio.to_thread(self._uploads.upload, encoded)
-        await self._thread.call(lambda: self._engine.add_layer(self._request_id, layer, self._epoch, wait))
-
-    async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
-        request = self._request
-        again = await self._thread.call(lambda: self._engine.commit(self._request_id, prompt_ids, emitted, self._epoch))
-        if request.sent:
-            prompt_again = 0 if request.from_store else len(prompt_ids)
-            request.stream.send(resumed_message(request.ident, again, prompt_again))
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -145,6 +121,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             host_free_bytes=engine.host_free_bytes,
         )
         info.has_store = self._store is not None
+        tiers = engine.tier_snapshot()
+        if self._store is not None:
+            tiers = self._store.with_cache(tiers)
+        info.tiers.CopyFrom(wpb.TierSnapshot(**asdict(tiers)))
         return info
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
@@ -197,8 +177,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             ident, num_layers, request.max_bytes, target, context.write, self._recorder, request.keeper, request.sent
         )
 
-    def _target(self, request: OpenRequest) -> _EngineTarget:
-        return _EngineTarget(self._thread, self.engine, self._uploads, request)
+    def _target(self, request: OpenRequest) -> EngineTarget:
+        return EngineTarget(self._thread, self.engine, self._uploads, request)
 
     async def _write(self, stream: GatewayStream, context: Any) -> None:
         while True:

@@ -164,7 +164,7 @@ class Tiers:
 
     def at(self, place: Place) -> list[str]:
         """Requests that lie in a place."""
-        return [request_id for request_id, stay in self._stays.items() if stay.place is place]
+        return [request_id for request_id, stay in list(self._stays.items()) if stay.place is place]
 
     def ran(self, request_ids: set[str]) -> None:
         """A step of these requests is launched."""

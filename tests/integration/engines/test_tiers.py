@@ -125,6 +125,9 @@ def test_turns_change_no_token(bench, prompts, name: str) -> None:
     assert counts(b).bytes_down == counts(b).bytes_up > 0
     assert [b.ended(str(i)).steps for i in range(3)] == [alone.ended(str(i)).steps for i in range(3)]
     assert at_baseline(b)
+    told = b.engine.tier_snapshot()
+    assert (told.preemptions, told.device_to_host_bytes) == (counts(b).preemptions, counts(b).bytes_down)
+    assert (told.device_used_bytes, told.device_sequences, told.host_used_bytes, told.host_sequences) == (0, 0, 0, 0)
 
 
 def test_steps_that_are_waited_for_take_the_same_turns(bench, prompts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc.aio
 import pytest
 
 from kvsluice.errors import (
@@ -16,6 +17,8 @@ from kvsluice.errors import (
 )
 from kvsluice.kvstore.identity import FRAMES
 from kvsluice.kvstore.memory import MemoryStore
+from kvsluice.protos import worker_pb2 as wpb
+from kvsluice.protos import worker_pb2_grpc
 
 PROMPT = [(37 * i) % 250 + 3 for i in range(300)]
 SECOND = [(11 * i) % 250 + 3 for i in range(90)]
@@ -52,6 +55,12 @@ async def store():
 async def talk(fleet, turns=(PROMPT, SECOND, THIRD), session="s", **options):
     """The completions of a conversation."""
     return [await fleet.client.generate(turn, session_id=session, **(LONG | options)) for turn in turns]
+
+
+async def tiers_of(fleet) -> wpb.TierSnapshot:
+    """What the first decode worker says of its memory."""
+    async with grpc.aio.insecure_channel(fleet.decode_address) as channel:
+        return (await worker_pb2_grpc.DecodeWorkerStub(channel).Info(wpb.InfoRequest())).tiers
 
 
 @pytest.mark.parametrize("recipe", ["exact", "sluice-full", "kivi", "streaming"])
@@ -95,6 +104,8 @@ async def test_what_is_not_in_memory_is_read_from_the_store(make_real_fleet, sto
     fleet = await make_real_fleet(store=store, store_keep_every=4, store_cache_bytes=room)
     plain = await make_real_fleet(store=SharedStore(1 << 30), store_keep_every=4)
     wanted = [done.token_ids for done in await talk(plain, **SEEDED)]
+    tiers = await tiers_of(plain)
+    assert tiers.store_cache_hits > 0 == tiers.store_cache_misses
     assert [done.token_ids for done in await talk(fleet, **SEEDED)] == wanted
     assert store.read_frames > 0
 
