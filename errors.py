@@ -115,15 +115,17 @@ class Overloaded(KvsluiceError):
 
     Attributes:
         retry_after_s: when there may be room, as far as that is known; 0 = it is not.
+        reason: of a closed set, for metrics; what a worker refused is `worker`.
     """
 
     status = "RESOURCE_EXHAUSTED"
     http_status = 429
     retryable = True
 
-    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 0.0, reason: str = "worker") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class WorkerLost(KvsluiceError):

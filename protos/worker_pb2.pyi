@@ -181,12 +181,16 @@ class FirstTokens(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[_frame_pb2.ChoiceState, _Mapping]]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class Shipped(_message.Message):
-    __slots__ = ("payload_bytes", "frames")
+    __slots__ = ("payload_bytes", "frames", "handoff_s", "exposed_s")
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     payload_bytes: int
     frames: int
-    def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ...) -> None: ...
+    handoff_s: float
+    exposed_s: float
+    def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., handoff_s: _Optional[float] = ..., exposed_s: _Optional[float] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "history_tokens", "from_store")

@@ -84,7 +84,7 @@ class Host:
     def __init__(self, config_json: str, worker_id: str) -> None:
         forget_source_tree()
         self._config = ServeConfig.from_json(config_json)
-        configure_logging(self._config.log_level)
+        configure_logging(self._config.log_level, self._config.log_format, worker_id)
         self._worker_id = worker_id
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
         self._loop = LoopThread(f"{worker_id}-loop")

@@ -16,11 +16,12 @@ from .settings.engine import EngineSettings
 from .settings.fleet import FleetSettings
 from .settings.requests import RequestSettings
 from .settings.store import STORE_FILES, StoreSettings
+from .settings.telemetry import TelemetrySettings
 
 ENV_PREFIX = "KVSLUICE_"
 
 
-class ServeConfig(FleetSettings, StoreSettings, RequestSettings, EngineSettings):
+class ServeConfig(FleetSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings):
     """Everything that a process of the service is told. Workers get it serialized, never from their own environment.
 
     Lengths are in tokens, sizes in bytes, times in seconds. `--help` lists the topics from the last base to the first.

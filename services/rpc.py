@@ -7,7 +7,6 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -16,12 +15,9 @@ from google.protobuf.message import DecodeError
 
 from ..errors import ConfigError, InternalError, InvalidRequest, KvsluiceError
 from .status import ERROR_METADATA_KEY, error_from_rpc, error_info, status_code
-from .telemetry import where
+from .telemetry import current_request_id, where
 
 log = logging.getLogger("kvsluice.rpc")
-
-current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
-"""Set by a handler once it knows the request's id, so that the error it ends with can name it."""
 
 _OWN_METHODS = "/kvsluice."
 

@@ -25,7 +25,7 @@ from ...kvstore.sequences import Rows, SequenceWriter
 from ..framing import FramePacker
 from ..staging import Event as DeviceEvent
 from ..staging import HostCopies
-from ..telemetry import Recorder, where
+from ..telemetry import Recorder, about, where
 from .events import RowsEvent
 from .restore import Restored
 from .sequence import EmittedChoice, KeptRows
@@ -156,7 +156,12 @@ class Keeper:
             try:
                 await self._writer.delete()
             except KvsluiceError as exc:
-                logger.warning("request %s stays in the store until it expires: %s", self._ident.request_id, exc)
+                logger.warning(
+                    "request %s stays in the store until it expires: %s",
+                    self._ident.request_id,
+                    exc,
+                    extra=about(self._ident.request_id),
+                )
 
     def _add(self, job: _Job, num_bytes: int = 0) -> None:
         if self.is_kept:
@@ -179,7 +184,12 @@ class Keeper:
             await self._write_all()
         except Exception as exc:
             if not isinstance(exc, KvsluiceError):
-                logger.error("keeping request %s failed: %s", self._ident.request_id, where(exc))
+                logger.error(
+                    "keeping request %s failed: %s",
+                    self._ident.request_id,
+                    where(exc),
+                    extra=about(self._ident.request_id),
+                )
             self._give_up(exc)
 
     async def _write_all(self) -> None:
@@ -244,7 +254,12 @@ class Keeper:
         if isinstance(error, Fenced):
             self._fenced(error)
             return
-        logger.warning("request %s is not kept any longer: %s", self._ident.request_id, type(error).__name__)
+        logger.warning(
+            "request %s is not kept any longer: %s",
+            self._ident.request_id,
+            type(error).__name__,
+            extra=about(self._ident.request_id),
+        )
         self._let_go()
 
     def _let_go(self) -> None:

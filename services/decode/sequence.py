@@ -22,7 +22,7 @@ from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InternalError, KvsluiceError
 from ...models.sampling import SamplerState, SamplingParams
-from ..telemetry import where
+from ..telemetry import about, where
 from .scheduler import Demand
 from .step import StepRow, sampled_by
 
@@ -318,7 +318,9 @@ def add_layer(
     except KvsluiceError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
-        logger.warning("layer %d of request %s does not fit its recipe: %s", layer, request_id, where(exc))
+        logger.warning(
+            "layer %d of request %s does not fit its recipe: %s", layer, request_id, where(exc), extra=about(request_id)
+        )
         raise FrameMismatch(f"request {request_id}: layer {layer} does not fit its recipe") from exc
     run.layers.add(layer)
     most = run.demand.prompt_bytes + run.demand.tail_bytes
@@ -333,7 +335,7 @@ def typed(exc: Exception, request_id: str) -> KvsluiceError:
     """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside."""
     if isinstance(exc, KvsluiceError):
         return exc
-    logger.error("decoding of request %s failed: %s", request_id, where(exc))
+    logger.error("decoding of request %s failed: %s", request_id, where(exc), extra=about(request_id))
     return InternalError(f"decoding failed: {type(exc).__name__}")
 
 

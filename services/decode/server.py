@@ -21,9 +21,8 @@ from ...protos import worker_pb2 as wpb
 from ...protos import worker_pb2_grpc
 from ..config import ServeConfig
 from ..lifecycle import EngineThread
-from ..rpc import current_request_id
 from ..staging import HostCopies, PlainCopies, make_host_copies
-from ..telemetry import NullRecorder, Recorder
+from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..uploads import make_uploads
 from ..worker import WorkerIdentity, use_threads
 from .engine import (

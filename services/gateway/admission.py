@@ -75,9 +75,10 @@ class Admission:
     def _check_queue(self, num_choices: int, remaining_s: float) -> None:
         wait_s = self.wait_s(num_choices)
         if len(self._queue) >= self._max_waiting:
-            raise Overloaded(f"the queue is full ({self._max_waiting} requests wait already)", wait_s)
+            raise Overloaded(f"the queue is full ({self._max_waiting} requests wait already)", wait_s, "queue_full")
         if wait_s > remaining_s:
-            raise Overloaded(f"some {wait_s:.3g} s of work wait, and the deadline is in {remaining_s:.3g} s", wait_s)
+            problem = f"some {wait_s:.3g} s of work wait, and the deadline is in {remaining_s:.3g} s"
+            raise Overloaded(problem, wait_s, "deadline")
 
     async def _wait(self, need: int) -> None:
         turn: Future[None] = get_running_loop().create_future()

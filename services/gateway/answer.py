@@ -10,7 +10,7 @@ from ...errors import InternalError
 from ...protos import frame_pb2 as fpb
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
-from ..telemetry import GatewayMetrics
+from ..metrics.gateway import GatewayMetrics
 from .choice import Choice, Detokenizer
 from .job import Job
 
@@ -44,6 +44,11 @@ class Answer:
     @property
     def num_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self._choices)
+
+    @property
+    def longest_choice(self) -> int:
+        """Tokens of the choice that has most."""
+        return max(choice.num_tokens for choice in self._choices)
 
     @property
     def finish_reason(self) -> str:

@@ -39,6 +39,7 @@ class Attempt:
         shipped, finished: the workers' accounts of it, once they have come.
         resumed: how far decode had to go back.
         epoch: its own.
+        handoff_is_open: a prefill worker has taken the prompt, and decode does not have all of it yet.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Attempt:
         respond: Callable[[pb.Chunk], Awaitable[None]],
         config: ServeConfig,
     ) -> None:
-        self.epoch = epoch
+        self.epoch, self.handoff_is_open = epoch, False
         self._job, self._route, self._recipe, self._start = job, route, recipe, start
         self._answer, self._respond, self._config = answer, respond, config
         self._inbox = Inbox()
@@ -127,7 +128,7 @@ class Attempt:
         reader: Task[None] | None = None
         try:
             await self._inbox.unless_failed(self._accepted(call))
-            self._queue_s = time.monotonic() - job.accepted_s
+            self._queue_s, self.handoff_is_open = time.monotonic() - job.accepted_s, True
             reader = asyncio.create_task(self._read_prefill(call, prefill.called))
             await self._stream()
         finally:
@@ -180,13 +181,13 @@ class Attempt:
             if isinstance(event, wpb.FirstTokens):
                 self._take_first(event)
             elif isinstance(event, wpb.TokenEntry):
-                self._decoding = True
+                self._decoding, self.handoff_is_open = True, False
                 if self._answer.has_begun or self._job.history_ids:
                     self._take_entry(event)
                 else:
                     self._early.append(event)
             elif isinstance(event, wpb.Shipped):
-                self.shipped = event
+                self.shipped, self.handoff_is_open = event, False
             elif isinstance(event, wpb.Finished):
                 self.finished = event
             elif isinstance(event, wpb.Resumed):

@@ -12,7 +12,8 @@ from ...kvstore.session import Session
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
-from ..telemetry import GatewayMetrics, Recorder
+from ..metrics.gateway import GatewayMetrics
+from ..telemetry import Recorder
 from ..validation import choose_recipe
 from .answer import Answer
 from .attempt import Attempt
@@ -72,6 +73,8 @@ class Call:
                 await attempt.run()
                 break
             except KvsluiceError as exc:
+                if attempt.handoff_is_open:
+                    self._metrics.handoff_failed(exc.type_name)
                 self._count_again(attempt)
                 await self._plan(exc, attempt)
                 try:
@@ -196,7 +199,10 @@ class Call:
             num_prompt,
             self._answer.num_tokens,
         )
-        self._metrics.handoff(
-            resolved.recipe.name, attempt.shipped.payload_bytes, route.model.shape.bf16_kv_bytes(num_prompt)
-        )
-        self._metrics.cache_usage(self._pool.cache_usage)
+        timing, shipped = self._answer.timing(), attempt.shipped
+        self._metrics.phases(timing.prefill_s, timing.decode_s, self._answer.longest_choice)
+        self._metrics.cached(num_prompt, self._cached_tokens)
+        if shipped.frames:
+            bf16_bytes = route.model.shape.bf16_kv_bytes(len(self._job.prompt_ids))
+            self._metrics.handoff(resolved.recipe.name, shipped.payload_bytes, bf16_bytes)
+            self._metrics.handoff_took(shipped.handoff_s, shipped.exposed_s)

@@ -27,8 +27,8 @@ from ...errors import (
 )
 from ...protos import generation_pb2 as pb
 from ..config import ServeConfig
-from ..rpc import current_request_id
-from ..telemetry import GatewayMetrics, NullRecorder, Recorder
+from ..metrics.gateway import GatewayMetrics
+from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission
 from .call import Call
@@ -70,6 +70,7 @@ class Intake:
         self.tokenizer = tokenizer
         self.metrics = GatewayMetrics(config.model_name)
         self.pool = WorkerPool(membership, config)
+        self.metrics.follow(self.pool.accounts)
         self.sessions = Sessions(config.session_ttl_s, config.store_url is not None)
         self.admission = Admission(config.max_num_seqs * config.decode_workers, config.max_queue)
         self.draining = False
@@ -134,10 +135,11 @@ class Intake:
             async with asyncio.timeout(allowed_s):
                 await self._generate(request, write, accepted_s, accepted_s + allowed_s)
         except TimeoutError:
-            self.metrics.failed(DeadlineExceeded.__name__)
-            raise DeadlineExceeded(f"not finished within {allowed_s:.3g} s") from None
+            late = DeadlineExceeded(f"not finished within {allowed_s:.3g} s")
+            self.metrics.failed(late)
+            raise late from None
         except KvsluiceError as exc:
-            self.metrics.failed(exc.type_name)
+            self.metrics.failed(exc)
             raise
 
     async def model_info(self, name: str) -> pb.GetModelInfoResponse:
@@ -197,7 +199,8 @@ class Intake:
             Overloaded: more do. WorkerLost: no workers come.
         """
         if self._num_early >= max(1, self._config.max_queue):
-            raise Overloaded(f"no workers are there yet, and {self._num_early} requests wait for them")
+            problem = f"no workers are there yet, and {self._num_early} requests wait for them"
+            raise Overloaded(problem, reason="no_workers")
         self._num_early += 1
         try:
             return (await self.pool.route()).model

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from ...errors import KvsluiceError, WorkerLost
+from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
 from .links import DecodeLink, PrefillLink, WorkerModel
 from .membership import Member, Membership
@@ -59,12 +60,9 @@ class WorkerPool:
         """Whether a prefill and a decode worker of the same model are up."""
         return self._pick() is not None
 
-    @property
-    def cache_usage(self) -> float:
-        """Share of the decode workers' cache that is reserved."""
-        loads = [link.load() for link in self._decodes()]
-        capacity = sum(load.capacity_bytes for load in loads)
-        return 1 - sum(load.free_bytes for load in loads) / capacity if capacity else 0.0
+    def accounts(self) -> list[tuple[str, wpb.WorkerInfo]]:
+        """Role and latest account of itself of every worker that is up; one that has both roles comes twice."""
+        return [(link.member.role, link.info) for link in self._links.values() if link.up]
 
     @property
     def changed(self) -> Event:

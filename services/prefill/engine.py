@@ -35,7 +35,7 @@ from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState, SamplingParams
 from ..model_shape import model_shape
-from ..telemetry import where
+from ..telemetry import about, where
 from .batcher import Batcher, WorkItem
 from .encoding import Encoder, make_encoder
 from .pace import make_pace
@@ -350,7 +350,7 @@ class PrefillEngine:
         if isinstance(exc, KvsluiceError):
             error = exc
         else:
-            logger.error("prefill of request %s failed: %s", request_id, where(exc))
+            logger.error("prefill of request %s failed: %s", request_id, where(exc), extra=about(request_id))
             error = InternalError(f"prefill failed: {type(exc).__name__}")
         _let_go(exc)
         self._end(request_id, lambda sink: sink.on_error(error))
@@ -364,7 +364,12 @@ class PrefillEngine:
         try:
             last_call(running.sink)
         except Exception as exc:
-            logger.error("the receiver of request %s failed in its last call: %s", request_id, where(exc))
+            logger.error(
+                "the receiver of request %s failed in its last call: %s",
+                request_id,
+                where(exc),
+                extra=about(request_id),
+            )
 
 
 def _join(rows: list[Tensor]) -> Tensor:

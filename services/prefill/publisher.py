@@ -34,7 +34,7 @@ from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..framing import FramePacker
 from ..rpc import read_all
 from ..staging import Event, HostCopies
-from ..telemetry import Recorder, where
+from ..telemetry import Recorder, about, where
 from .engine import PrefillJob
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class Publisher:
         self._closed = False
         self._submitted_s = time.monotonic()
         self._started_s = self._submitted_s
+        self._first_tokens_s: float | None = None
+        self._first_frame_s: float | None = None
         self._first: Future[wpb.FirstTokens] = loop.create_future()
         # None ends the layers; an error ends the prompt
         self._layers: Queue[tuple[EncodedLayer, Event | None] | KvsluiceError | None] = Queue()
@@ -106,7 +108,7 @@ class Publisher:
         self._post((encoded, self._copies.mark()))
 
     def on_first_tokens(self, sampled: list[Sampled]) -> None:
-        now = time.monotonic()
+        now = self._first_tokens_s = time.monotonic()
         message = wpb.FirstTokens(
             choices=[_choice_message(index, token) for index, token in enumerate(sampled)],
             queue_s=self._started_s - self._submitted_s,
@@ -176,7 +178,7 @@ class Publisher:
             # whatever writing to a broken call raised, its status says why
             await acks
             if self._committed:
-                return await sends
+                return self._timed(await sends)
             if self._ended:
                 return wpb.Shipped()
             raise InternalError("a decode worker ended the handoff before it was whole")
@@ -185,6 +187,14 @@ class Publisher:
             sends.cancel()
             call.cancel()
             await asyncio.gather(acks, sends, return_exceptions=True)
+
+    def _timed(self, shipped: wpb.Shipped) -> wpb.Shipped:
+        """The same account, with how long it has taken up to now."""
+        now = time.monotonic()
+        begun_s = now if self._first_frame_s is None else self._first_frame_s
+        shipped.handoff_s = now - begun_s
+        shipped.exposed_s = now - max(begun_s, self._first_tokens_s or begun_s)
+        return shipped
 
     async def _write_frames(self, call: Any) -> wpb.Shipped:
         shipped = wpb.Shipped()
@@ -212,7 +222,13 @@ class Publisher:
             # what is raised must not lead to the layer, whose memory the device may be short of
             fault, place = type(exc).__name__, where(exc)
         if fault is not None:
-            logger.error("packing layer %d of request %s failed: %s", encoded.layer, self._job.request_id, place)
+            logger.error(
+                "packing layer %d of request %s failed: %s",
+                encoded.layer,
+                self._job.request_id,
+                place,
+                extra=about(self._job.request_id),
+            )
             raise InternalError(f"packing a layer failed: {fault}")
         with self._lock:
             self._unpacked -= 1
@@ -232,6 +248,8 @@ class Publisher:
         while shipped.frames - self._acked >= self._window and not self._acks_ended:
             self._granted.clear()
             await self._granted.wait()
+        if self._first_frame_s is None:
+            self._first_frame_s = time.monotonic()
         await call.write(message)
         shipped.payload_bytes += message.ByteSize()
         shipped.frames += 1

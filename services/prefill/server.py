@@ -19,9 +19,9 @@ from ...protos import worker_pb2_grpc
 from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..config import ServeConfig
 from ..lifecycle import EngineThread
-from ..rpc import current_request_id, make_channel
+from ..rpc import make_channel
 from ..staging import make_host_copies
-from ..telemetry import NullRecorder, Recorder
+from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import PrefillEngine, PrefillJob
 from .publisher import Publisher

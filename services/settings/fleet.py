@@ -30,4 +30,3 @@ class FleetSettings(Settings):
         80 * MIB, ge=76 * MIB, le=TIB, description="Ray's object store; no KV goes through it"
     )
     dashboard: bool = Field(False, description="Ray's dashboard, on loopback")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what is worth a log line")

@@ -31,7 +31,7 @@ def start(monkeypatch):
         controller = SimpleNamespace(view=SimpleNamespace(remote=lambda: View(1, members)))
         fake = SimpleNamespace(get_actor=lambda *name: controller, get=lambda value: value)
         monkeypatch.setattr(actors, "ray", fake)
-        monkeypatch.setattr(actors, "configure_logging", lambda level: None)
+        monkeypatch.setattr(actors, "configure_logging", lambda *settings: None)
         monkeypatch.setattr(actors, "forget_source_tree", lambda: None)
         monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)

@@ -1,0 +1,106 @@
+"""What the gateway and the workers count, read as a monitoring system reads it, after real traffic."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvsluice.errors import Overloaded
+from kvsluice.services.metrics.catalog import GATEWAY, GATEWAY_LABELS
+
+LIBRARY = ("_created",)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(2, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Exported:
+    """The output of `/metrics`, checked against the catalogue."""
+
+    def __init__(self, text: bytes, catalogue, common) -> None:
+        self.values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        known = {metric.exported_name: metric for metric in catalogue}
+        for family in text_string_to_metric_families(text.decode()):
+            for sample in family.samples:
+                if sample.name.endswith(LIBRARY):
+                    continue
+                name = family.name + ("_total" if family.type == "counter" else "")
+                metric = known[name]
+                assert metric.kind == family.type
+                labels = {k: v for k, v in sample.labels.items() if k != "le"}
+                assert set(labels) == {*common, *metric.labels}, sample
+                self.values[sample.name, frozenset((k, v) for k, v in labels.items() if k not in common)] = sample.value
+
+    def __call__(self, name: str, **labels: str) -> float:
+        return self.values["kvsluice_" + name, frozenset(labels.items())]
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.values}
+
+
+def of_gateway(fleet) -> Exported:
+    return Exported(fleet.gateway.metrics.render(), GATEWAY, GATEWAY_LABELS)
+
+
+async def test_a_gateway_counts_requests_from_the_door_to_the_last_token(real_fleet):
+    options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "recipe": "exact", "n": 2}
+    done = await real_fleet.client.generate(prompt(40), **options)
+    await real_fleet.client.generate(prompt(30), **options | {"max_tokens": 1})
+    await real_fleet.until_idle()
+    now = of_gateway(real_fleet)
+    assert now("prompt_tokens_total") == now("prefix_cache_queries_total") == 70
+    assert now("generation_tokens_total") == 12
+    assert now("request_success_total", finished_reason="length") == 2
+    assert now("inter_token_latency_seconds_count") == 8
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_inference_time"):
+        assert now(f"{name}_seconds_count") == 2, name
+    # one token has no time between tokens, and ends the request before anything is handed over
+    assert now("request_time_per_output_token_seconds_count") == 1
+    assert now("request_time_per_output_token_seconds_sum") == pytest.approx(
+        now("request_decode_time_seconds_sum") / 4, rel=1e-6
+    )
+    assert now("handoff_seconds_count") == now("handoff_exposed_seconds_count") == 1
+    assert now("handoff_exposed_seconds_sum") <= now("handoff_seconds_sum")
+    assert now("handoff_bytes_total", recipe="exact") == done.recipe.handoff_bytes
+    ratio = now("handoff_compression_ratio_sum", recipe="exact")
+    assert ratio == done.recipe.handoff_bytes / now("handoff_bf16_bytes_total", recipe="exact")
+    assert now("request_inference_time_seconds_sum") == pytest.approx(
+        now("request_prefill_time_seconds_sum") + now("request_decode_time_seconds_sum")
+    )
+    assert (now("workers", role="prefill"), now("workers", role="decode")) == (1, 1)
+    assert now("num_requests_running") == now("num_requests_waiting") == now("recall_rows_total") == 0
+    assert now("tier_capacity_bytes", worker="worker-0", tier="device") == real_fleet.decode.capacity_bytes
+
+
+async def test_what_is_shed_and_what_fails_is_counted_by_its_reason(make_fleet, until):
+    fleet = await make_fleet(max_num_seqs=1, max_queue=0)
+    held = asyncio.Event()
+    fleet.script.gate = held.wait
+    running = asyncio.create_task(fleet.client.generate("hi", max_tokens=3))
+    await until(lambda: fleet.script.opens)
+    with pytest.raises(Overloaded):
+        await fleet.client.generate("hi", max_tokens=3)
+    held.set()
+    await running
+    now = of_gateway(fleet)
+    assert now("requests_shed_total", reason="queue_full") == now("request_failure_total", error_type="Overloaded") == 1
+
+
+async def test_a_handoff_that_breaks_is_counted_as_one(make_fleet):
+    fleet = await make_fleet()
+    await fleet.add_worker("prefill-1", "prefill")
+
+    async def die(request) -> None:
+        fleet.script.prefill = None
+        raise RuntimeError("the worker's own words")
+
+    fleet.script.prefill = die
+    with pytest.raises(Exception, match="internal"):
+        await fleet.client.generate("hi", max_tokens=3)
+    now = of_gateway(fleet)
+    assert now("handoff_failures_total", error_type="InternalError") == 1
+    assert "words" not in fleet.gateway.metrics.render().decode()
