@@ -33,6 +33,12 @@ class Admission:
         self._queue: deque[tuple[int, Future[None]]] = deque()
         self.num_running = 0
 
+    def resize(self, max_running: int) -> None:
+        """Another number of choices may run together from now on; those that run go on."""
+        self._free += max_running - self._max_running
+        self._max_running = max_running
+        self._admit()
+
     @property
     def num_waiting(self) -> int:
         return len(self._queue)

@@ -201,7 +201,7 @@ class Attempt:
 
     def _take_first(self, event: wpb.FirstTokens) -> None:
         assert self._route.prefill is not None
-        self._route.prefill.done(self._job.sequence_id, self.epoch)
+        self._route.prefill.first(self._job.sequence_id, self.epoch)
         if self._answer.has_begun or self._job.history_ids:
             return  # drawn to no end: what was told counts, and what goes before the answer
         self._answer.begin(event, self._queue_s)

@@ -70,7 +70,8 @@ class Call:
         while True:
             attempt = self._attempt(route, resolved)
             try:
-                await attempt.run()
+                with self._pool.using(route):
+                    await attempt.run()
                 break
             except KvsluiceError as exc:
                 if attempt.handoff_is_open:

@@ -65,7 +65,12 @@ class Intake:
     """
 
     def __init__(
-        self, config: ServeConfig, tokenizer: Tokenizer, membership: Membership, recorder: Recorder | None = None
+        self,
+        config: ServeConfig,
+        tokenizer: Tokenizer,
+        membership: Membership,
+        recorder: Recorder | None = None,
+        number: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.metrics = GatewayMetrics(config.model_name)
@@ -76,7 +81,7 @@ class Intake:
         self.draining = False
         self._config = config
         self._recorder = recorder or NullRecorder()
-        self._epochs = Epochs()
+        self._epochs = Epochs(number)
         self._retries = RetryBudget(config.retries_per_minute, time.monotonic)
         self._tickets: dict[str, Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)

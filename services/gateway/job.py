@@ -17,20 +17,29 @@ from ..validation import CheckedRequest
 from .sessions import Turn
 
 _EPOCH_UNIT_NS = 1000
+GATEWAYS = 1024  # that tell their epochs apart
 
 Write = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 
 class Epochs:
-    """Attempt numbers that only ever grow, across requests and restarts, so that no late frame or token fits again."""
+    """Attempt numbers that only ever grow, across requests and restarts, so that no late frame or token fits again.
 
-    def __init__(self) -> None:
+    Each is a time and the number of its gateway, so that two gateways never use the same one for a sequence of the
+    same name.
+
+    Args:
+        gateway: number of this gateway among those of the fleet.
+    """
+
+    def __init__(self, gateway: int = 0) -> None:
+        self._gateway = gateway % GATEWAYS
         self._last = time.time_ns() // _EPOCH_UNIT_NS
 
     def next(self, above: int = 0) -> int:
         """The next one, above those that others are known to have used."""
-        self._last = max(self._last + 1, time.time_ns() // _EPOCH_UNIT_NS, above + 1)
-        return self._last
+        self._last = max(self._last + 1, time.time_ns() // _EPOCH_UNIT_NS, above // GATEWAYS + 1)
+        return self._last * GATEWAYS + self._gateway
 
 
 class Ticket:

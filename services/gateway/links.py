@@ -22,6 +22,7 @@ from ..rpc import is_cancelled, make_channel, read_all
 from ..status import build_error
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
+from .waits import Throughput, Waits
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -130,6 +131,7 @@ class Link:
         self.model: WorkerModel | None = None
         self.info = wpb.WorkerInfo()
         self.up = False
+        self.draining = False
         self._max_message_bytes = max_message_bytes
         self._lease_s = lease_s
         self._on_change = on_change
@@ -198,16 +200,28 @@ class PrefillLink(Link):
         super().__init__(member, max_message_bytes, lease_s, on_change)
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
+        self._throughput = Throughput()
 
     def load(self) -> PrefillLoad:
         return PrefillLoad(self.member.worker_id, max(sum(self._ours.values()), self.info.pending_tokens))
+
+    @property
+    def wait_s(self) -> float:
+        """How long a prompt that comes now would wait until it is its turn, as far as that is known."""
+        return self._throughput.seconds(self.load().pending_tokens)
 
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
         if self._stub is None or not self.up:
             raise WorkerLost(f"the {self.called} was lost")
+        self._throughput.begin(idle=not self._ours)
         self._ours[request.request_id, request.epoch] = len(request.prompt_ids)
         return self._stub.Prefill(request, timeout=timeout_s)
+
+    def first(self, request_id: str, epoch: int) -> None:
+        """The prompt has run."""
+        self._throughput.end(self._ours.get((request_id, epoch), 0))
+        self.done(request_id, epoch)
 
     def done(self, request_id: str, epoch: int) -> None:
         """The prompt no longer counts as pending."""
@@ -236,6 +250,7 @@ class DecodeLink(Link):
         super().__init__(member, max_message_bytes, lease_s, on_change)
         self._outbox: Queue[wpb.ToDecode] = Queue()
         self._inboxes: dict[tuple[str, int], Inbox] = {}
+        self._waits = Waits()
 
     def load(self) -> DecodeLoad:
         info = self.info
@@ -250,6 +265,11 @@ class DecodeLink(Link):
             info.host_capacity_bytes,
         )
 
+    @property
+    def wait_s(self) -> float:
+        """How long requests wait for room there now."""
+        return self._waits.seconds()
+
     def open(self, message: wpb.Open, inbox: Inbox) -> None:
         """Ask for room for a request; answers and tokens go to `inbox` until `close`."""
         if not self.up:
@@ -258,6 +278,7 @@ class DecodeLink(Link):
             # requests that their clients gave up have left their messages; the lease says when it is lost altogether
             raise WorkerLost(f"the {self.called} takes no messages")
         self._inboxes[message.request_id, message.epoch] = inbox
+        self._waits.begin((message.request_id, message.epoch))
         self._outbox.put_nowait(wpb.ToDecode(open=message))
 
     def credit(self, request_id: str, epoch: int, tokens: int) -> None:
@@ -272,6 +293,7 @@ class DecodeLink(Link):
         Args:
             keep: leave what the store holds of it.
         """
+        self._waits.drop((request_id, epoch))
         if self._inboxes.pop((request_id, epoch), None) is not None and not finished:
             self._send(wpb.ToDecode(cancel=wpb.Cancel(request_id=request_id, epoch=epoch, keep=keep)))
 
@@ -307,6 +329,8 @@ class DecodeLink(Link):
                 inbox.fail(build_error(failed.error_type, failed.message, failed.field, failed.allowed))
         elif kind is not None:
             event = getattr(message, kind)
+            if kind == "opened":
+                self._waits.end((event.request_id, event.epoch))
             self._deliver(event.request_id, event.epoch, event)
 
     def _deliver(self, request_id: str, epoch: int, event: Event) -> None:
@@ -317,5 +341,6 @@ class DecodeLink(Link):
 
     def _lost(self) -> None:
         inboxes, self._inboxes = self._inboxes, {}
+        self._waits.clear()
         for inbox in inboxes.values():
             inbox.fail(WorkerLost(f"the {self.called} was lost while it worked on the request"))

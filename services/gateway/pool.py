@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 from asyncio import CancelledError, Event, Task
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ class WorkerPool:
         self._links: dict[tuple[str, str], PrefillLink | DecodeLink] = {}
         self._task: Task[None] | None = None
         self._changed = Event()
+        self._uses: Counter[str] = Counter()
+        self.generation = 0  # of the membership that routes go by
         self.model: WorkerModel | None = None  # of the workers picked last; kept while none is there
 
     def start(self) -> None:
@@ -63,6 +66,36 @@ class WorkerPool:
     def accounts(self) -> list[tuple[str, wpb.WorkerInfo]]:
         """Role and latest account of itself of every worker that is up; one that has both roles comes twice."""
         return [(link.member.role, link.info) for link in self._links.values() if link.up]
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Choices that the decode workers that take requests run together, as far as that is known."""
+        return sum(link.member.max_num_seqs for link in self._decodes())
+
+    @property
+    def uses(self) -> Mapping[str, int]:
+        """Attempts under way, by worker."""
+        return self._uses
+
+    @property
+    def wait_s(self) -> dict[str, float]:
+        """How long a request would wait for each worker, as far as that is known; the longer of its roles' waits."""
+        waits: dict[str, float] = {}
+        for link in self._links.values():
+            worker_id = link.member.worker_id
+            waits[worker_id] = max(waits.get(worker_id, 0.0), link.wait_s)
+        return waits
+
+    @contextlib.contextmanager
+    def using(self, route: Route) -> Iterator[None]:
+        """Count an attempt as a use of its workers, which are not taken away meanwhile unless time presses."""
+        workers = {link.member.worker_id for link in (route.prefill, route.decode) if link is not None}
+        self._uses.update(workers)
+        try:
+            yield
+        finally:
+            self._uses.subtract(workers)
+            self._uses = +self._uses
 
     @property
     def changed(self) -> Event:
@@ -112,8 +145,13 @@ class WorkerPool:
                 missing = "worker"
             raise WorkerLost(f"no {missing} is there; none came within the time allowed") from None
 
+    def _prefills(self) -> list[PrefillLink]:
+        """Those that take requests."""
+        return [one for one in self._links.values() if isinstance(one, PrefillLink) and one.up and not one.draining]
+
     def _decodes(self) -> list[DecodeLink]:
-        return [link for link in self._links.values() if isinstance(link, DecodeLink) and link.up]
+        """Those that take requests."""
+        return [one for one in self._links.values() if isinstance(one, DecodeLink) and one.up and not one.draining]
 
     def _pick(
         self,
@@ -123,7 +161,7 @@ class WorkerPool:
         blame: Mapping[Member, int] = NO_BLAME,
         near: str | None = None,
     ) -> Route | None:
-        prefills = [link for link in self._links.values() if isinstance(link, PrefillLink) and link.up and link.model]
+        prefills = [link for link in self._prefills() if link.model]
         decodes = [link for link in self._decodes() if link.model and (link.info.has_store or not store)]
         served = {link.model.fingerprint for link in decodes if link.model}
         if prefill:
@@ -155,11 +193,21 @@ class WorkerPool:
             if view.generation != generation:
                 generation = view.generation
                 await self._reconcile(view.members)
+                self.generation = generation
 
     async def _reconcile(self, members: tuple[Member, ...]) -> None:
+        served = ("", self._config.model_name)
         wanted: dict[tuple[str, str], Member] = {
-            (m.worker_id, m.role): m for m in members if m.role in ("prefill", "decode")
+            (m.worker_id, m.role): replace(m, draining=False)
+            for m in members
+            if m.role in ("prefill", "decode") and m.model in served
         }
+        draining = {(m.worker_id, m.role) for m in members if m.draining}
+        for key, member in wanted.items():
+            link = self._links.get(key)
+            if link is not None and link.member == member and link.draining != (key in draining):
+                link.draining = key in draining
+                self._notify()
         for key, link in list(self._links.items()):
             if wanted.get(key) != link.member:
                 del self._links[key]
@@ -167,6 +215,7 @@ class WorkerPool:
         for key, member in wanted.items():
             if key not in self._links:
                 self._links[key] = self._connect(member)
+                self._links[key].draining = key in draining
 
     def _connect(self, member: Member) -> PrefillLink | DecodeLink:
         kind: type[PrefillLink] | type[DecodeLink] = PrefillLink if member.role == "prefill" else DecodeLink

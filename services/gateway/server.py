@@ -32,6 +32,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         config: the process's configuration.
         tokenizer: the served model's.
         membership: where the workers are learnt from.
+        number: of this gateway among those of the fleet.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         tokenizer: Tokenizer,
         membership: Membership,
         recorder: Recorder | None = None,
+        number: int = 0,
     ) -> None:
         self._config = config
-        self.intake = Intake(config, tokenizer, membership, recorder)
+        self.intake = Intake(config, tokenizer, membership, recorder, number)
         self.pool, self.sessions, self.metrics = self.intake.pool, self.intake.sessions, self.intake.metrics
         self._health = health.aio.HealthServicer()
         self._health_task: Task[None] | None = None
@@ -70,6 +72,11 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return self.intake.num_requests
+
+    @property
+    def admission_wait_s(self) -> float:
+        """How long a request that comes now would wait until it may go to a worker, as far as that is known."""
+        return self.intake.admission.wait_s(1)
 
     async def drain(self, grace_s: float) -> bool:
         """Take no more requests, let the running ones finish. Returns whether all did within the time."""
@@ -115,5 +122,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         while True:
             # taken before the look, so that no change falls between look and wait
             changed = self.pool.changed
+            if self.pool.max_num_seqs:
+                self.intake.admission.resize(self.pool.max_num_seqs)
             await self._health.set(SERVICE, status.SERVING if self.ready else status.NOT_SERVING)
             await changed.wait()

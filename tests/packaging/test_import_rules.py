@@ -32,8 +32,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_bench": ("benchmarks", "services.cli_options"),
     "services.cli_plan": ("benchmarks", "models"),
     "services.terminal": ("client", SERVICES_ROOT),
-    "services.cluster": (SERVICES_ROOT,),
-    "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway"),
+    "services.cluster": ("services.fleet", "services.gateway.membership", SERVICES_ROOT),
+    "services.one_machine": ("services.fleet", SERVICES_ROOT),
+    "services.cli_fleet": ("services.fleet", SERVICES_ROOT),
+    "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway", "services.fleet"),
+    "services.fleet": ("services.gateway.membership", "services.settings", SERVICES_ROOT),
     "services.settings": ("kvstore",),
     "services.metrics": SERVICES_BASE,
     "services.config": ("services.settings", "kvstore"),
@@ -76,7 +79,7 @@ def covers(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(pattern + ".")
 
 
-SUBSERVICES = {"gateway", "metrics", "prefill", "decode", "settings"}
+SUBSERVICES = {"gateway", "fleet", "metrics", "prefill", "decode", "settings"}
 
 
 def is_type_checking(node: ast.AST) -> bool:
