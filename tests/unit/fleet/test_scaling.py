@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvsluice.services.fleet.scaling import Sample, Scaler
@@ -46,7 +48,7 @@ def test_growth_at_most_doubles_waits_for_its_effect_and_ends_at_the_maximum():
     one.run(60, queue_s=1000.0, usage=1.0)
     assert [count for _, count in one.changes] == [2, 4, 6]
     times = [at_s for at_s, _ in one.changes]
-    assert all(later - earlier >= TARGETS.cooldown_s for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= TARGETS.cooldown_s for earlier, later in itertools.pairwise(times))
 
 
 def test_pressure_gives_the_size_at_which_it_would_be_on_target():
