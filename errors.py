@@ -75,6 +75,20 @@ class InvalidRecipe(InvalidRequest):
     """A recipe is unknown, or its slots do not fit together or do not fit the model."""
 
 
+class Unauthenticated(KvsluiceError):
+    """Who calls is not known: a key is missing or unknown, or one side does not trust the other's certificate."""
+
+    status = "UNAUTHENTICATED"
+    http_status = 401
+
+
+class PermissionDenied(KvsluiceError):
+    """Who calls is known and may not do this."""
+
+    status = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class UnknownModel(KvsluiceError):
     """The request names a model that is not served here."""
 

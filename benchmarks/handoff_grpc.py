@@ -17,6 +17,7 @@ from ..services.decode.receiver import Receiver
 from ..services.prefill.engine import PrefillJob
 from ..services.prefill.publisher import Publisher
 from ..services.rpc import bind, join_address, make_channel, make_server
+from ..services.security import FleetGuard
 from ..services.telemetry import NullRecorder
 from .timing import synchronize
 
@@ -76,7 +77,7 @@ class Loopback:
 
     async def _run(self, repeats: int) -> list[float]:
         servicer = _Servicer(self._handoff)
-        server = make_server(MAX_MESSAGE_BYTES)
+        server = make_server(MAX_MESSAGE_BYTES, FleetGuard(()))
         add_DecodeWorkerServicer_to_server(servicer, server)
         port = bind(server, HOST, 0)
         await server.start()

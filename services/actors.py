@@ -28,6 +28,7 @@ from .gateway.membership import Member, MembershipTable, Role, View
 from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
 from .model_shape import model_shape
 from .processes import forget_source_tree
+from .security import FleetSecurity
 from .telemetry import configure_logging, where
 from .worker import WorkerIdentity, check_fit, compute_dtype
 
@@ -84,6 +85,7 @@ class Host:
     def __init__(self, config_json: str, worker_id: str) -> None:
         forget_source_tree()
         self._config = ServeConfig.from_json(config_json)
+        assert self._config.fleet_tokens, "whoever starts a fleet gives its processes a token"
         configure_logging(self._config.log_level, self._config.log_format, worker_id)
         self._worker_id = worker_id
         self._controller = ray.get_actor(CONTROLLER, NAMESPACE)
@@ -162,7 +164,7 @@ class Worker(Host):
         )
         store = self._loop.run(self._open_store()) if "decode" in self.roles else None
         services = self._services(model, store)
-        self._worker = WorkerHost(services, config.max_frame_bytes)
+        self._worker = WorkerHost(services, config.max_frame_bytes, FleetSecurity.of(config))
         address = self._loop.run(self._worker.start(WORKER_HOST))
         if store is None and config.store is not None and "decode" in self.roles:
             decode: Any = services[-1]

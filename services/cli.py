@@ -58,12 +58,13 @@ def kvsluice(
 
 def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one flag for every configuration key, named as the key."""
-    from .config import ServeConfig, metavar, shown_default
+    from .config import ServeConfig, config_keys, metavar, shown_default
 
     parameters = [
         p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD
     ]
-    for name, field in ServeConfig.model_fields.items():
+    for name in config_keys():
+        field = ServeConfig.model_fields[name]
         # values are checked in one place, with the file's and the environment's
         kind: Any = bool | None if field.annotation is bool else str | None
         flag = name.replace("_", "-")
@@ -86,7 +87,9 @@ def _check_start(config: ServeConfig) -> ServeConfig:
     """
     from ..compression.recipe import get_recipe
     from ..models.tokenizer import load_tokenizer
+    from .security import check_files
 
+    check_files(config)
     path = Path(config.model).expanduser()
     if (os.sep in config.model or config.model.startswith((".", "~"))) and not path.exists():
         raise ConfigError(f"model: {config.model} does not exist")

@@ -11,17 +11,20 @@ from pydantic import ValidationError, model_validator
 
 from ..errors import ConfigError
 from ..kvstore.config import Topology
+from .settings.addresses import is_loopback
 from .settings.base import MIB
 from .settings.engine import EngineSettings
 from .settings.fleet import FleetSettings
 from .settings.requests import RequestSettings
+from .settings.security import SecuritySettings, check_settings
 from .settings.store import STORE_FILES, StoreSettings
 from .settings.telemetry import TelemetrySettings
 
 ENV_PREFIX = "KVSLUICE_"
+CLIENT_VARIABLES = ("api_key",)  # behind the prefix; what clients read from the environment, and a service does not
 
 
-class ServeConfig(FleetSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings):
+class ServeConfig(SecuritySettings, FleetSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings):
     """Everything that a process of the service is told. Workers get it serialized, never from their own environment.
 
     Lengths are in tokens, sizes in bytes, times in seconds. `--help` lists the topics from the last base to the first.
@@ -39,6 +42,11 @@ class ServeConfig(FleetSettings, TelemetrySettings, StoreSettings, RequestSettin
                 raise ConfigError(f"{name}: there is no store; allowed: only with store_url")
         return self
 
+    @model_validator(mode="after")
+    def _security_fits(self) -> ServeConfig:
+        check_settings(self, is_exposed=not is_loopback(self.host))
+        return self
+
     @property
     def model_name(self) -> str:
         """The name that clients use."""
@@ -50,6 +58,12 @@ class ServeConfig(FleetSettings, TelemetrySettings, StoreSettings, RequestSettin
     @classmethod
     def from_json(cls, text: str) -> ServeConfig:
         return cls.model_validate_json(text)
+
+
+def config_keys() -> list[str]:
+    """The keys that a file, the environment or flags may give, in the order of `--help`."""
+    internal = {"internal": True}
+    return [name for name, field in ServeConfig.model_fields.items() if field.json_schema_extra != internal]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -67,9 +81,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(source: str, values: Mapping[str, Any], spelled: Mapping[str, str]) -> None:
+    known_keys = config_keys()
     for key in values:
-        if key not in ServeConfig.model_fields:
-            known = ", ".join(sorted(ServeConfig.model_fields))
+        if key not in known_keys:
+            known = ", ".join(sorted(known_keys))
             raise ConfigError(f"{spelled.get(key, key)}: unknown key in {source}; known: {known}")
 
 
@@ -117,7 +132,8 @@ def load_config(
     """
     env = {k.removeprefix(ENV_PREFIX).lower(): v for k, v in (environ or {}).items() if k.startswith(ENV_PREFIX)}
     path = file or env.pop("config", None)
-    env.pop("config", None)
+    for name in ("config", *CLIENT_VARIABLES):
+        env.pop(name, None)
     from_file = _read_yaml(Path(path)) if path else {}
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     _check_keys("the YAML file", from_file, {})

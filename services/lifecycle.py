@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import grpc.aio
 
 from .rpc import bind, join_address, make_server
+from .security import FleetSecurity
 from .telemetry import where
 
 log = logging.getLogger("kvsluice.lifecycle")
@@ -172,21 +173,33 @@ class WorkerService(Protocol):
 
 
 class WorkerHost:
-    """A worker's gRPC server with the services of its roles."""
+    """A worker's gRPC server with the services of its roles.
 
-    def __init__(self, services: Sequence[WorkerService], max_message_bytes: int) -> None:
+    Args:
+        security: whom it lets in; None = everybody, on loopback.
+    """
+
+    def __init__(
+        self, services: Sequence[WorkerService], max_message_bytes: int, security: FleetSecurity | None = None
+    ) -> None:
         self._services = tuple(services)
         self._max_message_bytes = max_message_bytes
+        self._security = security or FleetSecurity()
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int = 0) -> str:
-        """Listen on `host`. Returns the address, host:port."""
+        """Listen on `host`. Returns the address, host:port.
+
+        Raises:
+            ConfigError: it cannot listen there, or would let everybody in who reaches it.
+        """
+        self._security.check_host(host)
         # made here, because it belongs to the loop that it is made in
-        self._server = make_server(self._max_message_bytes)
+        self._server = make_server(self._max_message_bytes, self._security.guard)
         for service in self._services:
             service.add_to(self._server)
             await service.start()
-        bound = bind(self._server, host, port)
+        bound = bind(self._server, host, port, self._security.tls)
         await self._server.start()
         return join_address(host, bound)
 

@@ -14,8 +14,10 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ..errors import ConfigError, InternalError, InvalidRequest, KvsluiceError
+from .security import Caller, FleetSecurity, Guard, current_caller
 from .status import ERROR_METADATA_KEY, error_from_rpc, error_info, status_code
 from .telemetry import current_request_id, where
+from .tls import TlsFiles, channel_credentials, server_credentials
 
 log = logging.getLogger("kvsluice.rpc")
 
@@ -55,14 +57,63 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def make_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
-    """A channel to another process of the system."""
-    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+def make_channel(address: str, max_message_bytes: int, security: FleetSecurity | None = None) -> Any:
+    """A channel to another process of the system, which shows it the fleet's token.
+
+    Raises:
+        ConfigError: a file of TLS cannot be used.
+    """
+    security, options = security or FleetSecurity(), channel_options(max_message_bytes)
+    if security.tls is None:
+        channel = grpc.aio.insecure_channel(address, options=options)
+    else:
+        credentials, more = channel_credentials(security.tls)
+        channel = grpc.aio.secure_channel(address, credentials, options=[*options, *more])
+    return with_metadata(channel, security.metadata)
 
 
-def make_server(max_message_bytes: int) -> grpc.aio.Server:
-    """A server whose own methods end with errors of the tree alone."""
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes))
+def make_server(max_message_bytes: int, guard: Guard) -> grpc.aio.Server:
+    """A server that lets in whom the guard does, and whose own methods end with errors of the tree alone."""
+    return grpc.aio.server(interceptors=[GuardingInterceptor(guard)], options=server_options(max_message_bytes))
+
+
+def with_metadata(channel: Any, metadata: tuple[tuple[str, str], ...]) -> Any:
+    """A channel, of asyncio or not, whose every call carries these entries besides its own. Stubs take it as any other;
+    call credentials of gRPC's own would need TLS."""
+    return _CarryingChannel(channel, metadata) if metadata else channel
+
+
+class _CarryingChannel:
+    def __init__(self, channel: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel, self._metadata = channel, metadata
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def _carry(self, call: Any) -> Any:
+        def carrying(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
+            return call(*args, metadata=(*(metadata or ()), *self._metadata), **kwargs)
+
+        return carrying
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._carry(self._channel.unary_unary(*args, **kwargs))
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._carry(self._channel.unary_stream(*args, **kwargs))
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._carry(self._channel.stream_unary(*args, **kwargs))
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._carry(self._channel.stream_stream(*args, **kwargs))
+
+    async def __aenter__(self) -> _CarryingChannel:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.__aexit__(*exc_info)
 
 
 def join_address(host: str, port: int) -> str:
@@ -70,10 +121,21 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Listen on exactly `host`. Returns the port; raises `ConfigError` where it cannot listen."""
+def bind(server: grpc.aio.Server, host: str, port: int, tls: TlsFiles | None = None) -> int:
+    """Listen on exactly `host`. Returns the port.
+
+    Args:
+        tls: its files; None = plaintext.
+
+    Raises:
+        ConfigError: it cannot listen, or a file of TLS cannot be used.
+    """
+    credentials = None if tls is None else server_credentials(tls)
     try:
-        bound = int(server.add_insecure_port(join_address(host, port)))
+        if credentials is None:
+            bound = int(server.add_insecure_port(join_address(host, port)))
+        else:
+            bound = int(server.add_secure_port(join_address(host, port), credentials))
     except RuntimeError:
         bound = 0
     if bound == 0:
@@ -128,8 +190,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: KvsluiceErro
 Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
-def _guard(inner: Handler, parse: Callable[[bytes], Any] | None, method: str) -> Handler:
+def _guarded(inner: Handler, parse: Callable[[bytes], Any] | None, method: str, caller: Caller) -> Handler:
     async def handler(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        current_caller.set(caller)
         try:
             if parse is not None:
                 try:
@@ -150,12 +213,23 @@ def _guard(inner: Handler, parse: Callable[[bytes], Any] | None, method: str) ->
     return handler
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Maps what handlers raise to a status and an `ErrorInfo`; anything foreign is INTERNAL with a closed message.
+def _refusal(error: KvsluiceError) -> Handler:
+    async def handler(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        await abort(context, error)
+
+    return handler
+
+
+class GuardingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Asks the guard about every call, before its message is parsed. Maps what handlers raise to a status and an
+    `ErrorInfo`; anything foreign is INTERNAL with a closed message.
 
     Handlers are coroutines that write through the context: an async generator would be left suspended when its call
     is cancelled during a write, and clean up only when it is collected.
     """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
 
     async def intercept_service(
         self,
@@ -163,16 +237,40 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
         method = handler_call_details.method
-        if handler is None or not method.startswith(_OWN_METHODS):
+        try:
+            caller = self._guard.authorize(method, _authorization(handler_call_details.invocation_metadata))
+        except KvsluiceError as exc:
+            return _rebuilt(handler, _refusal(exc), parses=False)
+        if not method.startswith(_OWN_METHODS):
             return handler
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
         parse = None if handler.request_streaming else handler.request_deserializer
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(
-            _guard(getattr(handler, kind), parse, method),
-            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
-            response_serializer=handler.response_serializer,
-        )
+        inner = getattr(handler, _kind(handler))
+        return _rebuilt(handler, _guarded(inner, parse, method, caller), parses=handler.request_streaming)
+
+
+def _authorization(metadata: Any) -> str | None:
+    """The one entry of that name; two of them are none."""
+    found = [value for key, value in metadata or () if key == "authorization"]
+    return found[0] if len(found) == 1 and isinstance(found[0], str) else None
+
+
+def _kind(handler: grpc.RpcMethodHandler[Any, Any]) -> str:
+    return ("stream" if handler.request_streaming else "unary") + (
+        "_stream" if handler.response_streaming else "_unary"
+    )
+
+
+def _rebuilt(handler: grpc.RpcMethodHandler[Any, Any], behavior: Handler, parses: bool) -> Any:
+    """A handler of the same kind with another behaviour.
+
+    Args:
+        parses: gRPC itself parses what comes.
+    """
+    return getattr(grpc, f"{_kind(handler)}_rpc_method_handler")(
+        behavior,
+        request_deserializer=handler.request_deserializer if parses else None,
+        response_serializer=handler.response_serializer,
+    )

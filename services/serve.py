@@ -11,6 +11,7 @@ from types import FrameType
 
 from ..errors import KvsluiceError
 from .config import ServeConfig
+from .security import with_fleet_tokens
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,7 +54,7 @@ def run(config: ServeConfig) -> int:
     prepare_environment()
     from .cluster import Fleet
 
-    fleet = Fleet(config)
+    fleet = Fleet(with_fleet_tokens(config))
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

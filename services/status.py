@@ -14,6 +14,8 @@ ERROR_METADATA_KEY = "kvsluice-error-bin"
 
 # how gRPC says that a connection never came about
 _NEVER_CONNECTED = re.compile(r"failed to connect|connection refused|resolv|resolution", re.IGNORECASE)
+# how it says that TLS did not come about; the other side's view, a closed socket, cannot be told from a lost connection
+_TLS = re.compile(r"handshake failed|hostname verification|certificate", re.IGNORECASE)
 _SIZES = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
 
 _CODES = {code.name: code for code in grpc.StatusCode}
@@ -25,6 +27,8 @@ _BY_CODE: dict[grpc.StatusCode, tuple[type[KvsluiceError], str]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (errors.DeadlineExceeded, "the deadline passed before the request was finished"),
     grpc.StatusCode.CANCELLED: (errors.RequestCancelled, "the request was cancelled"),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Overloaded, "the server has no room for the request"),
+    grpc.StatusCode.UNAUTHENTICATED: (errors.Unauthenticated, "the other side does not know who calls"),
+    grpc.StatusCode.PERMISSION_DENIED: (errors.PermissionDenied, "the other side does not allow this"),
     grpc.StatusCode.DATA_LOSS: (errors.CorruptFrame, "data were damaged on their way"),
 }
 
@@ -80,6 +84,11 @@ def error_from_rpc(error: grpc.RpcError, address: str = "") -> KvsluiceError:
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return _too_large(details)
+    if code is grpc.StatusCode.UNAVAILABLE and _TLS.search(details):
+        return errors.Unauthenticated(
+            "TLS: the service's certificate is not trusted, does not hold the name that was connected to, or the "
+            "service speaks no TLS; allowed: the authorities that signed it, and one of its names"
+        )
     if code is grpc.StatusCode.UNAVAILABLE and address:
         if _NEVER_CONNECTED.search(details):
             return errors.WorkerLost(f'cannot reach {address}; is "kvsluice serve" running?')

@@ -15,11 +15,12 @@ import grpc
 import grpc.aio
 
 from ...compression.recipe import ModelShape
-from ...errors import KvsluiceError, WorkerLost
+from ...errors import ConfigError, KvsluiceError, Unauthenticated, WorkerLost
 from ...protos import worker_pb2 as wpb
 from ...protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
 from ..rpc import is_cancelled, make_channel, read_all
-from ..status import build_error
+from ..security import FleetSecurity
+from ..status import build_error, error_from_rpc
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
 from .waits import Throughput, Waits
@@ -119,21 +120,32 @@ async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Link:
-    """What both kinds of links share: the loop that connects, and the worker's own account of itself.
+@dataclass(frozen=True)
+class LinkSettings:
+    """How links connect.
 
-    Args:
+    Attributes:
         lease_s: a worker that gives no account of itself for so long is lost, though its connection may live.
+        security: what workers are shown.
     """
 
-    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
+    max_message_bytes: int
+    lease_s: float
+    security: FleetSecurity
+
+
+class Link:
+    """What both kinds of links share: the loop that connects, and the worker's own account of itself."""
+
+    def __init__(self, member: Member, settings: LinkSettings, on_change: Callable[[], None]) -> None:
         self.member = member
         self.model: WorkerModel | None = None
         self.info = wpb.WorkerInfo()
         self.up = False
         self.draining = False
-        self._max_message_bytes = max_message_bytes
-        self._lease_s = lease_s
+        self._said = ""
+        self._settings = settings
+        self._lease_s = settings.lease_s
         self._on_change = on_change
         self._task: Task[None] | None = None
 
@@ -149,16 +161,30 @@ class Link:
     async def _run(self) -> None:
         while True:
             try:
-                async with make_channel(self.member.address, self._max_message_bytes) as channel:
+                settings = self._settings
+                async with make_channel(self.member.address, settings.max_message_bytes, settings.security) as channel:
                     await self._session(channel)
             except (grpc.RpcError, KvsluiceError, asyncio.InvalidStateError) as exc:
                 log.debug("link to %s ended: %s", self.member.worker_id, type(exc).__name__)
+                self._say_why(exc)
             except CancelledError:
                 if is_cancelled():
                     raise
             finally:
                 self._set_up(False)
             await asyncio.sleep(RECONNECT_S)
+
+    def _say_why(self, exc: Exception) -> None:
+        """What only whoever configures the fleet can mend is said, once."""
+        if isinstance(exc, grpc.RpcError) and isinstance(error := error_from_rpc(exc), Unauthenticated):
+            said = f"{self.member.worker_id} does not let this gateway in: {error.message}"
+        elif isinstance(exc, ConfigError):
+            said = exc.message
+        else:
+            return
+        if said != self._said:
+            log.error("%s", said)
+            self._said = said
 
     def _set_up(self, up: bool) -> None:
         if up == self.up:
@@ -196,8 +222,8 @@ class Link:
 class PrefillLink(Link):
     """Watches the connection to a prefill worker and starts prompts on it."""
 
-    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
-        super().__init__(member, max_message_bytes, lease_s, on_change)
+    def __init__(self, member: Member, settings: LinkSettings, on_change: Callable[[], None]) -> None:
+        super().__init__(member, settings, on_change)
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
         self._throughput = Throughput()
@@ -246,8 +272,8 @@ class PrefillLink(Link):
 class DecodeLink(Link):
     """The multiplexed stream to a decode worker. It is always drained: every entry goes to its request's inbox."""
 
-    def __init__(self, member: Member, max_message_bytes: int, lease_s: float, on_change: Callable[[], None]) -> None:
-        super().__init__(member, max_message_bytes, lease_s, on_change)
+    def __init__(self, member: Member, settings: LinkSettings, on_change: Callable[[], None]) -> None:
+        super().__init__(member, settings, on_change)
         self._outbox: Queue[wpb.ToDecode] = Queue()
         self._inboxes: dict[tuple[str, int], Inbox] = {}
         self._waits = Waits()

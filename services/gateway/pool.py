@@ -15,7 +15,8 @@ from typing import TypeVar
 from ...errors import KvsluiceError, WorkerLost
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
-from .links import DecodeLink, PrefillLink, WorkerModel
+from ..security import FleetSecurity
+from .links import DecodeLink, LinkSettings, PrefillLink, WorkerModel
 from .membership import Member, Membership
 from .routing import pick_decode, pick_prefill
 
@@ -219,7 +220,9 @@ class WorkerPool:
 
     def _connect(self, member: Member) -> PrefillLink | DecodeLink:
         kind: type[PrefillLink] | type[DecodeLink] = PrefillLink if member.role == "prefill" else DecodeLink
-        link = kind(member, self._config.max_frame_bytes, self._config.worker_lease_s, self._notify)
+        config = self._config
+        settings = LinkSettings(config.max_frame_bytes, config.worker_lease_s, FleetSecurity.of(config))
+        link = kind(member, settings, self._notify)
         link.start()
         return link
 

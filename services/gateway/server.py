@@ -15,7 +15,9 @@ from ...errors import WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import generation_pb2_grpc
 from ..config import ServeConfig
+from ..keys import KeysFile
 from ..rpc import bind, join_address, make_server
+from ..security import Guard, OpenGuard, client_tls
 from ..telemetry import Recorder
 from .intake import Intake, Tokenizer
 from .membership import Membership
@@ -48,7 +50,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self.pool, self.sessions, self.metrics = self.intake.pool, self.intake.sessions, self.intake.metrics
         self._health = health.aio.HealthServicer()
         self._health_task: Task[None] | None = None
-        self._server = make_server(config.max_message_bytes)
+        self.guard: Guard = OpenGuard() if config.api_keys_file is None else KeysFile(config.api_keys_file)
+        self._server = make_server(config.max_message_bytes, self.guard)
 
     async def start(self) -> str:
         """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
@@ -57,7 +60,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-        port = bind(self._server, self._config.host, self._config.port)
+        port = bind(self._server, self._config.host, self._config.port, client_tls(self._config))
         await self._server.start()
         self.pool.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="health")

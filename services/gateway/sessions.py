@@ -18,17 +18,17 @@ from typing import Any, Protocol
 
 from ...compression.recipe import ModelShape, Recipe, Resolved
 from ...errors import CorruptFrame, DuplicateRequest, KvsluiceError, SessionMismatch, StoreUnavailable
-from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, TenantId
+from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint
 from ...kvstore.sequences import delete_sequence
 from ...kvstore.session import Session, SessionBook, sequence_id
 from ...kvstore.store import Head, Store
 from ...protos import generation_pb2 as pb
+from ..security import NO_TENANT
 from ..validation import CheckedRequest, choose_recipe
 from .choice import Choice, Detokenizer
 
 log = logging.getLogger("kvsluice.gateway")
 
-NO_TENANT = TenantId("")
 MAX_PLACES = 65536  # sessions whose last worker is remembered
 
 

@@ -20,6 +20,7 @@ from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..config import ServeConfig
 from ..lifecycle import EngineThread
 from ..rpc import make_channel
+from ..security import FleetSecurity
 from ..staging import make_host_copies
 from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..worker import WorkerIdentity, sampling_fields, use_threads
@@ -40,15 +41,15 @@ class _Peer:
 class _Peers:
     """Channels to decode workers, shared by requests; one that failed is closed with its last user."""
 
-    def __init__(self, max_message_bytes: int) -> None:
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, max_message_bytes: int, security: FleetSecurity) -> None:
+        self._max_message_bytes, self._security = max_message_bytes, security
         self._peers: dict[str, _Peer] = {}
 
     @asynccontextmanager
     async def stub(self, address: str) -> AsyncIterator[DecodeWorkerStub]:
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = _Peer(make_channel(address, self._max_message_bytes))
+            peer = self._peers[address] = _Peer(make_channel(address, self._max_message_bytes, self._security))
         peer.users += 1
         try:
             yield DecodeWorkerStub(peer.channel)
@@ -71,6 +72,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     Args:
         window: frames of a request under way to its decode worker, at most, before its prompt is held back.
+        security: what decode workers are shown.
         setup: settings of the engine's thread.
         on_crash: called when the engine's thread ends by an exception.
     """
@@ -82,6 +84,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         *,
         window: int,
         max_message_bytes: int,
+        security: FleetSecurity | None = None,
         recorder: Recorder | None = None,
         setup: Callable[[], None] | None = None,
         on_crash: Callable[[BaseException], None] | None = None,
@@ -92,7 +95,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._copies = make_host_copies(engine.model.device)
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("prefill-engine", engine.step, setup, on_crash)
-        self._peers = _Peers(max_message_bytes)
+        self._peers = _Peers(max_message_bytes, security or FleetSecurity())
 
     def add_to(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self, server)
@@ -159,6 +162,7 @@ def make_prefill_service(
         identity,
         window=config.handoff_window,
         max_message_bytes=config.max_frame_bytes,
+        security=FleetSecurity.of(config),
         recorder=recorder,
         setup=setup,
         on_crash=on_crash,

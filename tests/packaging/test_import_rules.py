@@ -43,7 +43,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.prefill": WORKER,
     "services.decode": WORKER,
     "services.gateway": ("models.tokenizer", "compression.recipe", "services.metrics", *SERVICES_BASE),
-    SERVICES_ROOT: ("compression.recipe", "compression.interfaces", "services.metrics", *SERVICES_BASE),
+    SERVICES_ROOT: (
+        "compression.recipe",
+        "compression.interfaces",
+        "services.metrics",
+        "services.settings",
+        *SERVICES_BASE,
+    ),
     "": ("client",),
 }
 NOT_AT_IMPORT = {"ray", "pydantic", "redis", "tenacity", "fastapi"}

@@ -12,6 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+Span = datetime.timedelta
+DAY = Span(days=1)
+
 
 @dataclass(frozen=True)
 class KeyPair:
@@ -39,12 +42,18 @@ class Authority:
         signed = builder.sign(self._key, hashes.SHA256())
         self.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, hosts: tuple[str, ...] = ("127.0.0.1", "localhost")) -> KeyPair:
-        """A certificate for a server at these hosts, or for a client of that name."""
+    def issue(
+        self, name: str, hosts: tuple[str, ...] = ("127.0.0.1", "localhost"), valid: tuple[Span, Span] = (-DAY, DAY)
+    ) -> KeyPair:
+        """A certificate for a server at these hosts, or for a client of that name.
+
+        Args:
+            valid: from when until when, from now.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
         signed = (
-            _builder(_name(name), self._name, key.public_key())
+            _builder(_name(name), self._name, key.public_key(), valid)
             .add_extension(names, critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -66,7 +75,10 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid: tuple[Span, Span] = (-DAY, DAY)
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    return builder.serial_number(x509.random_serial_number()).not_valid_before(now - day).not_valid_after(now + day)
+    builder = builder.serial_number(x509.random_serial_number())
+    return builder.not_valid_before(now + valid[0]).not_valid_after(now + valid[1])

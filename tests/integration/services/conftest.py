@@ -30,6 +30,7 @@ from kvsluice.services.lifecycle import WorkerHost
 from kvsluice.services.model_shape import model_shape
 from kvsluice.services.prefill.engine import PrefillEngine
 from kvsluice.services.prefill.server import make_prefill_service
+from kvsluice.services.security import FleetSecurity
 from kvsluice.services.telemetry import MemoryRecorder
 from kvsluice.services.worker import WorkerIdentity
 
@@ -277,9 +278,12 @@ class Fleet:
     members: MembershipTable
     hosts: dict[str, WorkerHost] = field(default_factory=dict)
 
-    async def add_worker(self, worker_id: str, role: str) -> None:
-        service = (ScriptedPrefill if role == "prefill" else ScriptedDecode)(worker_id, self.script)
-        host = self.hosts[worker_id] = WorkerHost([service], self.config.max_frame_bytes)
+    def scripted(self, worker_id: str, role: str) -> _Service:
+        return (ScriptedPrefill if role == "prefill" else ScriptedDecode)(worker_id, self.script)
+
+    async def add_worker(self, worker_id: str, role: str, security: FleetSecurity | None = None) -> None:
+        service, security = self.scripted(worker_id, role), security or FleetSecurity.of(self.config)
+        host = self.hosts[worker_id] = WorkerHost([service], self.config.max_frame_bytes, security)
         address = await host.start("127.0.0.1")
         await self.members.register(Member(worker_id, role, address, "first"))  # type: ignore[arg-type]
 
@@ -297,9 +301,10 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
     async with AsyncExitStack() as stack:
 
         async def make(workers: bool = True, **settings: Any) -> Fleet:
+            tokens = settings.pop("fleet_tokens", ())
             config = load_config(
                 {"model": "chars", "port": 0, "default_recipe": "exact", "worker_wait_s": 5.0} | settings
-            )
+            ).model_copy(update={"fleet_tokens": tokens})
             members, recorder, script = MembershipTable(), MemoryRecorder(), Script()
             gateway = Gateway(config, CharTokenizer(), members, recorder)
             address = await gateway.start()

@@ -183,9 +183,9 @@ async def test_a_slow_link_to_a_decode_worker_holds_its_own_prompt_alone(make_re
     make_channel = prefill_server.make_channel
     with Proxy(host, int(port)) as proxy:
 
-        def by_proxy(address: str, max_message_bytes: int) -> Any:
+        def by_proxy(address: str, *settings: Any) -> Any:
             slow = address == fleet.decode_address
-            return make_channel(f"127.0.0.1:{proxy.port}" if slow else address, max_message_bytes)
+            return make_channel(f"127.0.0.1:{proxy.port}" if slow else address, *settings)
 
         monkeypatch.setattr(prefill_server, "make_channel", by_proxy)
         (service,) = fleet.hosts["prefill"]._services

@@ -13,6 +13,7 @@ from kvsluice.errors import BrokenCheckpoint, ConfigError
 from kvsluice.services import actors, lifecycle
 from kvsluice.services.config import load_config
 from kvsluice.services.gateway.membership import Member, View
+from kvsluice.services.security import with_fleet_tokens
 
 
 class Broken(actors.Host):
@@ -35,7 +36,9 @@ def start(monkeypatch):
         monkeypatch.setattr(actors, "forget_source_tree", lambda: None)
         monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
-        host = type("One", (Broken,), {"error": error})(load_config({"model": "tiny"}).to_json(), "decode-0")
+        host = type("One", (Broken,), {"error": error})(
+            with_fleet_tokens(load_config({"model": "tiny"})).to_json(), "decode-0"
+        )
         host._loop.stop()
         return host.status(), ended.wait(5.0 if members else 0.1)
 
