@@ -165,7 +165,7 @@ class Worker(Host):
         store = self._loop.run(self._open_store()) if "decode" in self.roles else None
         services = self._services(model, store)
         self._worker = WorkerHost(services, config.max_frame_bytes, FleetSecurity.of(config))
-        address = self._loop.run(self._worker.start(WORKER_HOST))
+        address = self._loop.run(self._worker.start(WORKER_HOST, config.worker_port))
         if store is None and config.store is not None and "decode" in self.roles:
             decode: Any = services[-1]
             self._loop.spawn(self._use_store_later(decode.use_store))

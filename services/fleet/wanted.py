@@ -149,7 +149,12 @@ def cluster_of(config: ServeConfig, gpu_share: float) -> ClusterConfig:
 
     Args:
         gpu_share: of a GPU, for each worker.
+
+    Raises:
+        ConfigError: workers would want the same port.
     """
+    if config.worker_port and (config.role == "split" or max(config.prefill_workers, config.decode_workers) > 1):
+        raise ConfigError(f"worker_port: several workers cannot share {config.worker_port} on one machine; allowed: 0")
     roles = {"worker": ("both", max(config.prefill_workers, config.decode_workers))}
     if config.role == "split":
         roles = {"prefill": ("prefill", config.prefill_workers), "decode": ("decode", config.decode_workers)}

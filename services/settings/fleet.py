@@ -20,6 +20,12 @@ class FleetSettings(Settings):
         description="address that the gateway listens on",
     )
     port: int = Field(8033, ge=0, le=65535, description="port that the gateway listens on; 0 = any free one")
+    worker_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="port that each worker listens on, where it has an address alone; 0 = any free one",
+    )
     role: Literal["split", "both"] = Field("split", description="prefill and decode apart, or both in each worker")
     prefill_workers: int = Field(1, ge=1, le=64, description="processes that run prompts")
     decode_workers: int = Field(1, ge=1, le=64, description="processes that generate")
