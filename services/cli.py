@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
+from .cli_loadtest import register as register_loadtest
 from .cli_plan import register as register_plan
 from .cli_sessions import register as register_sessions
 
@@ -222,6 +223,7 @@ register_eval(app)
 register_bench(app)
 register_sessions(app)
 register_plan(app)
+register_loadtest(app)
 
 
 if __name__ == "__main__":
