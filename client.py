@@ -11,17 +11,16 @@ Every failure raises an error of `kvsluice.errors`.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Unpack
 
 import grpc
 import grpc.aio
 
-from .errors import InvalidRequest
 from .protos import generation_pb2 as pb
 from .protos.generation_pb2_grpc import GenerationStub
 from .services.api import Collector, Options, Prompt, build_request, parse_info, parse_sessions
+from .services.connection import DEFAULT_ADDRESS, Connecting, checked_address, open_channel
 from .services.results import (
     Choice,
     Chunk,
@@ -45,6 +44,7 @@ __all__ = [
     "Chunk",
     "Client",
     "Completion",
+    "Connecting",
     "DurabilityReport",
     "ModelInfo",
     "Options",
@@ -57,10 +57,6 @@ __all__ = [
     "TokenLogprob",
     "Usage",
 ]
-
-DEFAULT_ADDRESS = "127.0.0.1:8033"
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_ADDRESS = re.compile(r"unix:.+|.*[^:]:(\d{1,5})", re.DOTALL)
 
 
 class Stream(Iterator[Chunk]):
@@ -134,36 +130,25 @@ class AsyncStream(AsyncIterator[Chunk]):
             raise await call_error(self._call) from None
 
 
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # the server says how much it takes
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-]
-
-
-def _checked(address: str) -> str:
-    found = _ADDRESS.fullmatch(address)
-    if found is None or not 0 < int(found.group(1) or 1) < 2**16:
-        raise InvalidRequest("address", f"{address[:128]!r} has no port", f"host:port, such as {DEFAULT_ADDRESS}")
-    return address
-
-
 class Client:
     """A connection to a service. Safe to share between threads.
 
     Args:
         address: host:port of the generate API.
         timeout_s: deadline of requests that bring none; None = the server's.
+        connecting: key and TLS, as `Connecting` says.
 
     Raises:
-        InvalidRequest: the address has no port.
+        InvalidRequest: the address has no port, or the key is none.
+        ConfigError: a file of TLS cannot be used.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, **connecting: Unpack[Connecting]
+    ) -> None:
         self._timeout_s = timeout_s
-        self._address = _checked(address)
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._address = checked_address(address)
+        self._channel = open_channel(address, connecting, is_async=False)
         self._stub = GenerationStub(self._channel)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
@@ -186,16 +171,17 @@ class Client:
         except grpc.RpcError as exc:
             raise error_from_rpc(exc, self._address) from exc
 
-    def sessions(self) -> list[SessionInfo]:
-        """Conversations that can be continued, those used last first."""
+    def sessions(self, tenant: str = "") -> list[SessionInfo]:
+        """Conversations that can be continued, those used last first; of another tenant for an admin's key alone."""
         try:
-            return parse_sessions(self._stub.ListSessions(pb.ListSessionsRequest(), timeout=self._timeout_s))
+            request = pb.ListSessionsRequest(tenant=tenant)
+            return parse_sessions(self._stub.ListSessions(request, timeout=self._timeout_s))
         except grpc.RpcError as exc:
             raise error_from_rpc(exc, self._address) from exc
 
-    def delete_session(self, session_id: str) -> bool:
-        """Delete a conversation. Returns whether it was there."""
-        request = pb.DeleteSessionRequest(session_id=session_id)
+    def delete_session(self, session_id: str, tenant: str = "") -> bool:
+        """Delete a conversation, of another tenant for an admin's key alone. Returns whether it was there."""
+        request = pb.DeleteSessionRequest(session_id=session_id, tenant=tenant)
         try:
             return bool(self._stub.DeleteSession(request, timeout=self._timeout_s).found)
         except grpc.RpcError as exc:
@@ -221,10 +207,12 @@ class Client:
 class AsyncClient:
     """As `Client`, for asyncio. Belongs to the event loop that it is first used in."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, **connecting: Unpack[Connecting]
+    ) -> None:
         self._timeout_s = timeout_s
-        self._address = _checked(address)
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._address = checked_address(address)
+        self._channel = open_channel(address, connecting, is_async=True)
         self._stub = GenerationStub(self._channel)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
@@ -248,16 +236,17 @@ class AsyncClient:
             raise error_from_rpc(exc, self._address) from exc
         return bool(reply.found)
 
-    async def sessions(self) -> list[SessionInfo]:
-        """Conversations that can be continued, those used last first."""
+    async def sessions(self, tenant: str = "") -> list[SessionInfo]:
+        """Conversations that can be continued, those used last first; of another tenant for an admin's key alone."""
         try:
-            return parse_sessions(await self._stub.ListSessions(pb.ListSessionsRequest(), timeout=self._timeout_s))
+            request = pb.ListSessionsRequest(tenant=tenant)
+            return parse_sessions(await self._stub.ListSessions(request, timeout=self._timeout_s))
         except grpc.RpcError as exc:
             raise error_from_rpc(exc, self._address) from exc
 
-    async def delete_session(self, session_id: str) -> bool:
-        """Delete a conversation. Returns whether it was there."""
-        request = pb.DeleteSessionRequest(session_id=session_id)
+    async def delete_session(self, session_id: str, tenant: str = "") -> bool:
+        """Delete a conversation, of another tenant for an admin's key alone. Returns whether it was there."""
+        request = pb.DeleteSessionRequest(session_id=session_id, tenant=tenant)
         try:
             return bool((await self._stub.DeleteSession(request, timeout=self._timeout_s)).found)
         except grpc.RpcError as exc:

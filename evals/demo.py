@@ -24,6 +24,7 @@ from ..client import Client, Completion
 from ..compression.recipe import PRESETS
 from ..models.checkpoint import DEFAULT_MODEL
 from ..models.tokenizer import load_tokenizer
+from ..services.cli_options import Service
 from .demo_prompt import NUM_FACTS, NUM_TOKENS, SEED, DemoQuestion, demo_questions
 from .report import write_results
 from .service_process import ServiceFailed, running_service
@@ -219,22 +220,22 @@ def _progress(console: Console) -> Progress:
 
 
 @contextlib.contextmanager
-def _service(address: str | None, console: Console) -> Iterator[str]:
-    if address is not None:
-        yield address
+def _service(given: Service | None, console: Console) -> Iterator[Service]:
+    if given is not None:
+        yield given
         return
     with contextlib.ExitStack() as stack:
         with console.status("starting a gateway, a prefill worker and a decode worker"):
             service = stack.enter_context(running_service("--prefill-workers", "1", "--decode-workers", "1"))
         console.print(f"A gateway, a prefill and a decode worker run in processes of their own, at {service.address}.")
-        yield service.address
+        yield Service(service.address)
 
 
-def run_demo(address: str | None = None, json_path: Path | None = None, console: Console | None = None) -> int:
+def run_demo(service: Service | None = None, json_path: Path | None = None, console: Console | None = None) -> int:
     """Run the demo and print its results.
 
     Args:
-        address: host:port of a running service with the default model; None starts one for the demo.
+        service: a running one with the default model; None starts one for the demo.
         json_path: where to write the results, too.
         console: where to print.
 
@@ -246,7 +247,7 @@ def run_demo(address: str | None = None, json_path: Path | None = None, console:
     """
     console = console or Console()
     try:
-        runs = _ask_all(address, console)
+        runs = _ask_all(service, console)
     except ServiceFailed as exc:
         console.print(str(exc), markup=False)
         return 1
@@ -262,7 +263,7 @@ def run_demo(address: str | None = None, json_path: Path | None = None, console:
     return 0
 
 
-def _ask_all(address: str | None, console: Console) -> list[RecipeRun]:
+def _ask_all(service: Service | None, console: Console) -> list[RecipeRun]:
     questions = demo_questions(load_tokenizer(DEFAULT_MODEL).encode)
     num_asked = sum(len(question.values) for question in questions)
     console.print(
@@ -270,7 +271,11 @@ def _ask_all(address: str | None, console: Console) -> list[RecipeRun]:
         f"{len(questions)} questions for {num_asked} of the {NUM_FACTS} facts, under each of {', '.join(RECIPES)}."
     )
     runs = []
-    with _service(address, console) as where, Client(where) as client, _progress(console) as progress:
+    with (
+        _service(service, console) as where,
+        Client(where.address, **where.connecting) as client,
+        _progress(console) as progress,
+    ):
         for recipe in RECIPES:
             task = progress.add_task(f"{recipe:<8}", total=len(questions))
             runs.append(run_recipe(client, recipe, questions, partial(progress.advance, task)))

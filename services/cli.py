@@ -16,6 +16,7 @@ from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
 from .cli_loadtest import register as register_loadtest
+from .cli_options import Service, connecting
 from .cli_plan import register as register_plan
 from .cli_sessions import register as register_sessions
 
@@ -119,14 +120,15 @@ def serve(
 
 
 @app.command()
+@connecting()
 def generate(
+    service: Service,
     prompt: Annotated[
         str | None, typer.Argument(help="the prompt, or the question about --file; `-` reads standard input")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="text file that the prompt begins with", metavar="FILE")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="send the prompt as a user's chat message")] = False,
     system: Annotated[str | None, typer.Option(help="system message; implies --chat")] = None,
-    address: Annotated[str, typer.Option(help="host:port of the service")] = "127.0.0.1:8033",
     model: Annotated[str | None, typer.Option(help=f"served model's name; {_SERVERS}")] = None,
     recipe: Annotated[
         str | None, typer.Option(help=f"recipe or preset, such as exact, balanced, fast; {_SERVERS}")
@@ -183,7 +185,7 @@ def generate(
     }
     options = {name: value for name, value in given.items() if value is not None}
     prompt_or_chat = [*messages, {"role": "user", "content": text}] if chat or system else text
-    sys.exit(stream_to_terminal(address, prompt_or_chat, options))
+    sys.exit(stream_to_terminal(service, prompt_or_chat, options))
 
 
 @app.command()
@@ -198,25 +200,27 @@ def recipes() -> None:
 
 
 @app.command()
-def models(address: Annotated[str, typer.Option(help="host:port of the service")] = "127.0.0.1:8033") -> None:
+@connecting()
+def models(service: Service) -> None:
     """Show what a running service serves."""
     from ..client import Client
 
-    with Client(address, timeout_s=30.0) as client:
+    with Client(service.address, timeout_s=30.0, **service.connecting) as client:
         info = client.model_info()
     print(f"{info.model}  context {info.max_model_len}  vocabulary {info.vocab_size}  fingerprint {info.fingerprint}")
     print(f"recipes: {', '.join(info.recipes)} (default {info.default_recipe})")
 
 
 @app.command()
+@connecting(optional=True)
 def demo(
-    address: Annotated[str | None, typer.Option(help="host:port of a running service; else one is started")] = None,
+    service: Service | None,
     json: Annotated[Path | None, typer.Option(help="also write the results to this file")] = None,
 ) -> None:
     """Ask a real long document questions under several recipes and print what each costs."""
     from ..evals.demo import run_demo
 
-    sys.exit(run_demo(address, json))
+    sys.exit(run_demo(service, json))
 
 
 register_eval(app)

@@ -21,7 +21,8 @@ from .settings.store import STORE_FILES, StoreSettings
 from .settings.telemetry import TelemetrySettings
 
 ENV_PREFIX = "KVSLUICE_"
-CLIENT_VARIABLES = ("api_key",)  # behind the prefix; what clients read from the environment, and a service does not
+# behind the prefix; what clients read from the environment, and a service does not
+CLIENT_VARIABLES = ("api_key", "tls", "tls_ca", "tls_cert", "tls_key")
 
 
 class ServeConfig(SecuritySettings, FleetSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings):

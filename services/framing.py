@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compression.interfaces import EncodedLayer, Part
-from ..errors import FrameMismatch
+from ..errors import FrameMismatch, PermissionDenied
 from ..kvstore.envelope import Fault, corrupt
 from ..kvstore.frame import (
     DEFAULT_LIMITS,
@@ -336,7 +336,7 @@ class LayerAssembler:
 
         Raises:
             CorruptFrame: the bytes are no sound frame, or contradict the frames before.
-            FrameMismatch: a sound frame of another request, epoch, tenant, model or recipe.
+            FrameMismatch: a sound frame of another request, epoch, model or recipe; PermissionDenied: tenant.
         """
         return self.add_frame(decode_frame(data, self._limits))
 
@@ -344,7 +344,8 @@ class LayerAssembler:
         """The same for a frame that is decoded already."""
         for name in FrameIdent.__dataclass_fields__:
             if getattr(frame.ident, name) != getattr(self._expected, name):
-                raise FrameMismatch(f"a frame of another {name.replace('_', ' ')}")
+                error = PermissionDenied if name == "tenant" else FrameMismatch
+                raise error(f"a frame of another {name.replace('_', ' ')}")
         if self._tokens not in (None, frame.tokens):
             raise corrupt("layer", Fault.INCONSISTENT)
         self._tokens = frame.tokens

@@ -246,6 +246,13 @@ def with_fleet_tokens(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"fleet_tokens": read_fleet_tokens(config.fleet_token_file)})
 
 
+def check_door(config: ServeConfig, host: str) -> None:
+    """Raises `ConfigError` where a door for clients on `host` would serve everybody who reaches it."""
+    from .settings.security import check_settings
+
+    check_settings(config, is_exposed=not is_loopback(host))
+
+
 def check_files(config: ServeConfig) -> None:
     """Read every file that the configuration names, so that a bad one stops the start. Raises `ConfigError`."""
     from .keys import KeysFile

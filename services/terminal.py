@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..client import Client, Completion, Options, Prompt, Stream
 from ..errors import InvalidRequest, KvsluiceError
+from .cli_options import Service
 
 EXIT_INTERRUPTED = 130
 SESSIONS_TIMEOUT_S = 30.0
@@ -53,9 +54,9 @@ def parse_slots(text: str | None) -> dict[str, Any] | None:
     return slots
 
 
-def stream_to_terminal(address: str, prompt: Prompt, options: dict[str, Any]) -> int:
+def stream_to_terminal(service: Service, prompt: Prompt, options: dict[str, Any]) -> int:
     """Run a request. Text goes to standard output, everything else to standard error. Returns an exit status."""
-    with Client(address) as client:
+    with Client(service.address, **service.connecting) as client:
         stream = client.stream(prompt, **_typed(options))
         try:
             if options.get("n", 1) == 1:
@@ -122,21 +123,21 @@ def _summary(done: Completion) -> str:
     return " · ".join(parts)
 
 
-def delete_sessions(address: str, session_ids: Sequence[str]) -> int:
+def delete_sessions(service: Service, session_ids: Sequence[str], tenant: str) -> int:
     """Delete sessions. Returns an exit status: 1 where one was not there."""
     missing = 0
-    with Client(address, timeout_s=SESSIONS_TIMEOUT_S) as client:
+    with Client(service.address, timeout_s=SESSIONS_TIMEOUT_S, **service.connecting) as client:
         for session_id in session_ids:
-            if not client.delete_session(session_id):
+            if not client.delete_session(session_id, tenant):
                 missing = 1
                 print(f"kvsluice: there is no session {session_id}", file=sys.stderr)
     return missing
 
 
-def print_sessions(address: str, as_json: bool) -> None:
+def print_sessions(service: Service, as_json: bool, tenant: str) -> None:
     """A table of a service's sessions, or a JSON object a line."""
-    with Client(address, timeout_s=SESSIONS_TIMEOUT_S) as client:
-        sessions = client.sessions()
+    with Client(service.address, timeout_s=SESSIONS_TIMEOUT_S, **service.connecting) as client:
+        sessions = client.sessions(tenant)
     if as_json:
         for one in sessions:
             print(json.dumps(asdict(one)))

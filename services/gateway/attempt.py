@@ -89,6 +89,7 @@ class Attempt:
         message = wpb.Open(
             request_id=job.sequence_id,
             epoch=self.epoch,
+            tenant=job.tenant,
             num_prompt_tokens=len(job.prompt_ids),
             recipe_json=self._recipe.to_json(),
             sampling=job.sampling,
@@ -118,6 +119,7 @@ class Attempt:
         request = wpb.PrefillRequest(
             request_id=job.sequence_id,
             epoch=epoch,
+            tenant=job.tenant,
             prompt_ids=job.prompt_ids,
             recipe_json=self._recipe.to_json(),
             sampling=job.sampling,

@@ -97,7 +97,7 @@ class Call:
             prefill=plan.start is not Start.RESTORE,
             store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
             blame=plan.blame,
-            near=self._sessions.place(self._job.checked.session_id),
+            near=self._sessions.place(self._job.tenant, self._job.checked.session_id),
         )
 
     def _attempt(self, route: Route, resolved: Resolved) -> Attempt:

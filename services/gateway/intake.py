@@ -21,13 +21,16 @@ from ...errors import (
     InvalidRequest,
     KvsluiceError,
     Overloaded,
+    PermissionDenied,
     RequestCancelled,
     UnknownModel,
     WorkerLost,
 )
+from ...kvstore.identity import TenantId
 from ...protos import generation_pb2 as pb
 from ..config import ServeConfig
 from ..metrics.gateway import GatewayMetrics
+from ..security import Caller, Role, current_caller
 from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission
@@ -83,7 +86,7 @@ class Intake:
         self._recorder = recorder or NullRecorder()
         self._epochs = Epochs(number)
         self._retries = RetryBudget(config.retries_per_minute, time.monotonic)
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[tuple[TenantId, str], Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
         self._num_early = 0  # requests that wait for the first workers
@@ -115,8 +118,8 @@ class Intake:
             ticket.interrupt(error)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request. Returns whether it was running."""
-        ticket = self._tickets.get(request_id)
+        """End a request of the caller's tenant. Returns whether it was running."""
+        ticket = self._tickets.get((current_caller.get().tenant, request_id))
         if ticket is not None:
             ticket.interrupt(RequestCancelled("the request was cancelled"))
         return ticket is not None
@@ -163,11 +166,16 @@ class Intake:
             version=__version__,
         )
 
-    async def delete_session(self, session_id: str) -> bool:
-        """Delete a session. Returns whether it was there. Raises as `Sessions.delete`."""
+    async def list_sessions(self, tenant: str = "") -> list[pb.SessionInfo]:
+        """The sessions of a tenant, by default of the caller's. Raises as `Sessions.all`, and `PermissionDenied`."""
+        return await self.sessions.all(_tenant(current_caller.get(), tenant))
+
+    async def delete_session(self, session_id: str, tenant: str = "") -> bool:
+        """Delete a session of a tenant, by default of the caller's. Returns whether it was there. Raises as
+        `Sessions.delete`, and `PermissionDenied`."""
         if not session_id:
             raise InvalidRequest("session_id", "is empty", "the id of a session")
-        return await self.sessions.delete(session_id)
+        return await self.sessions.delete(_tenant(current_caller.get(), tenant), session_id)
 
     async def _generate(self, request: pb.GenerateRequest, write: Write, accepted_s: float, deadline_s: float) -> None:
         current_request_id.set(request.request_id)
@@ -175,14 +183,15 @@ class Intake:
         checked = check_request(request, served, self._draw_seed)
         request_id = checked.request_id or uuid.uuid4().hex
         current_request_id.set(request_id)
-        if request_id in self._tickets:
+        tenant = current_caller.get().tenant
+        if (tenant, request_id) in self._tickets:
             raise DuplicateRequest("request_id: a request with this id is running")
         task = asyncio.current_task()
         assert task is not None
-        ticket = self._tickets[request_id] = Ticket(request_id, task)
+        ticket = self._tickets[tenant, request_id] = Ticket(request_id, task)
         self._idle.clear()
         try:
-            with ticket.interruptible(), self.sessions.running(checked.session_id):
+            with ticket.interruptible(), self.sessions.running(tenant, checked.session_id):
                 if checked.token_ids is None:
                     check_input_size(checked, served)
                 else:
@@ -192,7 +201,7 @@ class Intake:
                     job = await self._job(request_id, checked, served, accepted_s, deadline_s)
                     await self._run(job, write)
         finally:
-            del self._tickets[request_id]
+            del self._tickets[tenant, request_id]
             if not self._tickets:
                 self._idle.set()
             self._report_load()
@@ -215,7 +224,8 @@ class Intake:
     async def _job(
         self, request_id: str, checked: CheckedRequest, served: ServedModel, accepted_s: float, deadline_s: float
     ) -> Job:
-        turn = None if checked.session_id is None else await self.sessions.turn(checked)
+        tenant = current_caller.get().tenant
+        turn = None if checked.session_id is None else await self.sessions.turn(tenant, checked)
         if turn is None or turn.session is None:
             prompt_ids, history_ids = await self._tokenize(checked), tuple[int, ...]()
         else:
@@ -225,7 +235,15 @@ class Intake:
             history_ids = (*turn.session.history_ids, *await self._tokenize(checked, turn))
         sampling = check_prompt(checked, len(prompt_ids) + len(history_ids), served)
         return Job(
-            request_id, checked, tuple(prompt_ids), sampling, accepted_s, deadline_s, history_ids=history_ids, turn=turn
+            request_id,
+            checked,
+            tuple(prompt_ids),
+            sampling,
+            accepted_s,
+            deadline_s,
+            history_ids=history_ids,
+            turn=turn,
+            tenant=tenant,
         )
 
     async def _run(self, job: Job, write: Write) -> None:
@@ -271,6 +289,15 @@ class Intake:
 
     def _report_load(self) -> None:
         self.metrics.load(self.admission.num_running, self.admission.num_waiting)
+
+
+def _tenant(caller: Caller, named: str) -> TenantId:
+    """Whose sessions a caller means. Raises `PermissionDenied` where they are another's."""
+    if named in ("", caller.tenant):
+        return caller.tenant
+    if caller.role is not Role.ADMIN:
+        raise PermissionDenied("tenant: is another one; allowed: the key's own, or a key with the role admin")
+    return TenantId(named)
 
 
 def _seed_source(seed: int | None) -> Callable[[], int]:

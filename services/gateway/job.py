@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidRequest, KvsluiceError
+from ...kvstore.identity import RequestId, TenantId
 from ...kvstore.session import sequence_id
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
+from ..security import NO_TENANT
 from ..validation import CheckedRequest
-from .sessions import Turn
+from .sessions import Turn, owned_id
 
 _EPOCH_UNIT_NS = 1000
 GATEWAYS = 1024  # that tell their epochs apart
@@ -76,6 +78,7 @@ class Job:
         prompt_ids: what is prefilled.
         history_ids: what follows it before the answer: earlier turns of a session, and this one's input.
         turn: of a session; None = the request is by itself.
+        tenant: whose it is.
         accepted_s: monotonic time at which the request arrived.
         deadline_s: monotonic time of its deadline.
     """
@@ -88,11 +91,13 @@ class Job:
     deadline_s: float
     history_ids: tuple[int, ...] = ()
     turn: Turn | None = None
+    tenant: TenantId = NO_TENANT
 
     @property
     def sequence_id(self) -> str:
         """What workers and the store call it: the turns of a session are one sequence."""
-        return self.request_id if self.turn is None else sequence_id(self.turn.session_id)
+        own = RequestId(self.request_id) if self.turn is None else sequence_id(self.turn.session_id)
+        return owned_id(self.tenant, own)
 
     @property
     def num_input_tokens(self) -> int:

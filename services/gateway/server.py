@@ -17,7 +17,7 @@ from ...protos import generation_pb2_grpc
 from ..config import ServeConfig
 from ..keys import KeysFile
 from ..rpc import bind, join_address, make_server
-from ..security import Guard, OpenGuard, client_tls
+from ..security import Guard, OpenGuard, check_door, client_tls
 from ..telemetry import Recorder
 from .intake import Intake, Tokenizer
 from .membership import Membership
@@ -54,7 +54,9 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._server = make_server(config.max_message_bytes, self.guard)
 
     async def start(self) -> str:
-        """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
+        """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot, or would serve everybody."""
+        # a host may have come from elsewhere than what was checked with the configuration
+        check_door(self._config, self._config.host)
         generation_pb2_grpc.add_GenerationServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -114,11 +116,11 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Any) -> pb.ListSessionsResponse:
         """See `generation.proto`."""
-        return pb.ListSessionsResponse(sessions=await self.sessions.all())
+        return pb.ListSessionsResponse(sessions=await self.intake.list_sessions(request.tenant))
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:
         """See `generation.proto`."""
-        return pb.DeleteSessionResponse(found=await self.intake.delete_session(request.session_id))
+        return pb.DeleteSessionResponse(found=await self.intake.delete_session(request.session_id, request.tenant))
 
     async def _follow_health(self) -> None:
         status = health_pb2.HealthCheckResponse

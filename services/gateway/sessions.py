@@ -18,12 +18,11 @@ from typing import Any, Protocol
 
 from ...compression.recipe import ModelShape, Recipe, Resolved
 from ...errors import CorruptFrame, DuplicateRequest, KvsluiceError, SessionMismatch, StoreUnavailable
-from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint
+from ...kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ...kvstore.sequences import delete_sequence
 from ...kvstore.session import Session, SessionBook, sequence_id
 from ...kvstore.store import Head, Store
 from ...protos import generation_pb2 as pb
-from ..security import NO_TENANT
 from ..validation import CheckedRequest, choose_recipe
 from .choice import Choice, Detokenizer
 
@@ -44,10 +43,12 @@ class Turn:
     """A turn of a session that is running.
 
     Attributes:
+        tenant: whose session it is.
         session: as the turns before left it; None = this is the first.
         head: the session's when the turn began.
     """
 
+    tenant: TenantId
     session_id: str
     session: Session | None
     head: Head | None
@@ -119,8 +120,8 @@ class Sessions:
         self.ttl_s, self._has_store = ttl_s, has_store
         self._store: Store | None = None
         self._book: SessionBook | None = None
-        self._running: set[str] = set()
-        self._places: OrderedDict[str, str] = OrderedDict()
+        self._running: set[tuple[TenantId, str]] = set()
+        self._places: OrderedDict[tuple[TenantId, str], str] = OrderedDict()
 
     def use_store(self, store: Store) -> None:
         """From now on sessions are kept there; `close` closes it."""
@@ -135,8 +136,8 @@ class Sessions:
             await self._store.close()
 
     @contextlib.contextmanager
-    def running(self, session_id: str | None) -> Iterator[None]:
-        """Hold a session, so that no other turn of it runs here. None = nothing is to be held.
+    def running(self, tenant: TenantId, session_id: str | None) -> Iterator[None]:
+        """Hold a tenant's session, so that no other turn of it runs here. None = nothing is to be held.
 
         Raises:
             DuplicateRequest: one does.
@@ -144,24 +145,24 @@ class Sessions:
         if session_id is None:
             yield
             return
-        if session_id in self._running:
+        if (tenant, session_id) in self._running:
             raise DuplicateRequest("session_id: a turn of this session is running")
-        self._running.add(session_id)
+        self._running.add((tenant, session_id))
         try:
             yield
         finally:
-            self._running.discard(session_id)
+            self._running.discard((tenant, session_id))
 
-    async def turn(self, checked: CheckedRequest) -> Turn:
-        """What a request continues, or begins; the session is held meanwhile.
+    async def turn(self, tenant: TenantId, checked: CheckedRequest) -> Turn:
+        """What a tenant's request continues, or begins; the session is held meanwhile.
 
         Raises:
             SessionMismatch: the turn is not the one that the request takes it for.
             StoreUnavailable: the store cannot be asked. CorruptFrame: what it holds is broken.
         """
         assert checked.session_id is not None
-        found = await self._open_book().find(NO_TENANT, checked.session_id)
-        turn = Turn(checked.session_id, found.session, found.head)
+        found = await self._open_book().find(tenant, checked.session_id)
+        turn = Turn(tenant, checked.session_id, found.session, found.head)
         if checked.session_turn not in (None, turn.number):
             has = f"has {turn.number - 1} turns" if turn.session else "is not there: it has expired, or was deleted"
             raise SessionMismatch(f"session_turn: got {checked.session_turn}, and the session {has}")
@@ -177,17 +178,18 @@ class Sessions:
             Fenced: another turn has counted meanwhile. StoreUnavailable.
         """
         await self._open_book().write(session, turn.head)
-        self._places[session.session_id] = worker_id
-        self._places.move_to_end(session.session_id)
+        key = (session.tenant, session.session_id)
+        self._places[key] = worker_id
+        self._places.move_to_end(key)
         if len(self._places) > MAX_PLACES:
             self._places.popitem(last=False)
 
-    def place(self, session_id: str | None) -> str | None:
+    def place(self, tenant: TenantId, session_id: str | None) -> str | None:
         """The decode worker of a session's last turn; None where it is not known."""
-        return None if session_id is None else self._places.get(session_id)
+        return None if session_id is None else self._places.get((tenant, session_id))
 
-    async def all(self) -> list[pb.SessionInfo]:
-        """What there is, used last first. Raises `StoreUnavailable`."""
+    async def all(self, tenant: TenantId) -> list[pb.SessionInfo]:
+        """What a tenant has, used last first. Raises `StoreUnavailable`."""
         return [
             pb.SessionInfo(
                 session_id=one.session_id,
@@ -198,17 +200,17 @@ class Sessions:
                 used_unix_s=one.used_unix_s,
                 expires_unix_s=one.used_unix_s + self.ttl_s,
             )
-            for one in await self._open_book().sessions(NO_TENANT)
+            for one in await self._open_book().sessions(tenant)
         ]
 
-    async def delete(self, session_id: str) -> bool:
-        """Delete a session and its cache. Returns whether it was there.
+    async def delete(self, tenant: TenantId, session_id: str) -> bool:
+        """Delete a tenant's session and its cache. Returns whether it was there.
 
         Raises:
             DuplicateRequest: a turn of it is running. StoreUnavailable.
         """
-        with self.running(session_id):
-            session = await self._open_book().delete(NO_TENANT, session_id)
+        with self.running(tenant, session_id):
+            session = await self._open_book().delete(tenant, session_id)
             if session is None:
                 return False
             assert self._store is not None
@@ -225,9 +227,15 @@ class Sessions:
         return self._book
 
 
+def owned_id(tenant: TenantId, sequence: RequestId) -> RequestId:
+    """What workers and the store call a tenant's sequence. Two tenants' ids are never the same: a tenant's name holds
+    neither a colon nor a space, and an id by itself begins with none that is followed by these."""
+    return RequestId(f"{tenant}: {sequence}") if tenant else sequence
+
+
 def _ident(session: Session) -> FrameIdent:
     return FrameIdent(
-        request_id=sequence_id(session.session_id),
+        request_id=owned_id(session.tenant, sequence_id(session.session_id)),
         epoch=session.epoch,
         tenant=session.tenant,
         model_fingerprint=ModelFingerprint(session.model_fingerprint),
@@ -262,7 +270,7 @@ def after_turn(
     now, before = time.time(), turn.session
     return Session(
         session_id=turn.session_id,
-        tenant=NO_TENANT,
+        tenant=turn.tenant,
         model_fingerprint=model_fingerprint,
         recipe_name=checked.recipe_name if before is None else before.recipe_name,
         recipe_json=resolved.recipe.to_json(),

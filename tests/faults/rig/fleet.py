@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ class Victim:
         wait_until(lambda: cpu_seconds(process) > begin + seconds, f"{name} computes", 60.0)
 
 
-def worker_info(process: Process, role: str) -> wpb.WorkerInfo | None:
+def worker_info(process: Process, role: str, token: str) -> wpb.WorkerInfo | None:
     """A worker's account of itself; None where it gives none (yet)."""
     try:
         ports = [one.laddr.port for one in psutil.Process(process.pid).net_connections("tcp") if one.status == "LISTEN"]
@@ -104,7 +105,8 @@ def worker_info(process: Process, role: str) -> wpb.WorkerInfo | None:
     for port in ports:  # Ray listens, too
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             try:
-                info: wpb.WorkerInfo = STUBS[role](channel).Info(wpb.InfoRequest(), timeout=2.0)
+                known = (("authorization", f"Bearer {token}"),)
+                info: wpb.WorkerInfo = STUBS[role](channel).Info(wpb.InfoRequest(), timeout=2.0, metadata=known)
             except grpc.RpcError:
                 continue
             return info
@@ -117,16 +119,18 @@ class Fleet(Victim):
 
     Attributes:
         sizes: workers of each role.
+        token: the fleet's.
     """
 
     redis: RedisServer
     proxy: Proxy
     points: Failpoints
     sizes: dict[str, int]
+    token: str
 
     def infos(self, role: str) -> list[wpb.WorkerInfo]:
         """Of all workers that give an account of themselves."""
-        found = (worker_info(process, role) for process in self.actors(role))
+        found = (worker_info(process, role, self.token) for process in self.actors(role))
         return [info for info in found if info is not None]
 
     def is_whole(self) -> bool:
@@ -169,6 +173,9 @@ def running_fleet(
         given += ["--log-level", "info", "--worker-lease-s", str(LEASE_S), "--max-migrations", "64"]
         given += ["--store-url", f"redis://{HOST}:{proxy.port}", "--store-keep-every", "8"]
         given += ["--store-cache-bytes", str(16 << 20)]  # full soon: what grows behind that is a leak
+        token = secrets.token_hex(32)
+        (folder / "token").write_text(token)
+        given += ["--fleet-token-file", str(folder / "token")]
         given += ["--prefill-workers", str(prefill_workers), "--decode-workers", str(decode_workers), *arguments]
         service = stack.enter_context(running_service(*given))
-        yield Fleet(service, redis, proxy, hooks, sizes)
+        yield Fleet(service, redis, proxy, hooks, sizes, token)
