@@ -94,6 +94,7 @@ STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
         BIN / "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "tests/packaging/test_import_rules.py"
     ),
     "generated code": lambda: run(sys.executable, ROOT / "scripts" / "generate_protos.py", "--check"),
+    "API reference": lambda: run(sys.executable, "-P", ROOT / "scripts" / "api_reference.py", "--check"),
     "README's numbers": lambda: run(sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"),
     "recipes' numbers": lambda: run(sys.executable, ROOT / "scripts" / "recipe_report.py", "--check"),
     "speeds": lambda: run(sys.executable, ROOT / "scripts" / "performance_report.py", "--check"),

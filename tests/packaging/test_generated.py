@@ -18,6 +18,12 @@ def test_generated_code_is_fresh(root):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_the_api_reference_is_fresh(root):
+    script = [sys.executable, "-P", "scripts/api_reference.py", "--check"]
+    done = subprocess.run(script, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.fixture
 def copy(tmp_path, root):
     """A copy of the .proto files, the generated code and the generator."""
