@@ -23,7 +23,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 REDIS_START_S = 10.0
 READINESS = "kvsluice.v1.Generation"
-_SERVING = re.compile(r"^kvsluice: serving .* on (?P<address>\S+) \(", re.MULTILINE)
+_SERVING = re.compile(r"^kvsluice: serving .* on (?P<address>\S+)(?: and (?P<http_url>\S+))? \(", re.MULTILINE)
 
 
 class ServiceFailed(RuntimeError):
@@ -36,11 +36,13 @@ class ServiceProcess:
 
     Attributes:
         address: host:port of the gRPC generate API.
+        http_url: of the OpenAI API, as its clients take it; empty = it is off.
         process: the process to signal; its children are the workers.
         log: file with all that it printed.
     """
 
     address: str
+    http_url: str
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -65,7 +67,7 @@ def _await(process: subprocess.Popen[bytes], log: Path, timeout_s: float) -> Ser
     while True:
         said = _SERVING.search(log.read_text(errors="replace"))
         if said is not None and is_ready(said["address"]):
-            return ServiceProcess(said["address"], process, log)
+            return ServiceProcess(said["address"], said["http_url"] or "", process, log)
         if process.poll() is not None:
             raise ServiceFailed(f"the service ended with status {process.returncode}:\n{_tail(log)}")
         if time.monotonic() > deadline:
@@ -125,9 +127,9 @@ def _listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def running_service(*arguments: str, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[ServiceProcess]:
-    """Run `kvsluice serve ARGUMENTS` on a free port of this machine for the length of the `with` block.
+    """Run `kvsluice serve ARGUMENTS` on free ports of this machine for the length of the `with` block.
 
-    The service chooses its port itself: one that is only looked up here could be taken until it listens.
+    The service chooses its ports itself: one that is only looked up here could be taken until it listens.
 
     Raises:
         ServiceFailed: it ended, or was not ready in time.
@@ -137,7 +139,7 @@ def running_service(*arguments: str, start_timeout_s: float = START_TIMEOUT_S) -
         command: Sequence[str] = (sys.executable, "-P", "-m", "kvsluice.services.cli", "serve")
         with log.open("wb") as sink:
             process = subprocess.Popen(  # noqa: S603 - the project's own command
-                [*command, "--host", "127.0.0.1", "--port", "0", *arguments],
+                [*command, "--host", "127.0.0.1", "--port", "0", "--http-port", "0", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

@@ -98,6 +98,17 @@ class Tokenizer:
         """Text of one token by itself, control tokens included; "" beyond the vocabulary."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text in UTF-8, which may be part of a character; of a control token its name."""
+        if token_id in self._special_ids:
+            return self.token_text(token_id).encode()
+        if self._is_byte_level:
+            return self._token_bytes(token_id)
+        token = self._raw.id_to_token(token_id) or ""
+        if _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return self.token_text(token_id).encode()
+
     def stream(self) -> IncrementalDecoder:
         """A decoder for tokens that arrive one after another; control tokens give no text."""
         if self._is_byte_level:

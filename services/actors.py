@@ -107,10 +107,10 @@ class Host:
     def _start(self) -> str:
         raise NotImplementedError
 
-    def _predecessor(self) -> str | None:
-        """Where the one before it served, for an actor that was restarted."""
+    def _predecessor(self) -> Member | None:
+        """The one before it, for an actor that was restarted."""
         view: Any = ray.get(self._controller.view.remote())
-        return next((m.address for m in view.members if m.worker_id == self._worker_id), None)
+        return next((m for m in view.members if m.worker_id == self._worker_id), None)
 
     async def _open_store(self) -> Store | None:
         """The store that the configuration names; None where there is none, or none now: a worker that takes another's
@@ -140,8 +140,8 @@ class Host:
         use(await persist(lambda: open_store(config), StoreUnavailable, math.inf, STORE_PAUSE_S))
         log.info("%s has its store again", self._worker_id)
 
-    def _register(self, role: Role, address: str) -> None:
-        member = Member(self._worker_id, role, address, uuid.uuid4().hex)
+    def _register(self, role: Role, address: str, **more: str) -> None:
+        member = Member(self._worker_id, role, address, uuid.uuid4().hex, **more)
         ray.get(self._controller.register.remote(member))
 
 
@@ -226,7 +226,7 @@ class Gateway(Host):
 
         config, earlier = self._config, self._predecessor()
         if earlier is not None:
-            config = config.model_copy(update={"port": int(earlier.rpartition(":")[2])})
+            config = config.model_copy(update=_ports(earlier))
         tokenizer = load_tokenizer(config.model)
 
         async def start() -> tuple[Service, str]:
@@ -240,7 +240,9 @@ class Gateway(Host):
             self._gateway.sessions.use_store(store)
         elif config.store is not None:
             self._loop.spawn(self._use_store_later(self._gateway.sessions.use_store))
-        self._register("gateway", address)
+        http_address = self._gateway.http_address or ""
+        self._status["http_address"] = http_address
+        self._register("gateway", address, http_address=http_address)
         return address
 
     def ready(self) -> bool:
@@ -250,3 +252,9 @@ class Gateway(Host):
     def stop(self, grace_s: float) -> None:
         """Refuse new requests, let running ones finish, stop listening."""
         self._loop.run(self._gateway.stop(grace_s))
+
+
+def _ports(earlier: Member) -> dict[str, int]:
+    """Settings by which a gateway listens where its predecessor did."""
+    addresses = {"port": earlier.address, "http_port": earlier.http_address}
+    return {key: int(address.rpartition(":")[2]) for key, address in addresses.items() if address}

@@ -76,7 +76,7 @@ class Fleet:
         self._gateway: Actor | None = None
         self._workers: list[tuple[str, Actor]] = []
         self._status: dict[str, dict[str, str]] = {}
-        self.address = ""
+        self.address = self.http_address = ""
 
     def start(self, stopped: Callable[[], bool], after_ray: Callable[[], None]) -> bool:
         """Bring everything up and wait until requests are served.
@@ -143,7 +143,7 @@ class Fleet:
                 if "error_type" in status:
                     raise build_error(status["error_type"], status["message"])
                 if name == "gateway-0":
-                    self.address = status["address"]
+                    self.address, self.http_address = status["address"], status["http_address"]
         while not self._get(self._gateway.ready.remote(), "gateway-0"):
             if stopped():
                 return False

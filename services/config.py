@@ -15,6 +15,7 @@ from .settings.addresses import is_loopback
 from .settings.base import MIB
 from .settings.engine import EngineSettings
 from .settings.fleet import FleetSettings
+from .settings.http import HttpSettings
 from .settings.requests import RequestSettings
 from .settings.security import SecuritySettings, check_settings
 from .settings.store import STORE_FILES, StoreSettings
@@ -25,7 +26,9 @@ ENV_PREFIX = "KVSLUICE_"
 CLIENT_VARIABLES = ("api_key", "tls", "tls_ca", "tls_cert", "tls_key")
 
 
-class ServeConfig(SecuritySettings, FleetSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings):
+class ServeConfig(
+    SecuritySettings, FleetSettings, HttpSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings
+):
     """Everything that a process of the service is told. Workers get it serialized, never from their own environment.
 
     Lengths are in tokens, sizes in bytes, times in seconds. `--help` lists the topics from the last base to the first.
@@ -45,7 +48,8 @@ class ServeConfig(SecuritySettings, FleetSettings, TelemetrySettings, StoreSetti
 
     @model_validator(mode="after")
     def _security_fits(self) -> ServeConfig:
-        check_settings(self, is_exposed=not is_loopback(self.host))
+        hosts = [self.host, self.http_host] if self.http and self.http_host else [self.host]
+        check_settings(self, is_exposed=not all(map(is_loopback, hosts)))
         return self
 
     @property

@@ -78,6 +78,34 @@ def channel_credentials(files: TlsFiles) -> tuple[Any, list[tuple[str, str]]]:
     return grpc.ssl_channel_credentials(ca, key, cert), options
 
 
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """What servers other than gRPC's take. Handshakes look at the files anew, as gRPC's do.
+
+    Raises:
+        ConfigError: the files cannot be used.
+    """
+    files.check()
+    first, source, latest = _context(files), _ServerFiles(files), None
+
+    def renew(connection: Any, name: str | None, context: ssl.SSLContext) -> None:
+        nonlocal latest
+        if source.read_if_changed() is not None:
+            latest = _context(files)
+        if latest is not None:
+            connection.context = latest
+
+    first.sni_callback = renew
+    return first
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    assert files.cert is not None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.ca)
+    context.load_cert_chain(files.cert, files.key)
+    context.verify_mode = ssl.CERT_NONE if files.ca is None else ssl.CERT_REQUIRED
+    return context
+
+
 class _ServerFiles:
     """What gRPC asks before each handshake. It does so on threads of its own."""
 

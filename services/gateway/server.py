@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from asyncio import CancelledError, Task
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -22,6 +22,9 @@ from ..telemetry import Recorder
 from .intake import Intake, Tokenizer
 from .membership import Membership
 
+if TYPE_CHECKING:
+    from .http.door import HttpDoor
+
 log = logging.getLogger("kvsluice.gateway")
 
 SERVICE = "kvsluice.v1.Generation"
@@ -35,6 +38,9 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         tokenizer: the served model's.
         membership: where the workers are learnt from.
         number: of this gateway among those of the fleet.
+
+    Attributes:
+        http_address: host:port of the OpenAI API, once it is there; None = it is off.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         self._health_task: Task[None] | None = None
         self.guard: Guard = OpenGuard() if config.api_keys_file is None else KeysFile(config.api_keys_file)
         self._server = make_server(config.max_message_bytes, self.guard)
+        self._http: HttpDoor | None = None
+        self.http_address: str | None = None
 
     async def start(self) -> str:
         """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot, or would serve everybody."""
@@ -63,6 +71,12 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
         port = bind(self._server, self._config.host, self._config.port, client_tls(self._config))
+        if self._config.http:
+            # a gateway without this door needs no web framework
+            from .http.door import HttpDoor
+
+            self._http = HttpDoor(self.intake, self._config, self.guard)
+            self.http_address = await self._http.start()
         await self._server.start()
         self.pool.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="health")
@@ -98,6 +112,8 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             self._health_task.cancel()
             with contextlib.suppress(CancelledError):
                 await self._health_task
+        if self._http is not None:
+            await self._http.stop()
         await self._server.stop(0.5)
         await self.pool.stop()
         await self.sessions.close()

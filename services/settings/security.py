@@ -81,4 +81,6 @@ def check_settings(settings: SecuritySettings, is_exposed: bool) -> None:
     known = settings.api_keys_file is not None or settings.tls_client_ca_file is not None
     if is_exposed and not known and not settings.allow_anonymous:
         allowed = "api_keys_file, tls_client_ca_file, or allow_anonymous to serve everybody who reaches it"
-        raise ConfigError(f"host: others than this machine could call without a key; allowed: loopback, or {allowed}")
+        raise ConfigError(
+            f"host, http_host: others than this machine could call without a key; allowed: loopback, or {allowed}"
+        )

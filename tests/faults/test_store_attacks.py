@@ -32,7 +32,18 @@ def test_streams_go_on_whatever_befalls_the_store(fleet, client, wanted, kind):
 def test_a_service_with_a_wrong_password_does_not_start(tmp_path):
     (tmp_path / "password").write_text("wrong")
     with running(RedisServer(tmp_path / "redis", password="right")) as server:
-        command = [sys.executable, "-P", "-m", "kvsluice.services.cli", "serve", "--port", "0", "--random-weights"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "kvsluice.services.cli",
+            "serve",
+            "--port",
+            "0",
+            "--http-port",
+            "0",
+            "--random-weights",
+        ]
         command += ["--store-url", f"redis://127.0.0.1:{server.port}", "--store-password-file", tmp_path / "password"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

@@ -181,6 +181,23 @@ def test_only_the_cluster_knows_ray(sources, root):
     assert wrong == set()
 
 
+def test_only_the_http_door_knows_a_web_framework(sources, root):
+    frameworks = {"fastapi", "starlette", "uvicorn", "h11"}
+    wrong = {source.path for source, _, name in third_party(sources, root) if name in frameworks}
+    assert {path for path in wrong if not path.startswith("services/gateway/http/")} == set()
+
+
+def test_the_gateway_loads_the_http_door_when_it_opens_one(sources, root):
+    wrong = [
+        f"{source.path}:{found.line}"
+        for source in sources
+        for found in imports(source, root)
+        if found.executed and covers("services.gateway.http", found.target)
+        if not covers("services.gateway.http", source.module)
+    ]
+    assert wrong == []
+
+
 def test_the_compute_parts_run_without_the_services_libraries(sources, root):
     wrong = [
         f"{source.path}:{found.line} imports {name}"

@@ -85,6 +85,9 @@ class CharTokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
 
 @dataclass
 class Script:
@@ -303,7 +306,8 @@ async def make_fleet() -> AsyncIterator[Callable[..., Awaitable[Fleet]]]:
         async def make(workers: bool = True, **settings: Any) -> Fleet:
             tokens = settings.pop("fleet_tokens", ())
             config = load_config(
-                {"model": "chars", "port": 0, "default_recipe": "exact", "worker_wait_s": 5.0} | settings
+                {"model": "chars", "port": 0, "http_port": 0, "default_recipe": "exact", "worker_wait_s": 5.0}
+                | settings
             ).model_copy(update={"fleet_tokens": tokens})
             members, recorder, script = MembershipTable(), MemoryRecorder(), Script()
             gateway = Gateway(config, CharTokenizer(), members, recorder)
@@ -414,6 +418,7 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
             base = {
                 "model": "tiny",
                 "port": 0,
+                "http": False,
                 "default_recipe": "exact",
                 "torch_threads": 1,
                 "kv_cache_bytes": 64 << 20,

@@ -111,6 +111,12 @@ def test_single_tokens_as_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([1, 314, 2], skip_special_tokens=False) == "<|im_start|> is<|im_end|>"
 
 
+def test_single_tokens_as_bytes_also_where_they_are_parts_of_characters(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert [tokenizer.token_bytes(index) for index in (2, 10**6)] == [b"<|im_end|>", b""]
+
+
 def test_chat_template_with_its_own_default_system_message(tokenizer: Tokenizer) -> None:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 

@@ -1,0 +1,98 @@
+"""The HTTP server on the gateway's event loop: listens, and ends with the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from asyncio import Task
+from collections.abc import Iterator
+
+import uvicorn
+
+from ....errors import ConfigError
+from ...config import ServeConfig
+from ...rpc import join_address
+from ...security import Guard, client_tls
+from ...tls import server_context
+from ..intake import Intake
+from .app import Boundary, Routes
+from .connections import BoundedProtocol, DoorConfig
+
+BACKLOG = 2048
+SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, a connection: left to itself it takes megabytes that nobody reads
+CLOSE_S = 1  # for open connections to end by themselves
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server inside a process that is someone else's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpDoor:
+    """Serves the OpenAI API.
+
+    Args:
+        guard: says who may call what.
+    """
+
+    def __init__(self, intake: Intake, config: ServeConfig, guard: Guard) -> None:
+        self._config = config
+        app = Boundary(Routes(intake, config, guard).app(), config.http_max_header_bytes)
+        self._server = _Server(
+            DoorConfig(
+                app,
+                max_connections=config.http_max_connections,
+                head_timeout_s=config.http_read_timeout_s,
+                h11_max_incomplete_event_size=config.http_max_header_bytes,
+                timeout_keep_alive=config.http_keep_alive_s,
+                timeout_graceful_shutdown=CLOSE_S,
+                backlog=BACKLOG,
+                lifespan="off",
+                ws="none",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+            )
+        )
+        self._task: Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
+        host = self._config.http_host or self._config.host
+        tls = client_tls(self._config)
+        uvicorn_config = self._server.config
+        uvicorn_config.load()
+        uvicorn_config.ssl = None if tls is None else server_context(tls)
+        listener = _listen(host, self._config.http_port)
+        port = listener.getsockname()[1]
+        self._task = asyncio.create_task(self._server.serve([listener]), name="http")
+        return join_address(host, port)
+
+    async def stop(self) -> None:
+        """Close every connection and stop listening. Requests have ended, or are cut off."""
+        if self._task is None:
+            return
+        self._server.should_exit = True
+        await self._task
+        for connection in list(self._server.server_state.connections):
+            assert isinstance(connection, BoundedProtocol)
+            connection.abort()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket on exactly `host`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as exc:
+        why = "it is already in use" if exc.errno == errno.EADDRINUSE else os.strerror(exc.errno or 0)
+        raise ConfigError(f"http_host, http_port: cannot listen on {host} port {port}: {why}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
+    return listener
