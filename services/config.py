@@ -48,8 +48,8 @@ class ServeConfig(
 
     @model_validator(mode="after")
     def _security_fits(self) -> ServeConfig:
-        hosts = [self.host, self.http_host] if self.http and self.http_host else [self.host]
-        check_settings(self, is_exposed=not all(map(is_loopback, hosts)))
+        hosts = {"host": self.host, "http_host": self.http_host if self.http else None}
+        check_settings(self, [name for name, host in hosts.items() if host is not None and not is_loopback(host)])
         return self
 
     @property

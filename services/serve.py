@@ -70,7 +70,8 @@ def run(config: ServeConfig) -> int:
         _say(f"starting {config.model_name} …")
         if not fleet.start(stop.is_set, lambda: _handle(on_signal)):
             return EXIT_OK
-        also = f" and http://{fleet.http_address}/v1" if fleet.http_address else ""
+        scheme = "http" if config.tls_cert_file is None else "https"
+        also = f" and {scheme}://{fleet.http_address}/v1" if fleet.http_address else ""
         print(f"kvsluice: serving {config.model_name} on {fleet.address}{also} ({_describe(config)})", flush=True)
         failure = fleet.watch(stop, _say)
         if failure is not None:

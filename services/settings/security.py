@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, field_validator
@@ -57,11 +58,11 @@ class SecuritySettings(Settings):
         return None if value is None else str(Path(value).expanduser().absolute())
 
 
-def check_settings(settings: SecuritySettings, is_exposed: bool) -> None:
+def check_settings(settings: SecuritySettings, exposed: Sequence[str]) -> None:
     """Refuse settings that contradict each other.
 
     Args:
-        is_exposed: a door for clients is on another address than loopback.
+        exposed: settings that put a door for clients on another address than loopback.
 
     Raises:
         ConfigError: names the setting.
@@ -79,8 +80,8 @@ def check_settings(settings: SecuritySettings, is_exposed: bool) -> None:
     if settings.fleet_tls_name is not None and missing_files:
         raise ConfigError("fleet_tls_name: connections are plaintext; allowed: with the three fleet_tls_…_file")
     known = settings.api_keys_file is not None or settings.tls_client_ca_file is not None
-    if is_exposed and not known and not settings.allow_anonymous:
+    if exposed and not known and not settings.allow_anonymous:
         allowed = "api_keys_file, tls_client_ca_file, or allow_anonymous to serve everybody who reaches it"
         raise ConfigError(
-            f"host, http_host: others than this machine could call without a key; allowed: loopback, or {allowed}"
+            f"{exposed[0]}: others than this machine could call without a key; allowed: loopback, or {allowed}"
         )

@@ -43,6 +43,7 @@ class HttpDoor:
 
     def __init__(self, intake: Intake, config: ServeConfig, guard: Guard) -> None:
         self._config = config
+        tls = client_tls(config)
         app = Boundary(Routes(intake, config, guard).app(), config.http_max_header_bytes)
         self._server = _Server(
             DoorConfig(
@@ -53,6 +54,7 @@ class HttpDoor:
                 timeout_keep_alive=config.http_keep_alive_s,
                 timeout_graceful_shutdown=CLOSE_S,
                 backlog=BACKLOG,
+                ssl_context_factory=None if tls is None else lambda *_: server_context(tls),
                 lifespan="off",
                 ws="none",
                 access_log=False,
@@ -66,10 +68,7 @@ class HttpDoor:
     async def start(self) -> str:
         """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
         host = self._config.http_host or self._config.host
-        tls = client_tls(self._config)
-        uvicorn_config = self._server.config
-        uvicorn_config.load()
-        uvicorn_config.ssl = None if tls is None else server_context(tls)
+        self._server.config.load()
         listener = _listen(host, self._config.http_port)
         port = listener.getsockname()[1]
         self._task = asyncio.create_task(self._server.serve([listener]), name="http")
