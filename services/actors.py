@@ -26,8 +26,10 @@ from ..errors import ConfigError, InternalError, KvsluiceError, StoreUnavailable
 from .config import ServeConfig
 from .gateway.membership import Member, MembershipTable, Role, View
 from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
+from .metrics.worker import WorkerMetrics
 from .model_shape import model_shape
 from .processes import forget_source_tree
+from .ray_metrics import mirror
 from .security import FleetSecurity
 from .telemetry import configure_logging, where
 from .worker import WorkerIdentity, check_fit, compute_dtype
@@ -150,6 +152,10 @@ class Worker(Host):
 
     roles: tuple[Role, ...] = ()
 
+    @property
+    def _role(self) -> str:
+        return "both" if len(self.roles) > 1 else self.roles[0]
+
     def _start(self) -> str:
         # torch is loaded here, in the worker, and not in the driver or the gateway
         from ..models.loader import load_model
@@ -162,13 +168,18 @@ class Worker(Host):
             random_weights=config.random_weights,
             seed=config.seed or 0,
         )
+        self._metrics = WorkerMetrics(config.model_name, self._worker_id, self._role)
+        self._metrics.watch_gpu(model.device)
         store = self._loop.run(self._open_store()) if "decode" in self.roles else None
         services = self._services(model, store)
         self._worker = WorkerHost(services, config.max_frame_bytes, FleetSecurity.of(config))
         address = self._loop.run(self._worker.start(WORKER_HOST, config.worker_port))
         if store is None and config.store is not None and "decode" in self.roles:
             decode: Any = services[-1]
-            self._loop.spawn(self._use_store_later(decode.use_store))
+            self._loop.spawn(self._use_store_later(lambda late: decode.use_store(self._metrics.measured(late))))
+        if config.worker_metrics_port is not None:
+            self._status["metrics_port"] = str(self._metrics.serve(WORKER_HOST, config.worker_metrics_port))
+        mirror(self._metrics.registry)
         for role in self.roles:
             self._register(role, address)
         return address
@@ -183,7 +194,7 @@ class Worker(Host):
         check_fit(config, shape)
         identity = WorkerIdentity(
             worker_id=self._worker_id,
-            role="both" if len(self.roles) > 1 else self.roles[0],
+            role=self._role,
             model=config.model_name,
             model_fingerprint=model.fingerprint,
             vocab_size=model.config.vocab_size,
@@ -192,9 +203,15 @@ class Worker(Host):
         )
         makers: dict[Role, Callable[..., WorkerService]] = {
             "prefill": make_prefill_service,
-            "decode": partial(make_decode_service, store=store),
+            "decode": partial(make_decode_service, store=None if store is None else self._metrics.measured(store)),
         }
-        return [makers[role](model, config, identity, on_crash=end_process) for role in self.roles]
+        recorder = self._metrics.recorder()
+        services = [
+            makers[role](model, config, identity, on_crash=end_process, recorder=recorder) for role in self.roles
+        ]
+        for service in services:
+            self._metrics.watch(service)
+        return services
 
 
 class PrefillWorker(Worker):
@@ -240,6 +257,7 @@ class Gateway(Host):
             self._gateway.sessions.use_store(store)
         elif config.store is not None:
             self._loop.spawn(self._use_store_later(self._gateway.sessions.use_store))
+        mirror(self._gateway.metrics.registry)
         http_address = self._gateway.http_address or ""
         self._status["http_address"] = http_address
         self._register("gateway", address, http_address=http_address)

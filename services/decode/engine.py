@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from time import perf_counter
 
 import torch
 
@@ -25,6 +26,7 @@ from ...compression.interfaces import EncodedLayer, Rope
 from ...errors import FrameMismatch, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.drawing import DrawnToken
 from ...models.model import Model
+from ..metrics.figures import DecodeFigures
 from ..model_shape import model_shape
 from ..staging import Event as DeviceEvent
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, TokensEvent
@@ -77,6 +79,7 @@ class DecodeEngine:
 
     Attributes:
         runner: runs the steps.
+        figures: what has been done so far.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class DecodeEngine:
         self.runner = StepRunner(model, self.shape, max_num_seqs)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
+        self.figures = DecodeFigures()
         self._under_way: LaunchedStep | None = None
         self._broken: Exception | None = None
         self._parking: Parking | None = None
@@ -254,6 +258,7 @@ class DecodeEngine:
         """
         if self._broken is not None:
             raise self._broken
+        begun_s = perf_counter()
         self.runner.join()
         in_flight = () if self._under_way is None else self._under_way.turns
         self._admit({turn.choice.request_id for turn in in_flight})
@@ -270,6 +275,9 @@ class DecodeEngine:
             self._under_way = None
             self._settle(launched)
         self._admit()  # what ended may have made room, and the caller may wait until there is work
+        if launched is not None:
+            self.figures.ran(len(turns), perf_counter() - begun_s)
+            self.figures.hot_lookups, self.figures.hot_misses = self.runner.hot_counts
         events, self._events = self._events, []
         return events
 
@@ -351,6 +359,7 @@ class DecodeEngine:
     def _emit(self, run: RequestRun, index: int, state: ChoiceRun, token: DrawnToken) -> None:
         request, first_index = run.request, state.num_emitted
         state.emit(token.token_id)
+        self.figures.tokens += 1
         sampled = state.sampler.sampled(token, state.num_emitted)
         self._events.append(TokensEvent(request.request_id, request.epoch, index, first_index, (sampled,)))
         if sampled.finish_reason:
@@ -379,6 +388,7 @@ class DecodeEngine:
         run = self._forget(request_id)
         if run is None:
             return error
+        self.figures.failed(exc)
         if self.scheduler.phase(request_id) is not None:  # a fault may have come while it was ending
             self.scheduler.end_request(request_id)
         run.cache = None

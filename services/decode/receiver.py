@@ -95,6 +95,7 @@ class Receiver:
             request_id=self._ident.request_id,
             epoch=self._ident.epoch,
             index=index,
+            payload_bytes=len(data),
             layer_begin=entry.layers[0],
             layer_end=entry.layers[1],
         )

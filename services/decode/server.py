@@ -83,7 +83,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._store: KeptRequests | None = None
         self._copies, self._ttl_s, self._cache_bytes = copies or PlainCopies(), ttl_s, store_cache_bytes
         self._uploads = make_uploads(engine.model.device)
-        self._identity = identity
+        self._identity, self.figures = identity, engine.figures
         self._recorder = recorder or NullRecorder()
         self._thread = EngineThread("decode-engine", self._step, setup, on_crash)
         self._requests: dict[str, OpenRequest] = {}
@@ -110,6 +110,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
         """See `worker.proto`."""
+        return self.account()
+
+    def account(self) -> wpb.WorkerInfo:
+        """What the worker says of itself; any thread may ask."""
         engine = self.engine
         info = self._identity.info(
             capacity_bytes=engine.capacity_bytes,

@@ -29,6 +29,7 @@ from ..telemetry import where
 from .captured import CapturedSteps, CudaGraphs
 
 SPREAD_STEPS = 16  # over which what is ready to be packed is spread
+HOT_STEPS = 16  # after which the counts of hot sets are looked at
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class StepRunner:
     Attributes:
         computation: of the batched steps.
         like: one row of keys, [1, Hkv, d].
+        hot_counts: what those of `computation` were some steps ago.
     """
 
     def __init__(self, model: Model, shape: ModelShape, most_rows: int) -> None:
@@ -136,6 +138,9 @@ class StepRunner:
         self._side = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._before = torch.cuda.Event() if self._side is not None else None  # type: ignore[no-untyped-call]
         like = (1, shape.num_kv_heads, shape.head_dim)
+        self.hot_counts = (0, 0)
+        self._hot_counts = torch.zeros(2, dtype=torch.int64, pin_memory=self._side is not None)
+        self._steps_run = 0
         self.like = torch.empty(like, dtype=model.dtype, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:
@@ -161,6 +166,11 @@ class StepRunner:
 
     def prepare(self, rows: Sequence[StepRow]) -> None:
         """Do while the device runs the step what later ones need; call it before anything waits for the logits."""
+        self._steps_run += 1
+        if self._steps_run % HOT_STEPS == 0:
+            # what was copied when this came last is on the host by now
+            self.hot_counts = (int(self._hot_counts[0]), int(self._hot_counts[1]))
+            self._hot_counts.copy_(self.computation.hot_counts, non_blocking=True)
         self._pack_ahead(rows)
         if runs(TRITON, self.model.device):
             self._look_ahead(rows)

@@ -8,8 +8,7 @@ from ...errors import KvsluiceError, Overloaded
 from ...protos import worker_pb2 as wpb
 from .catalog import GATEWAY
 from .registry import Registry, Sample
-
-TIERS = ("device", "host")
+from .tiers import tier_samples
 
 
 class GatewayMetrics:
@@ -122,8 +121,4 @@ def _samples(workers: list[tuple[str, wpb.WorkerInfo]]) -> Iterator[Sample]:
         if role == "prefill":
             yield "prefill_pending_tokens", {"worker": info.worker_id}, info.pending_tokens
             continue
-        sizes = (info.capacity_bytes, info.free_bytes), (info.host_capacity_bytes, info.host_free_bytes)
-        for tier, (size, unused) in zip(TIERS, sizes, strict=True):
-            labels = {"worker": info.worker_id, "tier": tier}
-            yield "tier_capacity_bytes", labels, size
-            yield "tier_used_bytes", labels, size - unused
+        yield from tier_samples("", {"worker": info.worker_id}, info.tiers)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from .catalog import PREFIX, Metric
+from .figures import Distribution
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 Sample = tuple[str, Mapping[str, str], float]
 """A metric's name, its labels beside the common ones, its value."""
+Buckets = tuple[str, Mapping[str, str], Distribution]
+"""The same of a histogram."""
 
 
 class Registry:
@@ -54,13 +59,16 @@ class Registry:
         self._metrics[name] = made if metric.labels else made.labels(**self._common)
         return self._metrics[name]
 
-    def on_scrape(self, samples: Callable[[], Iterable[Sample]]) -> None:
-        """Ask for gauges and counters whenever the metrics are read, on the reader's thread.
+    def on_scrape(
+        self, samples: Callable[[], Iterable[Sample]], buckets: Callable[[], Iterable[Buckets]] = lambda: ()
+    ) -> None:
+        """Ask for metrics whenever they are read, on the reader's thread.
 
         Args:
-            samples: names metrics of the catalogue that nothing else sets.
+            samples: gauges and counters of the catalogue that nothing else sets.
+            buckets: its histograms, likewise.
         """
-        self.prometheus.register(_Asked(self._known, self._common, samples))
+        self.prometheus.register(_Asked(self._known, self._common, samples, buckets))
 
     def render(self) -> bytes:
         """The text that `/metrics` answers with."""
@@ -73,22 +81,41 @@ class _Asked:
     """A collector of what is known elsewhere."""
 
     def __init__(
-        self, known: Mapping[str, Metric], common: Mapping[str, str], samples: Callable[[], Iterable[Sample]]
+        self,
+        known: Mapping[str, Metric],
+        common: Mapping[str, str],
+        samples: Callable[[], Iterable[Sample]],
+        buckets: Callable[[], Iterable[Buckets]],
     ) -> None:
-        self._known, self._common, self._samples = known, common, samples
+        self._known, self._common, self._samples, self._buckets = known, common, samples, buckets
 
     def describe(self) -> list[Family]:
         """Nothing, so that registering asks for no samples."""
         return []
 
     def collect(self) -> Iterator[Family]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        """See the library's `Collector`."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client.utils import floatToGoString
 
+        kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
         families: dict[str, Any] = {}
-        for name, labels, value in self._samples():
+
+        def family(name: str) -> Any:
             metric = self._known[name]
             if name not in families:
-                kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-                families[name] = kind(PREFIX + name, metric.text, labels=[*self._common, *metric.labels])
-            families[name].add_metric([*self._common.values(), *(labels[label] for label in metric.labels)], value)
+                families[name] = kinds[metric.kind](PREFIX + name, metric.text, labels=[*self._common, *metric.labels])
+            return families[name]
+
+        for name, labels, value in self._samples():
+            family(name).add_metric(self._values(name, labels), value)
+        for name, labels, seen in self._buckets():
+            # copied once: the engine's thread goes on counting
+            cumulative = list(accumulate(list(seen.counts)))
+            bounds = [floatToGoString(bound) for bound in (*seen.bounds, inf)]
+            family(name).add_metric(self._values(name, labels), list(zip(bounds, cumulative, strict=True)), seen.total)
         yield from families.values()
+
+    def _values(self, name: str, labels: Mapping[str, str]) -> list[str]:
+        """Of all labels of a series, in their order."""
+        return [*self._common.values(), *(labels[label] for label in self._known[name].labels)]

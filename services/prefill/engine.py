@@ -24,6 +24,7 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from ...kernels.attention_mass import attention_mass
 from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState, SamplingParams
+from ..metrics.figures import PrefillFigures
 from ..model_shape import model_shape
 from ..telemetry import about, where
 from .batcher import Batcher, WorkItem
@@ -101,6 +103,9 @@ class PrefillEngine:
         max_active_tokens: prompt rows that may hold memory at once (a longer prompt runs alone).
         patience: how much a prompt may be overtaken, see `batcher.py`.
         encoder: where layers are encoded; None = by the device, see `encoding.py`.
+
+    Attributes:
+        figures: what has been done so far.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class PrefillEngine:
         self.shape = model_shape(model.config)
         self._batcher = Batcher(model.config.num_layers, chunk_tokens, max_pack_tokens, max_active_tokens, patience)
         self._running: dict[str, _Running] = {}
+        self.figures = PrefillFigures()
 
     @property
     def num_pending_tokens(self) -> int:
@@ -169,7 +175,7 @@ class PrefillEngine:
         planned = self._batcher.plan(self._is_ready)
         if not planned:
             return self._hand_over_first()
-        begun = [item for item in planned if self._begin(item)]
+        begun_s, begun = perf_counter(), [item for item in planned if self._begin(item)]
         # a sink may have cancelled another prompt meanwhile
         done = self._run_isolated([item for item in begun if item.request_id in self._running])
         if self._pace is not None:
@@ -179,6 +185,7 @@ class PrefillEngine:
                 self._finish_layer(request_id)
             except Exception as exc:
                 self._fail(request_id, exc)
+        self.figures.ran(sum(item.end - item.begin for item in done), perf_counter() - begun_s)
         return True
 
     def _is_ready(self, request_id: str) -> bool:
@@ -293,6 +300,7 @@ class PrefillEngine:
         is_last = prompt.layer + 1 == self.model.config.num_layers
         if is_last:
             sampled = sample_first(self.model, prompt.last_row(), running.samplers)
+            self.figures.began(len(running.job.prompt_ids))
             running.sink.on_first_tokens(sampled)
             if request_id not in self._running:  # the sink has cancelled it
                 return
@@ -352,6 +360,8 @@ class PrefillEngine:
         else:
             logger.error("prefill of request %s failed: %s", request_id, where(exc), extra=about(request_id))
             error = InternalError(f"prefill failed: {type(exc).__name__}")
+        if request_id in self._running:
+            self.figures.failed(exc)
         _let_go(exc)
         self._end(request_id, lambda sink: sink.on_error(error))
 

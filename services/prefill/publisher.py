@@ -194,6 +194,7 @@ class Publisher:
         begun_s = now if self._first_frame_s is None else self._first_frame_s
         shipped.handoff_s = now - begun_s
         shipped.exposed_s = now - max(begun_s, self._first_tokens_s or begun_s)
+        self._record("prefill.shipped", seconds=shipped.handoff_s, payload_bytes=shipped.payload_bytes)
         return shipped
 
     async def _write_frames(self, call: Any) -> wpb.Shipped:
@@ -283,7 +284,7 @@ class Publisher:
             )
         )
 
-    def _record(self, name: str, **fields: int) -> None:
+    def _record(self, name: str, **fields: float) -> None:
         self._recorder.record(name, request_id=self._job.request_id, epoch=self._job.epoch, **fields)
 
 

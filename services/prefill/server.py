@@ -90,7 +90,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         on_crash: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.engine = engine
-        self._identity = identity
+        self._identity, self.figures = identity, engine.figures
         self._window = window
         self._copies = make_host_copies(engine.model.device)
         self._recorder = recorder or NullRecorder()
@@ -109,6 +109,10 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
         """See `worker.proto`."""
+        return self.account()
+
+    def account(self) -> wpb.WorkerInfo:
+        """What the worker says of itself; any thread may ask."""
         return self._identity.info(pending_tokens=self.engine.num_pending_tokens, running=self.engine.num_requests)
 
     async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:

@@ -27,6 +27,7 @@ from kvsluice.services.decode.server import make_decode_service
 from kvsluice.services.gateway.membership import Member, MembershipTable
 from kvsluice.services.gateway.server import Gateway
 from kvsluice.services.lifecycle import WorkerHost
+from kvsluice.services.metrics.worker import WorkerMetrics
 from kvsluice.services.model_shape import model_shape
 from kvsluice.services.prefill.engine import PrefillEngine
 from kvsluice.services.prefill.server import make_prefill_service
@@ -355,6 +356,7 @@ class RealFleet:
     identity: WorkerIdentity
     hosts: dict[str, WorkerHost]
     engines: dict[str, DecodeEngine]
+    metrics: WorkerMetrics
 
     async def add_decode(
         self, worker_id: str, store: Store | None = None, through: Callable[[str], str] = lambda address: address
@@ -430,8 +432,12 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
                 "worker-0", "both", "tiny", model.fingerprint, VOCAB_SIZE, shape, load_profile("tiny", shape)
             )
             recorder, members = MemoryRecorder(), MembershipTable()
-            prefill = make_prefill_service(model, config, identity, recorder=recorder)
-            decode = make_decode_service(model, config, identity, recorder=recorder, store=store)
+            metrics = WorkerMetrics("tiny", "worker-0", "both")
+            counting, kept = metrics.recorder(recorder), None if store is None else metrics.measured(store)
+            prefill = make_prefill_service(model, config, identity, recorder=counting)
+            decode = make_decode_service(model, config, identity, recorder=counting, store=kept)
+            metrics.watch(prefill)
+            metrics.watch(decode)
             addresses, hosts = {}, {}
             for role, service in (("prefill", prefill), ("decode", decode)):
                 host = hosts["worker-0" if role == "decode" else role] = WorkerHost([service], config.max_frame_bytes)
@@ -466,6 +472,7 @@ async def make_real_fleet() -> AsyncIterator[Callable[..., Awaitable[RealFleet]]
                 identity,
                 hosts,
                 {"worker-0": decode.engine},
+                metrics,
             )
 
         yield make

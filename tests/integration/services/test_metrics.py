@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvsluice.errors import Overloaded
-from kvsluice.services.metrics.catalog import GATEWAY, GATEWAY_LABELS
+from kvsluice.errors import ConfigError, Overloaded, RequestCancelled
+from kvsluice.kvstore.memory import MemoryStore
+from kvsluice.services.metrics.catalog import GATEWAY, GATEWAY_LABELS, WORKER, WORKER_LABELS
 
 LIBRARY = ("_created",)
 
@@ -40,6 +42,10 @@ class Exported:
 
     def names(self) -> set[str]:
         return {name for name, _ in self.values}
+
+
+def of_worker(fleet) -> Exported:
+    return Exported(fleet.metrics.render(), WORKER, WORKER_LABELS)
 
 
 def of_gateway(fleet) -> Exported:
@@ -74,6 +80,44 @@ async def test_a_gateway_counts_requests_from_the_door_to_the_last_token(real_fl
     assert (now("workers", role="prefill"), now("workers", role="decode")) == (1, 1)
     assert now("num_requests_running") == now("num_requests_waiting") == now("recall_rows_total") == 0
     assert now("tier_capacity_bytes", worker="worker-0", tier="device") == real_fleet.decode.capacity_bytes
+
+
+async def test_a_worker_counts_what_its_engines_do(make_real_fleet):
+    fleet = await make_real_fleet(store=MemoryStore(1 << 26))
+    options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "recipe": "exact", "durability": "tokens"}
+    done = await fleet.client.generate(prompt(40), **options)
+    with pytest.raises(RequestCancelled):
+        async for _ in fleet.client.stream(prompt(20), request_id="gone", **options | {"max_tokens": 400}):
+            if fleet.recorder.events("decode.committed", request_id="gone"):
+                await fleet.client.cancel("gone")
+    await fleet.until_idle()
+    now = of_worker(fleet)
+    assert now("worker_prefill_prompts_total") == now("worker_received_handoffs_total") == 2
+    assert now("worker_prefill_prompt_tokens_total") == 60
+    assert now("worker_prefill_pack_rows_sum") == 60 * 4  # layers
+    assert now("worker_prefill_pack_rows_count") == now("worker_prefill_pack_seconds_count") >= 2 * 4
+    assert now("worker_received_bytes_total") <= now("worker_sent_bytes_total")  # manifests are no frames
+    assert now("worker_sent_bytes_total") >= done.recipe.handoff_bytes
+    # the other one may have been cancelled before its last acknowledgement came
+    assert now("worker_handoff_seconds_count") == now("worker_sent_handoffs_total") in (1, 2)
+    assert now("worker_decode_batch_size_sum") == now("worker_decode_batch_size_count") >= 4
+    assert now("worker_decode_tokens_total") >= 4
+    assert now("worker_out_of_memory_total", engine="decode") == 0
+    assert now("worker_decode_running") == now("worker_tier_used_bytes", tier="device") == 0
+    assert now("worker_store_operation_seconds_count", operation="put") >= 2
+    # who gave up is no failure of an engine
+    assert not {name for name in now.names() if name.startswith("kvsluice_worker_failures")}
+
+
+async def test_a_worker_answers_scrapes_at_its_own_address(make_real_fleet):
+    fleet = await make_real_fleet()
+    port = fleet.metrics.serve("127.0.0.1", 0)
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"http://127.0.0.1:{port}/metrics")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
+    assert b"kvsluice_worker_prefill_pending_tokens" in answer.content
+    with pytest.raises(ConfigError, match=f"worker_metrics_port: cannot listen on 127.0.0.1 port {port}"):
+        fleet.metrics.serve("127.0.0.1", port)
 
 
 async def test_what_is_shed_and_what_fails_is_counted_by_its_reason(make_fleet, until):
