@@ -177,8 +177,9 @@ class Worker(Host):
         if store is None and config.store is not None and "decode" in self.roles:
             decode: Any = services[-1]
             self._loop.spawn(self._use_store_later(lambda late: decode.use_store(self._metrics.measured(late))))
-        if config.worker_metrics_port is not None:
-            self._status["metrics_port"] = str(self._metrics.serve(WORKER_HOST, config.worker_metrics_port))
+        metrics_port = self._metrics.serve(config, WORKER_HOST)
+        if metrics_port is not None:
+            self._status["metrics_port"] = str(metrics_port)
         mirror(self._metrics.registry)
         for role in self.roles:
             self._register(role, address)

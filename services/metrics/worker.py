@@ -10,9 +10,14 @@ from typing import Any, Protocol
 from ...errors import ConfigError
 from ...kvstore.store import Store
 from ...protos import worker_pb2 as wpb
+from ..config import ServeConfig
+from ..keys import KeysFile
 from ..rpc import join_address
+from ..security import FleetSecurity, Guard, OpenGuard
+from ..settings.addresses import is_loopback
 from ..telemetry import FieldValue, NullRecorder, Recorder
 from .catalog import WORKER
+from .exposition import serve_metrics
 from .figures import DecodeFigures, Figures, PrefillFigures, out_of_memory
 from .gpu import gpu_samples
 from .registry import Buckets, Registry, Sample
@@ -74,20 +79,24 @@ class WorkerMetrics:
             self._all.on_scrape(lambda: _store_samples(counters))
         return MeasuredStore(store, self._observe_store)
 
-    def serve(self, host: str, port: int) -> int:
-        """Answer `/metrics` on a thread of its own, as long as the process lives. Returns the port.
+    def serve(self, config: ServeConfig, host: str) -> int | None:
+        """Answer `/metrics` on a worker's address, as long as the process lives. Returns the port; None = as configured
+        it is not answered.
 
         Raises:
-            ConfigError: it cannot listen there.
+            ConfigError: it cannot listen there, or anybody could read what is there.
         """
-        from prometheus_client import start_http_server
-
-        try:
-            server, _ = start_http_server(port, host, self.registry)
-        except OSError as exc:
-            raise ConfigError(f"worker_metrics_port: cannot listen on {host} port {port}: {exc.strerror}") from exc
-        log.info("metrics are on http://%s/metrics", join_address(host, server.server_port))
-        return int(server.server_port)
+        port = config.worker_metrics_port
+        if port is None:
+            return None
+        if config.api_keys_file is None and not (config.allow_anonymous or is_loopback(host)):
+            allowed = "with api_keys_file, allow_anonymous or on loopback"
+            raise ConfigError(f"worker_metrics_port: anybody could read metrics on {host}; allowed: {allowed}")
+        guard: Guard = OpenGuard() if config.api_keys_file is None else KeysFile(config.api_keys_file)
+        tls = FleetSecurity.of(config).tls
+        bound = serve_metrics(self.registry, host, port, guard, tls)
+        log.info("metrics are on %s://%s/metrics", "http" if tls is None else "https", join_address(host, bound))
+        return bound
 
     def _observe_store(self, operation: str, seconds: float, failed: bool) -> None:
         self._all.labelled("worker_store_operation_seconds", operation=operation).observe(seconds)

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway", "services.fleet"),
     "services.fleet": ("services.gateway.membership", "services.settings", SERVICES_ROOT),
     "services.settings": ("kvstore",),
-    "services.metrics": SERVICES_BASE,
+    "services.metrics": ("services.settings", *SERVICES_BASE),
     "services.config": ("services.settings", "kvstore"),
     "services.prefill": WORKER,
     "services.decode": WORKER,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 
 import httpx
 import pytest
 import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvsluice.errors import ConfigError, Overloaded, RequestCancelled
@@ -111,13 +113,38 @@ async def test_a_worker_counts_what_its_engines_do(make_real_fleet):
 
 async def test_a_worker_answers_scrapes_at_its_own_address(make_real_fleet):
     fleet = await make_real_fleet()
-    port = fleet.metrics.serve("127.0.0.1", 0)
+    config = fleet.config.model_copy(update={"worker_metrics_port": 0})
+    port = fleet.metrics.serve(config, "127.0.0.1")
     async with httpx.AsyncClient() as client:
         answer = await client.get(f"http://127.0.0.1:{port}/metrics")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
     assert b"kvsluice_worker_prefill_pending_tokens" in answer.content
     with pytest.raises(ConfigError, match=f"worker_metrics_port: cannot listen on 127.0.0.1 port {port}"):
-        fleet.metrics.serve("127.0.0.1", port)
+        fleet.metrics.serve(config.model_copy(update={"worker_metrics_port": port}), "127.0.0.1")
+    with pytest.raises(ConfigError, match="worker_metrics_port: anybody could read"):
+        fleet.metrics.serve(config, "0.0.0.0")
+    assert fleet.metrics.serve(fleet.config, "127.0.0.1") is None
+
+
+async def test_a_worker_shows_its_metrics_to_those_with_a_key_for_them(make_real_fleet, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    entries = [
+        {"tenant": "prometheus", "sha256": sha256(b"scrape-" + b"x" * 32).hexdigest(), "role": "monitor"},
+        {"tenant": "alice", "sha256": sha256(b"client-" + b"x" * 32).hexdigest()},
+    ]
+    keys.write_text(yaml.safe_dump({"keys": entries}))
+    fleet = await make_real_fleet()
+    config = fleet.config.model_copy(update={"worker_metrics_port": 0, "api_keys_file": str(keys)})
+    url = f"http://127.0.0.1:{fleet.metrics.serve(config, '127.0.0.1')}"
+    async with httpx.AsyncClient(base_url=url) as client:
+        answers = [
+            await client.get("/metrics"),
+            await client.get("/metrics", headers={"authorization": "Bearer guessed"}),
+            await client.get("/metrics", headers={"authorization": f"Bearer client-{'x' * 32}"}),
+            await client.get("/metrics", headers={"authorization": f"Bearer scrape-{'x' * 32}"}),
+            await client.get("/"),
+        ]
+    assert [answer.status_code for answer in answers] == [401, 401, 403, 200, 404]
 
 
 async def test_what_is_shed_and_what_fails_is_counted_by_its_reason(make_fleet, until):
