@@ -12,6 +12,7 @@ from pydantic import ValidationError, model_validator
 from ..errors import ConfigError
 from ..kvstore.config import Topology
 from .settings.addresses import is_loopback
+from .settings.admission import AdmissionSettings
 from .settings.base import MIB
 from .settings.engine import EngineSettings
 from .settings.fleet import FleetSettings
@@ -27,7 +28,14 @@ CLIENT_VARIABLES = ("api_key", "tls", "tls_ca", "tls_cert", "tls_key")
 
 
 class ServeConfig(
-    SecuritySettings, FleetSettings, HttpSettings, TelemetrySettings, StoreSettings, RequestSettings, EngineSettings
+    SecuritySettings,
+    FleetSettings,
+    HttpSettings,
+    TelemetrySettings,
+    StoreSettings,
+    AdmissionSettings,
+    RequestSettings,
+    EngineSettings,
 ):
     """Everything that a process of the service is told. Workers get it serialized, never from their own environment.
 

@@ -72,6 +72,11 @@ class TenantLimits(_Entry):
 UNLIMITED = TenantLimits()
 
 
+def no_limits(tenant: TenantId) -> TenantLimits:
+    """What a tenant may use where there are no keys."""
+    return UNLIMITED
+
+
 class _Key(_Entry):
     tenant: Tenant
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

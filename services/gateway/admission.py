@@ -1,110 +1,258 @@
-"""The bounded queue in front of the workers."""
+"""Who runs, who waits and who is sent away. `AdmissionPolicy` decides, over numbers and a clock; `Admission` has tasks
+wait for it.
+
+    offer ──> quotas ──> predicted first token ──> room: starts │ fair queue: waits │ Overloaded, at once
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from asyncio import CancelledError, Future, get_running_loop
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from ...errors import Overloaded
+from ...kvstore.identity import TenantId
+from ..keys import UNLIMITED, TenantLimits
+from ..security import NO_TENANT
+from .fair_queue import FairQueue, Place
+from .quotas import Quotas
 
-RATE_OVER = 64  # ends that the rate is taken over
+WEIGHT = 1 / 16  # of the request that ended last in the means
+FIRST_ANSWER_TOKENS = 256.0  # what an answer is taken for until some have ended
+BURST_S = 10.0
 
 
-class Admission:
-    """Lets a bounded number of choices run and a bounded number of requests wait, first come, first served. Whoever
-    would wait longer than it may is sent away at once.
+@dataclass(frozen=True)
+class Ask:
+    """A request that wants to run.
 
-    Args:
-        max_running: choices that may run together; a request with more runs alone.
-        max_waiting: requests that may wait.
-        clock: monotonic seconds.
+    Attributes:
+        num_choices: that it has; one with more than run together runs alone.
+        prompt_tokens: as far as they are known before the prompt is tokenized.
+        max_tokens: of the answer, at most; None = not known.
+        remaining_s: until its deadline.
+        prefill_s: how long prompts that are being run and this one's take, as far as that is known; 0 = none is.
     """
 
-    def __init__(self, max_running: int, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_running = max_running
-        self._clock = clock
-        self._ends: deque[tuple[float, int]] = deque(maxlen=RATE_OVER)  # when how many choices ended
-        self._max_waiting = max_waiting
-        self._free = max_running
-        self._queue: deque[tuple[int, Future[None]]] = deque()
-        self.num_running = 0
+    num_choices: int = 1
+    tenant: TenantId = NO_TENANT
+    limits: TenantLimits = UNLIMITED
+    prompt_tokens: int = 0
+    max_tokens: int | None = None
+    remaining_s: float = math.inf
+    prefill_s: float = 0.0
 
-    def resize(self, max_running: int) -> None:
-        """Another number of choices may run together from now on; those that run go on."""
-        self._free += max_running - self._max_running
-        self._max_running = max_running
-        self._admit()
+
+class AdmissionPolicy:
+    """Lets a bounded number of choices run and a bounded number of requests wait, fair between tenants. Whoever would
+    wait longer than it may is sent away at once, and whoever's tenant has used up what it may have.
+
+    Args:
+        max_running: choices that may run together.
+        max_waiting: requests that may wait; each tenant's share of them is bounded by its weight.
+        clock: monotonic seconds.
+        max_ttft_s: who would get its first token later than that is sent away; None = the deadline counts alone.
+        burst_s: see `Quotas`.
+    """
+
+    def __init__(
+        self,
+        max_running: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+        max_ttft_s: float | None = None,
+        burst_s: float = BURST_S,
+    ) -> None:
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._clock = clock
+        self._max_ttft_s = math.inf if max_ttft_s is None else max_ttft_s
+        self._queue, self._quotas = FairQueue(), Quotas(burst_s)
+        self._started_s: dict[Place, float] = {}
+        self._free = max_running
+        self._held_s: float | None = None  # how long a request holds its room, in the mean
+        self._answer_tokens = FIRST_ANSWER_TOKENS
+
+    @property
+    def num_running(self) -> int:
+        """Requests."""
+        return len(self._started_s)
 
     @property
     def num_waiting(self) -> int:
+        """Requests."""
         return len(self._queue)
 
-    def wait_s(self, num_choices: int) -> float:
-        """How long a request that comes now would wait, by the rate at which the last ones ended; 0 where that is not
+    def resize(self, max_running: int) -> list[Place]:
+        """Another number of choices may run together from now on; those that run go on. Returns who starts."""
+        self._free += max_running - self._max_running
+        self._max_running = max_running
+        return self._start_waiting()
+
+    def wait_s(self, ask: Ask) -> float:
+        """How long a request that comes now would wait for room, by how long others held theirs; 0 where that is not
         known."""
-        need = min(num_choices, self._max_running)
-        ahead = sum(waiting for waiting, _ in self._queue) + need - self._free
-        if ahead <= 0 or len(self._ends) < 2:
-            return 0.0
-        span_s = self._clock() - self._ends[0][0]
-        return ahead * span_s / sum(count for _, count in self._ends) if span_s > 0 else 0.0
+        place = self._place(ask)
+        ahead = self._queue.ahead(place) + place.need - self._free
+        return 0.0 if ahead <= 0 or self._held_s is None else ahead * self._held_s / self._max_running
 
-    @asynccontextmanager
-    async def slot(self, num_choices: int, remaining_s: float = math.inf) -> AsyncIterator[None]:
-        """Hold room for a request.
-
-        Args:
-            remaining_s: until its deadline.
+    def offer(self, ask: Ask) -> tuple[Place, bool]:
+        """Take a request. Returns its place, and whether it starts now; it waits otherwise.
 
         Raises:
-            Overloaded: at once, when the queue is full, or so long that the deadline would pass in it.
+            Overloaded: it is sent away; says why, and when there may be room.
         """
-        need = min(num_choices, self._max_running)
-        if self._queue or need > self._free:
-            self._check_queue(num_choices, remaining_s)
-            await self._wait(need)
-        else:
-            self._free -= need
-        self.num_running += 1
+        now_s, place = self._clock(), self._place(ask)
+        self._quotas.check(ask.tenant, ask.limits, ask.num_choices, now_s)
+        self._check_wait(ask, place)
+        self._quotas.begin(ask.tenant, ask.num_choices)
+        self._quotas.use(ask.tenant, ask.limits, place.tokens, now_s)
+        self._queue.add(place)
+        self._start_waiting()  # nobody else: who could start has
+        return place, self.runs(place)
+
+    def runs(self, place: Place) -> bool:
+        """Whether a request has started, and not ended."""
+        return place in self._started_s
+
+    def leave(self, place: Place, num_choices: int) -> list[Place]:
+        """A request that waits no longer wants to. Returns who starts."""
+        self._queue.remove(place)
+        self._settle(place, num_choices, 0.0)
+        return self._start_waiting()
+
+    def end(self, place: Place, num_choices: int, used_tokens: float | None = None) -> list[Place]:
+        """A request that ran has ended. Returns who starts.
+
+        Args:
+            used_tokens: of prompt and answers, 0 = it did nothing; None = as estimated.
+        """
+        held_s = self._clock() - self._started_s.pop(place)
+        if used_tokens != 0:
+            self._held_s = held_s if self._held_s is None else self._held_s + WEIGHT * (held_s - self._held_s)
+        self._free += place.need
+        self._queue.end(place, used_tokens)
+        self._settle(place, num_choices, place.tokens if used_tokens is None else used_tokens)
+        return self._start_waiting()
+
+    def answered(self, num_tokens: float) -> None:
+        """So many tokens had a choice of a request that ended well."""
+        self._answer_tokens += WEIGHT * (num_tokens - self._answer_tokens)
+
+    def _place(self, ask: Ask) -> Place:
+        need = min(ask.num_choices, self._max_running)
+        answer = min(self._answer_tokens, math.inf if ask.max_tokens is None else ask.max_tokens)
+        return Place(ask.tenant, ask.limits, need, ask.prompt_tokens + ask.num_choices * answer)
+
+    def _check_wait(self, ask: Ask, place: Place) -> None:
+        first = self._queue.first()
+        starts = self._fits(place) and (first is None or place.rank < first.rank)
+        wait_s = 0.0 if starts else self.wait_s(ask)
+        if not starts and self._queue.room(ask.tenant, ask.limits, self._max_waiting) < 1:
+            raise Overloaded(f"the queue is full ({len(self._queue)} requests wait already)", wait_s, "queue_full")
+        ttft_s = wait_s + ask.prefill_s
+        if not self._started_s or ttft_s == 0:
+            return  # a guess that keeps everybody out would never be put right
+        if ttft_s > ask.remaining_s:
+            problem = f"some {ttft_s:.3g} s of work wait, and the deadline is in {ask.remaining_s:.3g} s"
+            raise Overloaded(problem, ttft_s - ask.remaining_s, "deadline")
+        if ttft_s > self._max_ttft_s:
+            problem = f"the first token would come in some {ttft_s:.3g} s, and {self._max_ttft_s:g} s are allowed"
+            raise Overloaded(problem, ttft_s - self._max_ttft_s, "ttft")
+
+    def _start(self, place: Place) -> None:
+        self._free -= place.need
+        self._started_s[place] = self._clock()
+        self._queue.start(place)
+
+    def _fits(self, place: Place) -> bool:
+        return place.need <= self._free or not self._started_s
+
+    def _start_waiting(self) -> list[Place]:
+        started = []
+        while (place := self._queue.first()) is not None and self._fits(place):
+            self._start(place)
+            started.append(place)
+        return started
+
+    def _settle(self, place: Place, num_choices: int, used_tokens: float) -> None:
+        now_s = self._clock()
+        self._quotas.use(place.tenant, place.limits, used_tokens - place.tokens, now_s)
+        self._quotas.end(place.tenant, num_choices, now_s)
+
+
+@dataclass
+class Held:
+    """Room that a request holds.
+
+    Attributes:
+        used_tokens: of prompt and answers; set by whoever knows. None = as estimated.
+    """
+
+    used_tokens: float | None = None
+
+
+class Admission:
+    """Has the tasks of requests wait for their turn. Belongs to one event loop."""
+
+    def __init__(self, policy: AdmissionPolicy) -> None:
+        self._policy = policy
+        self._turns: dict[Place, Future[None]] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Requests."""
+        return self._policy.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests."""
+        return self._policy.num_waiting
+
+    def wait_s(self, ask: Ask | None = None) -> float:
+        """See `AdmissionPolicy`; of a request of one choice where none is given."""
+        return self._policy.wait_s(ask or Ask())
+
+    def resize(self, max_running: int) -> None:
+        """See `AdmissionPolicy`."""
+        self._wake(self._policy.resize(max_running))
+
+    def answered(self, num_tokens: float) -> None:
+        """See `AdmissionPolicy`."""
+        self._policy.answered(num_tokens)
+
+    @asynccontextmanager
+    async def slot(self, ask: Ask) -> AsyncIterator[Held]:
+        """Hold room for a request.
+
+        Raises:
+            Overloaded: at once, when it is sent away.
+        """
+        place, starts = self._policy.offer(ask)
+        if not starts:
+            await self._wait(place, ask.num_choices)
+        held = Held()
         try:
-            yield
+            yield held
         finally:
-            self.num_running -= 1
-            self._free += need
-            self._ends.append((self._clock(), need))
-            self._admit()
+            self._wake(self._policy.end(place, ask.num_choices, held.used_tokens))
 
-    def _check_queue(self, num_choices: int, remaining_s: float) -> None:
-        wait_s = self.wait_s(num_choices)
-        if len(self._queue) >= self._max_waiting:
-            raise Overloaded(f"the queue is full ({self._max_waiting} requests wait already)", wait_s, "queue_full")
-        if wait_s > remaining_s:
-            problem = f"some {wait_s:.3g} s of work wait, and the deadline is in {remaining_s:.3g} s"
-            raise Overloaded(problem, wait_s, "deadline")
-
-    async def _wait(self, need: int) -> None:
-        turn: Future[None] = get_running_loop().create_future()
-        entry = (need, turn)
-        self._queue.append(entry)
+    async def _wait(self, place: Place, num_choices: int) -> None:
+        turn = self._turns[place] = get_running_loop().create_future()
         try:
             await turn
         except CancelledError:
-            if turn.cancelled():
-                if entry in self._queue:
-                    self._queue.remove(entry)
+            if self._policy.runs(place):  # started and cancelled in the same turn of the loop
+                self._wake(self._policy.end(place, num_choices, 0.0))
             else:
-                # admitted and cancelled in the same turn of the loop
-                self._free += need
-            self._admit()
+                self._wake(self._policy.leave(place, num_choices))
             raise
+        finally:
+            del self._turns[place]
 
-    def _admit(self) -> None:
-        while self._queue and self._queue[0][0] <= self._free:
-            need, turn = self._queue.popleft()
-            if not turn.cancelled():
-                self._free -= need
-                turn.set_result(None)
+    def _wake(self, started: list[Place]) -> None:
+        for place in started:
+            if not self._turns[place].done():
+                self._turns[place].set_result(None)

@@ -57,6 +57,16 @@ class Call:
         self._cached_tokens = 0
         self._recomputed_tokens = self._recomputed_prompt_tokens = 0
 
+    @property
+    def answer_tokens(self) -> int:
+        """Told so far, in all choices."""
+        return self._answer.num_tokens
+
+    @property
+    def used_tokens(self) -> int:
+        """What it has cost so far: tokens of the prompt that were run for it, and of the answers."""
+        return max(0, self._job.num_input_tokens - self._cached_tokens) + self._answer.num_tokens
+
     async def run(self) -> None:
         """Work until the `complete` message is written. Raises an error of the tree otherwise."""
         job = self._job

@@ -29,11 +29,12 @@ from ...errors import (
 from ...kvstore.identity import TenantId
 from ...protos import generation_pb2 as pb
 from ..config import ServeConfig
+from ..keys import TenantLimits, no_limits
 from ..metrics.gateway import GatewayMetrics
 from ..security import Caller, Role, current_caller
 from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
-from .admission import Admission
+from .admission import Admission, AdmissionPolicy, Ask, Held
 from .call import Call
 from .failover import RetryBudget
 from .job import Epochs, Job, Ticket, Write
@@ -43,6 +44,7 @@ from .pool import WorkerPool
 from .sessions import Sessions, Turn, TurnTokenizer
 
 MAX_TOKENIZING = 2
+CHARS_PER_TOKEN = 4  # about, where a prompt is not tokenized yet
 
 
 class Tokenizer(TurnTokenizer, Protocol):
@@ -75,13 +77,22 @@ class Intake:
         membership: Membership,
         recorder: Recorder | None = None,
         number: int = 0,
+        limits: Callable[[TenantId], TenantLimits] = no_limits,
     ) -> None:
         self.tokenizer = tokenizer
         self.metrics = GatewayMetrics(config.model_name)
         self.pool = WorkerPool(membership, config)
         self.metrics.follow(self.pool.accounts)
         self.sessions = Sessions(config.session_ttl_s, config.store_url is not None)
-        self.admission = Admission(config.max_num_seqs * config.decode_workers, config.max_queue)
+        self.admission = Admission(
+            AdmissionPolicy(
+                config.max_num_seqs * config.decode_workers,
+                config.max_queue,
+                max_ttft_s=config.max_ttft_s,
+                burst_s=config.tenant_burst_s,
+            )
+        )
+        self._limits = limits
         self.draining = False
         self._config = config
         self._recorder = recorder or NullRecorder()
@@ -198,9 +209,10 @@ class Intake:
                 else:
                     check_prompt(checked, len(checked.token_ids), served)
                 # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
-                async with self.admission.slot(checked.sampling.n, deadline_s - time.monotonic()):
+                async with self.admission.slot(self._ask(tenant, checked, deadline_s)) as held:
+                    held.used_tokens = 0
                     job = await self._job(request_id, checked, served, accepted_s, deadline_s)
-                    await self._run(job, write)
+                    await self._run(job, write, held)
         finally:
             del self._tickets[tenant, request_id]
             if not self._tickets:
@@ -247,7 +259,21 @@ class Intake:
             tenant=tenant,
         )
 
-    async def _run(self, job: Job, write: Write) -> None:
+    def _ask(self, tenant: TenantId, checked: CheckedRequest, deadline_s: float) -> Ask:
+        texts = [checked.prompt or "", *(message["content"] for message in checked.messages or ())]
+        num_chars = sum(map(len, texts))
+        prompt_tokens = num_chars // CHARS_PER_TOKEN + 1 if checked.token_ids is None else len(checked.token_ids)
+        return Ask(
+            num_choices=checked.sampling.n,
+            tenant=tenant,
+            limits=self._limits(tenant),
+            prompt_tokens=prompt_tokens,
+            max_tokens=checked.max_tokens,
+            remaining_s=deadline_s - time.monotonic(),
+            prefill_s=self.pool.prefill_s(prompt_tokens),
+        )
+
+    async def _run(self, job: Job, write: Write, held: Held) -> None:
         self._report_load()
         call = Call(
             job,
@@ -261,7 +287,11 @@ class Intake:
             metrics=self.metrics,
             recorder=self._recorder,
         )
-        await call.run()
+        try:
+            await call.run()
+        finally:
+            held.used_tokens = call.used_tokens
+        self.admission.answered(call.answer_tokens / job.sampling.n)
 
     async def _tokenize(self, checked: CheckedRequest, turn: Turn | None = None) -> list[int]:
         if checked.token_ids is not None:

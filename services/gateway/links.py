@@ -236,6 +236,11 @@ class PrefillLink(Link):
         """How long a prompt that comes now would wait until it is its turn, as far as that is known."""
         return self._throughput.seconds(self.load().pending_tokens)
 
+    def prefill_s(self, num_tokens: int) -> float:
+        """How long its prompts and one more of so many tokens take, as far as that is known; 0 where it runs none."""
+        pending = self.load().pending_tokens
+        return self._throughput.seconds(pending + num_tokens) if pending else 0.0
+
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
         if self._stub is None or not self.up:

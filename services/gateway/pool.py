@@ -98,6 +98,14 @@ class WorkerPool:
             self._uses.subtract(workers)
             self._uses = +self._uses
 
+    def prefill_s(self, num_tokens: int) -> float:
+        """How long the prompts that are being run and one of so many tokens take on the worker that is through first,
+        as far as that is known; 0 where one runs none."""
+        waits = [
+            link.prefill_s(num_tokens) for link in self._links.values() if isinstance(link, PrefillLink) and link.up
+        ]
+        return min(waits, default=0.0)
+
     @property
     def changed(self) -> Event:
         """Set once, when the next worker comes or goes."""

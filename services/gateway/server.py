@@ -15,7 +15,7 @@ from ...errors import WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import generation_pb2_grpc
 from ..config import ServeConfig
-from ..keys import KeysFile
+from ..keys import KeysFile, no_limits
 from ..rpc import bind, join_address, make_server
 from ..security import Guard, OpenGuard, check_door, client_tls
 from ..telemetry import Recorder
@@ -52,11 +52,13 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
         number: int = 0,
     ) -> None:
         self._config = config
-        self.intake = Intake(config, tokenizer, membership, recorder, number)
+        keys = None if config.api_keys_file is None else KeysFile(config.api_keys_file)
+        self.guard: Guard = keys or OpenGuard()
+        limits = keys.limits if keys else no_limits
+        self.intake = Intake(config, tokenizer, membership, recorder, number, limits)
         self.pool, self.sessions, self.metrics = self.intake.pool, self.intake.sessions, self.intake.metrics
         self._health = health.aio.HealthServicer()
         self._health_task: Task[None] | None = None
-        self.guard: Guard = OpenGuard() if config.api_keys_file is None else KeysFile(config.api_keys_file)
         self._server = make_server(config.max_message_bytes, self.guard)
         self._http: HttpDoor | None = None
         self.http_address: str | None = None
