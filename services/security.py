@@ -246,11 +246,12 @@ def with_fleet_tokens(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update={"fleet_tokens": read_fleet_tokens(config.fleet_token_file)})
 
 
-def check_door(config: ServeConfig, host: str) -> None:
-    """Raises `ConfigError` where a door for clients on `host` would serve everybody who reaches it."""
+def check_door(config: ServeConfig, host: str, setting: str = "host") -> None:
+    """Raises `ConfigError` where a door for clients on `host`, which `setting` says, would serve everybody who reaches
+    it."""
     from .settings.security import check_settings
 
-    check_settings(config, is_exposed=not is_loopback(host))
+    check_settings(config, [] if is_loopback(host) else [setting])
 
 
 def check_files(config: ServeConfig) -> None:

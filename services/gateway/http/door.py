@@ -15,7 +15,7 @@ import uvicorn
 from ....errors import ConfigError
 from ...config import ServeConfig
 from ...rpc import join_address
-from ...security import Guard, client_tls
+from ...security import Guard, check_door, client_tls
 from ...tls import server_context
 from ..intake import Intake
 from .app import Boundary, Routes
@@ -68,6 +68,7 @@ class HttpDoor:
     async def start(self) -> str:
         """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
         host = self._config.http_host or self._config.host
+        check_door(self._config, host, "http_host")
         self._server.config.load()
         listener = _listen(host, self._config.http_port)
         port = listener.getsockname()[1]
