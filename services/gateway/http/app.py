@@ -61,7 +61,7 @@ class Routes:
         add("/v1/chat/completions", self.chat, methods=["POST"], dependencies=[generate])
         add("/v1/sessions", self.sessions, dependencies=[lists])
         add("/v1/sessions/{session_id}", self.delete_session, methods=["DELETE"], dependencies=[deletes])
-        for kind in (KvsluiceError, HTTPException):
+        for kind in (KvsluiceError, HTTPException, Exception):
             app.add_exception_handler(kind, _failed)
         return app
 
@@ -102,11 +102,13 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, ChatBody, translate.chat)
 
-    async def sessions(self) -> Response:
-        return JSONResponse(shapes.sessions(await self._intake.sessions.all()))
+    async def sessions(self, tenant: str = "") -> Response:
+        """Of the key's own tenant, or for an admin of another one."""
+        return JSONResponse(shapes.sessions(await self._intake.list_sessions(tenant)))
 
-    async def delete_session(self, session_id: str) -> Response:
-        if not await self._intake.delete_session(session_id):
+    async def delete_session(self, session_id: str, tenant: str = "") -> Response:
+        """Of the key's own tenant, or for an admin of another one."""
+        if not await self._intake.delete_session(session_id, tenant):
             raise HTTPException(404, "there is no such session")
         return JSONResponse({"id": session_id, "object": "session.deleted", "deleted": True})
 
@@ -149,11 +151,11 @@ class Boundary:
         self._app, self._max_header_bytes = app, max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        started = ended = False
 
         async def sending(message: Any) -> None:
-            nonlocal started
-            started = True
+            nonlocal started, ended
+            started, ended = True, message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         try:
@@ -162,11 +164,12 @@ class Boundary:
         except ClientDisconnect:
             pass
         except Exception as exc:
-            told = failure(exc)
-            if started:
+            # the framework lets foreign errors go on after it has answered them
+            if not started:
+                await failure(exc).response({})(scope, receive, send)
+            elif not ended:
+                failure(exc)
                 scope["state"]["connection"].abort()
-            else:
-                await told.response({})(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])

@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from kvsluice.kvstore.memory import MemoryStore
+
 HELLO = {"model": "chars", "prompt": "abc", "max_tokens": 100}
 CHAT = {"model": "chars", "messages": [{"role": "user", "content": "abc"}]}
 
@@ -239,5 +241,33 @@ async def test_an_unexpected_error_is_closed(fleet, http, caplog, monkeypatch):
     monkeypatch.setattr(fleet.gateway.intake.tokenizer, "encode", broken)
     reply = await http.post("/v1/completions", json=HELLO | {"stream": True})
     assert (reply.status_code, reply.json()["error"]["message"]) == (500, "internal error")
-    assert "canary" not in caplog.text
     assert "AttributeError at" in caplog.text
+    monkeypatch.setattr(fleet.gateway.intake, "list_sessions", broken)
+    reply = await http.get("/v1/sessions")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "internal error")
+    assert "RuntimeError at" in caplog.text
+    assert "canary" not in caplog.text
+
+
+async def test_a_conversation_goes_on_is_listed_and_deleted(make_real_fleet):
+    fleet = await make_real_fleet(store=MemoryStore(1 << 30), http=True, http_port=0)
+    first, second = [(37 * i) % 250 + 3 for i in range(90)], [7, 8, 9]
+    more = {"model": "tiny", "max_tokens": 8, "ignore_eos": True, "temperature": 0, "session_id": "tea"}
+    async with connect(fleet) as http:
+        turns = []
+        for turn, prompt in enumerate((first, second), 1):
+            reply = (await http.post("/v1/completions", json=more | {"prompt": prompt, "session_turn": turn})).json()
+            turns.append((reply["choices"][0]["text"], reply["usage"], reply["kvsluice"][0]["session"]["turn"]))
+        wrong = await http.post("/v1/completions", json=more | {"prompt": second, "session_turn": 2})
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (409, "session_mismatch")
+        (listed,) = (await http.get("/v1/sessions")).json()["data"]
+        assert (listed["id"], listed["turns"], listed["tokens"]) == ("tea", 2, 90 + 8 + 3 + 8)
+        assert (await http.delete("/v1/sessions/tea")).json() == {
+            "id": "tea", "object": "session.deleted", "deleted": True
+        }  # fmt: skip
+        assert (await http.delete("/v1/sessions/tea")).status_code == 404
+        assert (await http.get("/v1/sessions")).json()["data"] == []
+    options = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.0, "session_id": "other"}
+    wanted = [await fleet.client.generate(prompt, **options) for prompt in (first, second)]
+    assert [(text, turn) for text, _, turn in turns] == [(done.text, done.session.turn) for done in wanted]
+    assert turns[1][1]["prompt_tokens_details"]["cached_tokens"] == wanted[1].usage.cached_tokens > 0
