@@ -140,7 +140,7 @@ readinessProbe:
   {{- else if .root.Values.tls.clientCA }}
   tcpSocket: {port: {{ int .root.Values.service.grpcPort }}}
   {{- else }}
-  httpGet: {port: {{ int .root.Values.service.httpPort }}, path: /health/ready, scheme: HTTPS}
+  httpGet: {port: {{ int .root.Values.service.httpPort }}, path: /ready, scheme: HTTPS}
   {{- end }}
   {{- else }}
   tcpSocket: {port: {{ .ports.worker }}}

@@ -1,0 +1,73 @@
+"""What the chart tells the processes is what they take: the fleet's file, commands with their options, ports."""
+
+from __future__ import annotations
+
+from kvsluice.services.config import ServeConfig
+from kvsluice.services.fleet.wanted import read_cluster, wanted_fleet
+
+from .conftest import ROOT, Pod, Render, selects
+
+RAYLET = 6380  # of Ray itself, on every node
+
+
+def test_the_fleet_takes_its_file(example: Render, tmp_path):
+    """`kvsluice up` reads it with every key known and every value allowed."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(example.cluster_yaml)
+    wanted = wanted_fleet(read_cluster(path))
+    ray = example.one("RayCluster")["spec"]
+    pods = {group["groupName"]: group for group in ray["workerGroupSpecs"]}
+    assert {group.name for group in wanted.groups} == set(pods)
+    for group in wanted.groups:
+        pod = pods[group.name]
+        assert (pod["minReplicas"], pod["maxReplicas"]) == (group.minimum, group.maximum)
+        # each pod has what one process takes, and no second one
+        assert group.bundle[f"kvsluice-{group.name}"] == 1
+        assert group.bundle["CPU"] == int(pod["rayStartParams"]["num-cpus"])
+        gpus = int(pod["rayStartParams"]["num-gpus"])
+        (container,) = pod["template"]["spec"]["containers"]
+        assert group.bundle.get("GPU", 0) == gpus == container["resources"]["limits"].get("nvidia.com/gpu", 0)
+        assert ("cuda" in group.config_json) == bool(gpus)
+        # a worker more than there are pods would wait for ever
+        assert group.max_surge == 0 or ray["enableInTreeAutoscaling"]
+
+
+def test_ports_are_those_of_the_settings(example: Render):
+    common = example.cluster["settings"]
+    for group in (*example.cluster["gateways"], *example.cluster["groups"]):
+        config = ServeConfig.model_validate(common | group["settings"])
+        wanted = {"worker": config.worker_port}
+        if group["name"] == "gateway":
+            wanted = {"grpc": config.port, "http": config.http_port}
+        (pod,) = [pod for pod in example.pods() if pod.labels.get("kvsluice/group") == group["name"]]
+        assert wanted.items() <= ports(pod).items()
+    start = example.one("RayCluster")["spec"]["headGroupSpec"]["rayStartParams"]
+    head = ports(example.pod("head"))
+    assert (head["gcs-server"], head["client"]) == (int(start["port"]), int(start["ray-client-server-port"]))
+    assert head["metrics"] == int(start["metrics-export-port"])
+    assert int(start["node-manager-port"]) == RAYLET
+    name = example.one("RayCluster")["metadata"]["name"]
+    # the Service that KubeRay makes for the head
+    assert f"ray://{name}-head-svc:{head['client']}" in example.pod("up").spec["containers"][0]["args"]
+
+
+def test_probes_and_services_lead_to_ports_that_are_there(example: Render):
+    routes = (ROOT / "services" / "gateway" / "http" / "app.py").read_text()
+    for pod in example.pods():
+        own = ports(pod)
+        for container in pod.containers():
+            for when in ("startupProbe", "livenessProbe", "readinessProbe"):
+                for kind in ("grpc", "tcpSocket", "httpGet"):
+                    probe = container.get(when, {}).get(kind)
+                    assert probe is None or probe["port"] in {*own, *own.values(), RAYLET}
+                    # the kubelet's gRPC probes speak no TLS
+                    assert probe is None or kind != "httpGet" or f'add("{probe["path"]}"' in routes
+                    is_door = probe is not None and kind == "grpc" and probe["port"] == own.get("grpc")
+                    assert not is_door or "tls_cert_file" not in example.cluster["settings"]
+    for service in example.of("Service"):
+        (pod,) = [pod for pod in example.pods() if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports(pod))
+
+
+def ports(pod: Pod) -> dict[str, int]:
+    return {port["name"]: port["containerPort"] for one in pod.containers() for port in one.get("ports", ())}

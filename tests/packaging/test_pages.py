@@ -1,0 +1,60 @@
+"""Commands in the pages are run by a test, or say what they need."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvsluice.tests.pages import NEEDS, ROOT, RUN, Command, commands
+
+COVERED = {  # beginning of a command -> a test that does the same
+    "kvsluice serve": "integration/services/test_service.py::test_the_command_line_generates",
+    "kvsluice generate --durability": "faults/test_failover.py::test_streams_under_load_all_go_on",
+    "kvsluice generate --chat --session": (
+        "integration/services/test_sessions.py::test_turns_are_the_same_wherever_they_run"
+    ),
+    "kvsluice sessions": "integration/services/test_sessions.py::test_sessions_are_listed_and_deleted",
+    "kvsluice bench decode": "unit/benchmarks/test_bench_runs.py::test_decode_measures_batches_and_hit_rates",
+    "kvsluice eval": "unit/evals/test_runner.py::test_a_run_writes_what_it_found",
+    "python scripts/recipe_report.py": (
+        "unit/evals/test_recipe_report.py::test_files_of_ones_own_become_a_page_of_their_own"
+    ),
+    "redis-server": "faults/test_failover.py::test_streams_under_load_all_go_on",
+}
+ALL = commands()
+
+
+def cover(command: Command) -> str | None:
+    text = " ".join(command.words)
+    return next((test for beginning, test in COVERED.items() if text.startswith(beginning)), None)
+
+
+def test_every_command_is_run_or_says_what_it_needs():
+    open_ones = [
+        str(command)
+        for command in ALL
+        if command.needs is None and not RUN.match(" ".join(command.words)) and cover(command) is None
+    ]
+    assert open_ones == [], "run them, name the test that does in COVERED, or mark them as tests/pages.py says"
+
+
+def test_what_is_needed_is_one_of_the_known_things():
+    assert [str(command) for command in ALL if command.needs not in (None, *NEEDS)] == []
+
+
+def test_make_has_every_target_that_a_page_names():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {command.words[1] for command in ALL if command.words[0] == "make"}
+    assert named and named <= targets
+
+
+@pytest.mark.parametrize("test", sorted(set(COVERED.values())), ids=lambda test: test.rpartition("/")[2])
+def test_a_test_that_covers_is_there(test):
+    path, _, name = test.partition("::")
+    assert re.search(rf"^\s*(async )?def {name}\(", (ROOT / "tests" / path).read_text(), re.M)
+
+
+def test_the_readme_lists_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" not in readme] == []
