@@ -9,6 +9,7 @@
     ├── UnsupportedModel            FAILED_PRECONDITION  no    lists what is supported
     ├── BrokenCheckpoint            FAILED_PRECONDITION  no    names the file
     ├── Overloaded                  RESOURCE_EXHAUSTED   yes
+    ├── OutOfMemory                 RESOURCE_EXHAUSTED   yes   a worker had none for it; another one may
     ├── WorkerLost                  UNAVAILABLE          yes
     ├── StoreUnavailable            UNAVAILABLE          yes
     ├── RequestCancelled            CANCELLED            no
@@ -140,6 +141,14 @@ class Overloaded(KvsluiceError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.reason = reason
+
+
+class OutOfMemory(KvsluiceError):
+    """A worker ran out of memory over a request that it had let in; others may have enough."""
+
+    status = "RESOURCE_EXHAUSTED"
+    http_status = 503
+    retryable = True
 
 
 class WorkerLost(KvsluiceError):

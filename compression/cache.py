@@ -93,9 +93,13 @@ class RecipeCache:
         """See `SequenceCache`."""
         if self._layers[0].tail.has_room(num_rows):  # tails of all layers have as many rows
             return
-        moved = [layer.tail.reserve(num_rows, like) for layer in self._layers.values()]
-        if any(moved):
-            self.note_moved()
+        moved = False
+        try:
+            for layer in self._others_first():
+                moved |= layer.tail.reserve(num_rows, like)
+        finally:
+            if moved:
+                self.note_moved()
 
     def views(self) -> list[View]:
         """See `SequenceCache`."""
@@ -111,6 +115,11 @@ class RecipeCache:
     def layers(self) -> list[LayerCache]:
         """Of all layers, in order."""
         return [self._layers[layer] for layer in range(self._kit.shape.num_layers)]
+
+    def _others_first(self) -> list[LayerCache]:
+        """All layers, the first one last: what is asked of it alone is so of the others, even where memory ran out half
+        way."""
+        return [*(layer for number, layer in self._layers.items() if number), self._layers[0]]
 
     def note_moved(self) -> None:
         """See `SequenceCache`."""
@@ -129,6 +138,12 @@ class RecipeCache:
             layer.tail.num_rows += num_rows  # no call: it comes once a layer, sequence and step
         whole, of_row = self._read_nbytes
         self.counter.bytes_read += whole + of_row * self._layers[0].tail.num_rows
+
+    def withdraw(self, position: int) -> None:
+        """See `SequenceCache`."""
+        for layer in self._layers.values():
+            layer.tail.withdraw(position)
+        self.note_moved()
 
     def rows_until_seal(self, position: int) -> int:
         """See `SequenceCache`."""
@@ -151,7 +166,7 @@ class RecipeCache:
         sealing, block = self.sealing(), self.recipe.block
         if sealing is None:
             self.moves += 1
-            for layer in self._layers.values():
+            for layer in self._others_first():
                 layer.seal(end)
             return
         while self._layers[0].tail.begin + block <= end:

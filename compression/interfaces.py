@@ -166,6 +166,11 @@ class SequenceCache(Protocol):
         """Count rows that kernels have appended, and attended from, in every layer."""
         ...
 
+    def withdraw(self, position: int) -> None:
+        """Forget the rows from `position` on, which no block has sealed: they came of a pass that failed, and some
+        layers may have none. Appending them again gives what it would have given."""
+        ...
+
     def rows_until_seal(self, position: int) -> int:
         """How many rows from `position` on may be appended and attended together before `seal` is due; at least 1."""
         ...

@@ -19,7 +19,7 @@ from ..kernels.dispatch import TRITON, runs
 from ..kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from .layout import sealed_end
 from .rooms import NUM_PLACES, GrownRoom, Numbers, seal_key
-from .segment import Kit
+from .segment import Kit, Tail
 
 if TYPE_CHECKING:
     from .interfaces import SequenceCache
@@ -243,7 +243,7 @@ def own_angles(kit: Kit) -> Angles:
 
 def settle_tails(caches: Sequence[SequenceCache]) -> None:
     """Move the rows of tails that blocks were sealed from to the front, on a GPU in one launch for rows of a size."""
-    moves: dict[tuple[torch.device, int], list[Numbers]] = {}
+    moves: dict[tuple[torch.device, int], list[tuple[Sequence[Tail], Numbers]]] = {}
     moving = [tails for tails in (cache.moving_tails() for cache in caches) if tails]
     for tails in moving:
         first = tails[0]  # of all layers alike
@@ -254,13 +254,13 @@ def settle_tails(caches: Sequence[SequenceCache]) -> None:
         entries = np.empty((2 * len(tails), MOVE_FIELDS), dtype=np.int64)
         entries[:, 0] = np.array([tail.room_addresses() for tail in tails]).ravel()
         entries[:, 1], entries[:, 2] = first.offset, first.num_rows
-        moves.setdefault((first.device, first.row_nbytes // 2), []).append(entries)
+        moves.setdefault((first.device, first.row_nbytes // 2), []).append((tails, entries))
     for (device, row_nbytes), parts in moves.items():
-        table = np.concatenate(parts)
+        table = np.concatenate([entries for _, entries in parts])
         move_rows(_sent(table, device), row_nbytes, int(table[:, 1].min()))
-    for tails in moving:
-        for tail in tails:
-            tail.offset = 0
+        for tails, _ in parts:  # at once: who is asked again must not move them twice
+            for tail in tails:
+                tail.offset = 0
 
 
 def _sent(numbers: Numbers, device: torch.device) -> Tensor:

@@ -321,12 +321,18 @@ class Tail:
         self.num_rows -= count
         self.offset += count
 
+    def withdraw(self, position: int) -> None:
+        """Forget the rows from `position` on."""
+        self.num_rows = min(self.num_rows, position - self.begin)
+
     def settle(self) -> None:
         """Move the rows to the front."""
         if self.offset:
-            for held, rows in zip((self._k, self._v), self.rows(), strict=True):
+            # both before either is moved: memory may run out
+            copies = [rows.clone() if self.num_rows > self.offset else rows for rows in self.rows()]
+            for held, rows in zip((self._k, self._v), copies, strict=True):
                 assert held is not None
-                held[: self.num_rows] = rows.clone() if self.num_rows > self.offset else rows
+                held[: self.num_rows] = rows
             self.offset = 0
 
     def copy(self) -> Tail:

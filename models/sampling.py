@@ -290,11 +290,11 @@ class SamplerState:
         if known:
             parts.append(sent(torch.tensor(known), device))
         ids = torch.cat(parts)
-        self._uncounted.clear()
         if self._seen is not None:
             self._seen.index_fill_(0, ids, True)
         if self._counts is not None:
             self._counts.index_put_((ids,), torch.ones(len(ids), device=device), accumulate=True)
+        self._uncounted.clear()  # last: where memory runs out, they are counted another time
 
 
 def sample_rows(states: Sequence[SamplerState], logits: Tensor) -> list[Sampled | InternalError]:

@@ -95,7 +95,7 @@ def _no_collection() -> Iterator[None]:
 
 @dataclass
 class _Captured:
-    """A captured step. `blocks` are those that its tables were last filled from."""
+    """A captured step. `blocks` are those that its tables were last filled from; none = they may be anything's."""
 
     replay: Callable[[], None]
     inputs: Tensor
@@ -150,6 +150,7 @@ class CapturedSteps:
         are made anew only where sequences come, go or change places, or a block has another shape."""
         if self._last is not None:
             before, tables = self._last
+            self._last = None  # what is half written is not to be relied on
             if len(before) == len(blocks) and all(tables.put(row, blocks[row]) for row in _others(before, blocks)):
                 self._last = (blocks, tables)
                 return tables
@@ -160,8 +161,9 @@ class CapturedSteps:
     @staticmethod
     def _fill(step: _Captured, tables: Tables, blocks: tuple[Block, ...]) -> None:
         """Bring a captured step's tables up to date."""
-        if step.tables.places == tables.places:
-            step.tables.copy_rows(tables, _others(step.blocks, blocks))
+        before, step.blocks = step.blocks, ()  # until they are: copying may fail half way
+        if before and step.tables.places == tables.places:
+            step.tables.copy_rows(tables, _others(before, blocks))
         else:
             step.tables.copy_(tables)
             step.tables = replace(step.tables, places=tables.places)

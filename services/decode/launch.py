@@ -7,10 +7,19 @@ The second half, telling what came of it, is the engine's. Between the two anoth
 step holds no cache: a choice that ends meanwhile frees its memory at once. That is safe because whatever takes the
 memory next is written by work that is queued behind the step: on its stream, or on one that waits for it. Pages of host
 memory are written by copies on the step's stream, too.
+
+A step that fails, as when memory runs out, is run again in halves, and those in halves, down to a row of one choice:
+
+    compute ──> draw ──> commit: choices and samplers move on, which cannot fail
+       └─ a fault ─┴──> withdraw: caches forget the rows, and everything is as it was
+
+So only those fail that fail alone. Tokens are the same, as a row's numbers do not depend on the other rows. This is the
+one place that waits for the device, as work of the failed attempt may still read memory that was let go of.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +30,13 @@ import torch
 from ...models.drawing import Drawn, DrawnToken, draw_rows
 from ...models.transfers import sent
 from ..staging import Event as DeviceEvent
+from ..telemetry import where
 from .events import RowsEvent
 from .scheduler import Choice
-from .sequence import ChoiceRun, KeptRows, RequestRun
+from .sequence import ChoiceRun, KeptRows, RequestRun, is_out_of_memory
 from .step import StepRow, StepRunner
+
+logger = logging.getLogger(__name__)
 
 MOST_REPLAYED = 128  # more rows of a step than one a choice; others wait for the whole step
 
@@ -47,9 +59,24 @@ class Turn:
 
 
 class _Part(NamedTuple):
+    """Rows of one turn.
+
+    Attributes:
+        number: the turn's in the step, and where the next step finds the token.
+        bytes_read: by the choice's attention before.
+    """
+
+    number: int
     turn: Turn
     state: ChoiceRun
     row: StepRow
+    bytes_read: int
+
+    def withdraw(self) -> None:
+        """Undo what an attempt has done that was not committed."""
+        self.row.cache.withdraw(self.row.position)
+        self.row.cache.counter.bytes_read = self.bytes_read
+        self.state.guarded.error = None
 
 
 class LaunchedStep:
@@ -58,12 +85,13 @@ class LaunchedStep:
     Attributes:
         turns: of all choices that it was to run.
         kept: rows of some of them that are to be kept, complete once what was launched before is done.
+        drawn: tokens, and the numbers of the turns that they belong to.
     """
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self.turns = turns
         self.kept: list[tuple[Turn, KeptRows]] = []
-        self.drawn: Drawn | None = None
+        self.drawn: list[tuple[Drawn, list[int]]] = []
 
     def rows_events(self, mark: Callable[[], DeviceEvent | None]) -> list[RowsEvent]:
         """Which rows are to be kept.
@@ -89,8 +117,11 @@ class LaunchedStep:
         Raises:
             RuntimeError: the device has failed.
         """
-        tokens = iter(() if self.drawn is None else self.drawn.read())
-        return [next(tokens, None) if turn.samples and turn.error is None else None for turn in self.turns]
+        tokens: list[DrawnToken | None] = [None] * len(self.turns)
+        for drawn, numbers in self.drawn:
+            for number, token in zip(numbers, drawn.read(), strict=True):
+                tokens[number] = token
+        return tokens
 
 
 def launch(
@@ -102,57 +133,143 @@ def launch(
         more: takes up to so many more turns for a choice that only replays tokens. They run in the same step, which
             costs little more than one row: the weights are read once.
     """
-    parts, step, left = [], LaunchedStep(turns), MOST_REPLAYED
-    for turn in turns:
-        state = turn.run.choices[turn.choice.index]
-        turn.samples = state.samples_next
-        try:
-            kept = state.rows_to_keep()
-            if kept is not None:
-                step.kept.append((turn, kept))
-            row = state.next_row(partial(_capped, more, turn.choice, left))
-            left -= len(row.more_ids)
-            parts.append(_Part(turn, state, row))
-        except Exception as exc:
-            turn.error = exc
-    if parts:
-        try:
-            _run(runner, parts, step)
-        except Exception as exc:
-            for part in parts:
-                part.turn.error = exc
+    step, left = LaunchedStep(turns), MOST_REPLAYED
+    parts: list[_Part] = []
+    late: list[int] = []
+    for number, turn in enumerate(turns):
+        part = _part(step, number, partial(_capped, more, turn.choice, left), is_last_try=False)
+        if part is not None:
+            parts.append(part)
+            left -= len(part.row.more_ids)
+        elif turn.error is None:
+            late.append(number)
+    try:
+        done = _run_in_parts(runner, parts, step)
+        for number in late:  # what the others needed beside their caches is free again
+            part = _part(step, number)
+            done |= _run_in_parts(runner, [] if part is None else [part], step)
+        _hand_on(runner, step)
+        if done:
+            runner.prepare(list(done.values()))
+    except Exception as exc:
+        for turn in turns:
+            turn.error = turn.error or exc
     return step
+
+
+def _part(
+    step: LaunchedStep, number: int, more: Callable[[int], int] = lambda most: 0, is_last_try: bool = True
+) -> _Part | None:
+    """The rows of a turn. None where that failed: unless it has an error now, memory ran out and another try may do."""
+    turn = step.turns[number]
+    state = turn.run.choices[turn.choice.index]
+    turn.samples = state.samples_next
+    try:
+        kept = state.rows_to_keep()
+        if kept is not None:
+            step.kept.append((turn, kept))
+        row = state.next_row(more)
+        return _Part(number, turn, state, row, row.cache.counter.bytes_read)
+    except Exception as exc:
+        if is_last_try or not is_out_of_memory(exc):
+            turn.error = exc
+        return None
 
 
 def _capped(more: Callable[[Choice, int], int], choice: Choice, left: int, most: int) -> int:
     return more(choice, min(most, left))
 
 
-def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep) -> None:
-    rows = [part.row for part in parts]
-    logits = runner.logits(rows)
-    drawing, at = [], []
-    for number, (turn, state, row) in enumerate(parts):
-        turn.error = state.guarded.error
-        if turn.error is None and turn.samples:
-            drawing.append(state)
-            at.append(number)
-        state.launched(number, 1 + len(row.more_ids))
-        turn.bytes_read = row.cache.counter.bytes_read
-    if drawing:
-        if len(at) == len(rows):
-            step.drawn = _draw(runner, drawing, logits, slice(0, len(at)))
+def _run_in_parts(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep) -> dict[int, StepRow]:
+    """Run rows together if they can be, else in as few calls as they can. Returns the last rows of those that ran."""
+    done: dict[int, StepRow] = {}
+    pending = [list(parts)]
+    while pending:
+        # of a choice whose rows were divided, the later ones are of no use without the earlier ones
+        own = [part for part in pending.pop() if part.turn.error is None]
+        if not own:
+            continue
+        halves = _halves(own)
+        short = _try(runner, own, step, is_last_try=not halves)
+        left = {part.number for part in short}
+        done |= {part.number: part.row for part in own if part.number not in left and part.turn.error is None}
+        if 0 < len(short) < len(own):
+            pending.append(short)
+        elif short:
+            pending += reversed(halves)  # in order: the first half is taken next
+    return done
+
+
+def _halves(parts: list[_Part]) -> list[list[_Part]]:
+    """Two of what can be run one after the other instead of together; none of a single row."""
+    if len(parts) > 1:
+        middle = len(parts) // 2
+        return [parts[:middle], parts[middle:]]
+    row = parts[0].row
+    if not row.more_ids:
+        return []
+    ids = (row.token_id, *row.more_ids)
+    middle = len(ids) // 2
+    first = row._replace(more_ids=ids[1:middle])
+    second = row._replace(token_id=ids[middle], position=row.position + middle, more_ids=ids[middle + 1 :])
+    return [[parts[0]._replace(row=one)] for one in (first, second)]
+
+
+def _try(runner: StepRunner, parts: list[_Part], step: LaunchedStep, is_last_try: bool) -> list[_Part]:
+    """Run rows together. Returns those that did not run and may be tried again; an error that counts is in its turn."""
+    try:
+        short = _run(runner, parts, step, is_last_try)
+    except Exception as exc:
+        for part in parts:
+            part.withdraw()
+            part.turn.error = exc if is_last_try else None
+        short = [] if is_last_try else parts
+        if short:
+            logger.warning("%d rows of a step failed, and run again in halves: %s", len(parts), where(exc))
+    # not before the error is gone, which holds on to what was computed
+    if short:
+        runner.wait()
+    return short
+
+
+def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep, is_last_try: bool) -> list[_Part]:
+    """See `_try`. What it raises leaves rows in the caches and nothing else."""
+    logits = runner.logits([part.row for part in parts])
+    short: list[_Part] = []
+    ran: list[_Part] = []
+    places: list[int] = []
+    for place, part in enumerate(parts):
+        error = part.state.guarded.error
+        if error is None:
+            ran.append(part)
+            if part.turn.samples:
+                places.append(place)
+        elif is_last_try or not is_out_of_memory(error):
+            part.turn.error = error
         else:
-            index = sent(torch.tensor(at), logits.device)
-            step.drawn = _draw(runner, drawing, logits[index], index)
-    runner.prepare(rows)
+            short.append(part)
+    drawing = [parts[place] for place in places]
+    drawn = None
+    if drawing:
+        own = logits if len(places) == len(parts) else logits[sent(torch.tensor(places), logits.device)]
+        drawn = draw_rows([part.state.sampler for part in drawing], own)
+    for part in short:
+        part.withdraw()
+    for part in ran:
+        part.state.launched(part.number, 1 + len(part.row.more_ids))
+        part.turn.bytes_read = part.row.cache.counter.bytes_read
+    if drawn is not None:
+        for row, part in enumerate(drawing):
+            part.state.sampler.force_drawn(drawn.ids, row)
+        step.drawn.append((drawn, [part.number for part in drawing]))
+    return short
 
 
-def _draw(runner: StepRunner, states: Sequence[ChoiceRun], logits: torch.Tensor, at: slice | torch.Tensor) -> Drawn:
-    """Draw the next token of each state, from logits float32 [states, V]; `at` are their rows in the step."""
-    samplers = [state.sampler for state in states]
-    drawn = draw_rows(samplers, logits)
-    runner.computation.sampled[at] = drawn.ids
-    for number, sampler in enumerate(samplers):
-        sampler.force_drawn(drawn.ids, number)
-    return drawn
+def _hand_on(runner: StepRunner, step: LaunchedStep) -> None:
+    """Put the tokens where the next step finds them; not earlier, as rows of this one look up those of the last."""
+    for drawn, numbers in step.drawn:
+        first = numbers[0]
+        if numbers == list(range(first, first + len(numbers))):
+            runner.computation.sampled[first : first + len(numbers)] = drawn.ids
+        else:
+            runner.computation.sampled[sent(torch.tensor(numbers), drawn.ids.device)] = drawn.ids

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
-from ...errors import FrameMismatch, InternalError, KvsluiceError
+from ...errors import FrameMismatch, InternalError, KvsluiceError, OutOfMemory
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import about, where
 from .scheduler import Demand
@@ -214,8 +214,9 @@ class ChoiceRun:
         is_taken = self._rows_left == 0 and sealed_end(recipe, self.num_prompt_tokens, end) > begin
         if end - begin < self._rows_to_tell and not is_taken:
             return None
+        kept = KeptRows(begin, self.cache.rows(begin, end))
         self._kept_until = end
-        return KeptRows(begin, self.cache.rows(begin, end))
+        return kept
 
     def launched(self, row: int, num_rows: int = 1) -> None:
         """The step is under way whose rows `next_row` gave, as its `row`-th."""
@@ -318,6 +319,8 @@ def add_layer(
     except KvsluiceError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as exc:
+        if is_out_of_memory(exc):
+            raise
         logger.warning(
             "layer %d of request %s does not fit its recipe: %s", layer, request_id, where(exc), extra=about(request_id)
         )
@@ -336,7 +339,18 @@ def typed(exc: Exception, request_id: str) -> KvsluiceError:
     if isinstance(exc, KvsluiceError):
         return exc
     logger.error("decoding of request %s failed: %s", request_id, where(exc), extra=about(request_id))
+    if is_out_of_memory(exc):
+        return OutOfMemory("the decode worker ran out of memory")
     return InternalError(f"decoding failed: {type(exc).__name__}")
+
+
+def is_out_of_memory(exc: Exception) -> bool:
+    """Whether memory ran out, of the device or of the host."""
+    if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch has no class of its own for these: pinned memory, a library's workspace, memory of the CPU
+    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(exc, RuntimeError) and any(sign in str(exc) for sign in signs)
 
 
 def on_device(encoded: EncodedLayer, device: torch.device, copy: bool = False) -> EncodedLayer:

@@ -211,6 +211,11 @@ class StepRunner:
         if self._side is not None:
             torch.cuda.current_stream(self.model.device).wait_stream(self._side)
 
+    def wait(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
     def _block_or_fault(self, row: StepRow) -> Block | None:
         """`_block`, whose faults end its own sequence: it runs apart then, where attention gives zeros. So does who has
         several rows."""

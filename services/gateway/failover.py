@@ -15,9 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...errors import CorruptFrame, Fenced, KvsluiceError, Overloaded, SequenceLost, StoreUnavailable, WorkerLost
+from ...errors import (
+    CorruptFrame,
+    Fenced,
+    KvsluiceError,
+    OutOfMemory,
+    Overloaded,
+    SequenceLost,
+    StoreUnavailable,
+    WorkerLost,
+)
 from .membership import Member
 
+_OTHERS_MAY_GO_ON = (WorkerLost, OutOfMemory, SequenceLost, StoreUnavailable, CorruptFrame, Fenced)
 FIRST_WAIT_S, MOST_WAIT_S = 0.05, 2.0
 REFILL_S = 60.0
 
@@ -118,4 +128,4 @@ class Failover:
             return has_begun  # its client has tokens already: it waits for room
         if isinstance(error, Fenced) and self.in_session:
             return False
-        return isinstance(error, (WorkerLost, SequenceLost, StoreUnavailable, CorruptFrame, Fenced))
+        return isinstance(error, _OTHERS_MAY_GO_ON)

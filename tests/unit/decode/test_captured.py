@@ -106,6 +106,25 @@ def test_tables_that_are_written_over_are_those_made_anew():
     assert 1 < len({id(tables) for tables in made}) < 50, "most are written over"
 
 
+def test_tables_that_were_brought_up_to_date_half_way_are_filled_anew(bench, monkeypatch):
+    a, b, c = block(7), block(8), block(9)
+    for _ in range(3):
+        bench.run([1, 2], [a, b])
+    copy_rows = Tables.copy_rows
+
+    def short_of_memory(self, other: Tables, rows: list[int]) -> None:
+        copy_rows(self, other, rows)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "copy_rows", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            bench.run([1, 2], [c, b])
+    assert bench.run([1, 2], [a, b]) == wanted([1, 2], [7, 8])
+    assert bench.run([3, 2], [c, b]) == wanted([3, 2], [9, 8])
+    assert bench.replays.captures == 1
+
+
 def test_another_shape_is_another_step(bench):
     for blocks in ([block(1)], [block(1), block(2)], [block(1, chunks=8)], [block(1, items=40)]):
         for _ in range(2):

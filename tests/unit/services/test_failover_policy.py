@@ -13,6 +13,7 @@ from kvsluice.errors import (
     FrameMismatch,
     InternalError,
     InvalidRequest,
+    OutOfMemory,
     Overloaded,
     SequenceLost,
     StoreUnavailable,
@@ -32,7 +33,7 @@ def failover(keeps: bool = True, most: int = 100, burst: int = 100) -> Failover:
 
 def test_before_the_first_token_an_attempt_begins_anew():
     plan = failover()
-    for error in (WorkerLost("x"), *LOST):
+    for error in (WorkerLost("x"), OutOfMemory("x"), *LOST):
         plan.next(error, False, {MEMBER})
         assert plan.start is Start.FRESH
     with pytest.raises(Overloaded):
@@ -60,6 +61,8 @@ def test_behind_the_first_token_it_goes_on_from_the_store_and_else_by_replay():
     assert (plan.start, plan.migrations) == (Start.RESTORE, 2), "a replayed attempt is kept as well"
     plan.next(Overloaded("full"), True, set())
     assert (plan.start, plan.migrations) == (Start.RESTORE, 3), "it waits for room"
+    plan.next(OutOfMemory("x"), True, set())
+    assert (plan.start, plan.migrations) == (Start.RESTORE, 4)
     plan = failover(keeps=False)
     plan.next(WorkerLost("x"), True, set())
     assert plan.start is Start.REPLAY
@@ -74,7 +77,10 @@ def test_what_others_would_repeat_ends_the_request(error, has_begun):
     assert plan.migrations == 0
 
 
-@given(st.lists(st.sampled_from([WorkerLost("x"), Overloaded("x"), *LOST]), max_size=40), st.integers(0, 5))
+@given(
+    st.lists(st.sampled_from([WorkerLost("x"), OutOfMemory("x"), Overloaded("x"), *LOST]), max_size=40),
+    st.integers(0, 5),
+)
 def test_attempts_are_bounded_whatever_comes(errors, most):
     plan = failover(most=most)
     attempts = 1
@@ -82,7 +88,7 @@ def test_attempts_are_bounded_whatever_comes(errors, most):
         for error in errors:
             assert plan.next(error, True, set()) <= MOST_WAIT_S
             attempts += 1
-    except (WorkerLost, Overloaded, SequenceLost, StoreUnavailable, CorruptFrame, Fenced):
+    except (WorkerLost, OutOfMemory, Overloaded, SequenceLost, StoreUnavailable, CorruptFrame, Fenced):
         pass
     assert plan.migrations <= most
     assert attempts <= 2 * most + 1, "each migration has two ways at most"
