@@ -10,6 +10,7 @@ from ..errors import FrameMismatch
 from ..kernels.dispatch import TRITON, runs
 from ..kernels.step_attention import Shift, View
 from .codecs import compact
+from .host_values import HostValues
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
@@ -233,6 +234,8 @@ class RecipeCache:
         """See `SequenceCache`."""
         if self._sealing is not None:
             self._sealing.relocated()
+        for values in self.host_values():
+            values.relocated()
         self.note_moved()
 
     def _shared_tensors(self) -> Iterator[Tensor]:
@@ -262,7 +265,12 @@ class RecipeCache:
 
     def host_nbytes(self) -> int:
         """See `SequenceCache`."""
-        return sum(layer.host_nbytes for layer in self._layers.values())
+        return sum(values.host_nbytes for values in self.host_values())
+
+    def host_values(self) -> list[HostValues]:
+        """See `SequenceCache`."""
+        found = (layer.host_values for layer in self._layers.values())
+        return [values for values in found if values is not None]
 
 
 def storage_nbytes(tensors: Iterable[Tensor]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.hot_set import HotView, Records, gather_records, pack_records
 from ..kernels.step_attention import Packed
 from .codecs import Codec, Reader
-from .interfaces import PageSource
+from .interfaces import HeldPages, PageSource
 from .placement import Placement
 
 
@@ -31,20 +31,45 @@ class HostValues:
         self.place = place
         packed = pack_records(tuple(values.values()), chunk)
         self.device, self.num_kv_heads = packed.device, packed.shape[1]
-        self._held = source.take(place.num_pages)
-        for number, view in enumerate(self._held.views):
+        self._held: HeldPages | None = source.take(place.num_pages)
+        self._is_elsewhere = False  # than `pages` says
+        for number, view in enumerate(self.views):
             part = packed[number * place.page_chunks : (number + 1) * place.page_chunks].flatten()
             view[: len(part)].copy_(part, non_blocking=True)
-        self.pages = torch.tensor([view.data_ptr() for view in self._held.views], device=self.device)
+        self.pages = torch.tensor([view.data_ptr() for view in self.views], device=self.device)
         self._written: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._written.record(torch.cuda.current_stream(self.device))
 
     @property
+    def views(self) -> tuple[Tensor, ...]:
+        """See `OffloadedValues`."""
+        return () if self._held is None else self._held.views
+
+    @property
+    def num_pages(self) -> int:
+        """See `OffloadedValues`."""
+        return self.place.num_pages
+
+    @property
     def host_nbytes(self) -> int:
         """Bytes of the pages."""
-        return sum(view.nbytes for view in self._held.views)
+        return sum(view.nbytes for view in self.views)
+
+    def leave(self) -> None:
+        """See `OffloadedValues`."""
+        self._held = None
+
+    def enter(self, held: HeldPages) -> None:
+        """See `OffloadedValues`."""
+        self._held, self._is_elsewhere = held, True
+
+    def relocated(self) -> None:
+        """`pages` is on the device again, and says where the values were before they left."""
+        if self._is_elsewhere:
+            self.pages.copy_(torch.tensor([view.data_ptr() for view in self.views], device=self.device))
+            self._is_elsewhere = False
 
     def gather(self, heads: Tensor, chunks: Tensor) -> dict[str, Tensor]:
         """heads, chunks int64 [M] -> packed rows [M * chunk, 1, …] on the device. Waits for it."""
@@ -56,7 +81,7 @@ class HostValues:
         for page in sorted(set(pages.tolist())):
             here = pages == page
             shape = (self.place.page_chunks, self.num_kv_heads, nbytes)
-            records = self._held.views[page][: shape[0] * shape[1] * shape[2]].view(shape)
+            records = self.views[page][: shape[0] * shape[1] * shape[2]].view(shape)
             found[here] = records[at[here] % self.place.page_chunks, head[here]]
         return gather_records(found.to(self.device), self.records)
 

@@ -121,6 +121,27 @@ class PageSource(Protocol):
     def take(self, num_pages: int) -> HeldPages: ...
 
 
+class OffloadedValues(Protocol):
+    """Values of a layer's prompt in pages of host memory, which the choices of a request share."""
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """uint8 [page_nbytes] each; none while they are away."""
+        ...
+
+    @property
+    def num_pages(self) -> int: ...
+
+    def leave(self) -> None:
+        """Let go of the pages, of which somebody has a copy. Nothing is asked of the cache until `enter`, and
+        `SequenceCache.relocated` after it."""
+        ...
+
+    def enter(self, held: HeldPages) -> None:
+        """Lie in these pages, as many as before, to which the copy is brought."""
+        ...
+
+
 class SequenceCache(Protocol):
     """The KV of one choice of one sequence on a decode worker, all layers. Built from `EncodedLayer`s.
 
@@ -231,4 +252,8 @@ class SequenceCache(Protocol):
 
     def host_nbytes(self) -> int:
         """Bytes of pages held in host memory; forks share them."""
+        ...
+
+    def host_values(self) -> Sequence[OffloadedValues]:
+        """What lies in those pages."""
         ...

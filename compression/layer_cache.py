@@ -145,9 +145,9 @@ class LayerCache:
             self.hot = HotChunks(self._host, codec, dim)
 
     @property
-    def host_nbytes(self) -> int:
-        """Bytes of host memory that the values lie in."""
-        return 0 if self._host is None else self._host.host_nbytes
+    def host_values(self) -> HostValues | None:
+        """The prompt's values, where they lie in host memory."""
+        return self._host
 
     def append(self, k_pre: Tensor, k: Tensor, v: Tensor) -> None:
         """Add generated rows [q, Hkv, d] to the tail."""

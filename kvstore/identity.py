@@ -71,6 +71,11 @@ def frame_key(ident: FrameIdent, index: int) -> FrameKey:
     return FrameKey(StoreKey(f"{FRAMES}{sequence_key(ident)}:{ident.epoch}:{index}"))
 
 
+def image_key(ident: FrameIdent, number: int, index: int) -> StoreKey:
+    """Name of a piece of a running request's memory, which its worker has put away for the `number`-th time."""
+    return StoreKey(f"kvsluice:image:{sequence_key(ident)}:{ident.epoch}:{number}:{index}")
+
+
 def manifest_key(ident: FrameIdent) -> ManifestKey:
     """Name of the manifest of a sequence and epoch."""
     return ManifestKey(StoreKey(f"kvsluice:manifest:{sequence_key(ident)}:{ident.epoch}"))

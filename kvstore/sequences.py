@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import CorruptFrame, Fenced, StoreUnavailable
 from .continuation import Continuation, ContinuedChoice, RowsEntry, decode_continuation, encode_continuation
@@ -138,7 +138,18 @@ async def _read(store: Store, key: StoreKey) -> bytes:
     return data
 
 
-async def read_frames(store: Store, entries: Sequence[FrameEntry]) -> AsyncIterator[bytes]:
+class Named(Protocol):
+    """A value by its name, and what has to lie there."""
+
+    @property
+    def key(self) -> StoreKey: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def checksum(self) -> int: ...
+
+
+async def read_frames(store: Store, entries: Sequence[Named]) -> AsyncIterator[bytes]:
     """The frames of these entries, in order, the next ones under way while one is looked at.
 
     Raises:
@@ -240,7 +251,7 @@ class SequenceWriter:
         """Keep more rows, and say how far the choices have come."""
         assert self._base is not None, "what is extended was committed"
         for one in rows:
-            entries = await _together([self._put_frame(data) for data in one.frames])
+            entries = await together([self._put_frame(data) for data in one.frames])
             self._rows.append(RowsEntry(one.choice, one.tokens, tuple(entries)))
         self._rows.sort(key=lambda entry: (entry.choice, entry.tokens))
         self._version += 1
@@ -255,7 +266,7 @@ class SequenceWriter:
     async def renew(self, ttl_s: float | None = None) -> None:
         """Let everything live for another time to live, or for this one: what is named first, the head last."""
         ttl_s = self._ttl_s if ttl_s is None else ttl_s
-        await _together([self._store.renew(key, ttl_s * FRAME_TTL_FACTOR) for key in self._frames])
+        await together([self._store.renew(key, ttl_s * FRAME_TTL_FACTOR) for key in self._frames])
         if self._head is not None and self._base is not None:
             for key in dict.fromkeys((self._base[0], self._head.manifest)):
                 await self._store.renew(key, ttl_s)
@@ -266,7 +277,7 @@ class SequenceWriter:
         named = [] if self._head is None or self._base is None else [self._head.manifest, self._base[0]]
         for key in dict.fromkeys(named):
             await self._store.delete(key)
-        await _together([self._store.delete(key) for key in self._frames])
+        await together([self._store.delete(key) for key in self._frames])
 
     async def _put_frame(self, data: bytes) -> FrameEntry:
         key = frame_key(self._ident, self._num_frames)
@@ -296,7 +307,7 @@ class SequenceWriter:
                 raise StoreUnavailable("what the store held of the sequence is gone")  # it was emptied
 
 
-async def _together(operations: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(operations: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Run operations, a few at a time. Returns their results in order; the first error is raised once all that were
     begun are done, and the others are not begun."""
     done: list[T] = []

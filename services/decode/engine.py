@@ -33,6 +33,7 @@ from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, T
 from .host_pages import HostPages
 from .integrity import check_memory
 from .launch import LaunchedStep, Turn, launch
+from .offload import StoreTier
 from .pages import PagePool
 from .parking import Parking
 from .scheduler import Choice, Demand, Phase, Scheduler
@@ -135,6 +136,11 @@ class DecodeEngine:
     @property
     def host_free_bytes(self) -> int:
         return 0 if self.scheduler.host is None else self.scheduler.host.free_bytes
+
+    def use_store(self, store: StoreTier) -> None:
+        """From now on parked requests may move on to a store, as far as the tiers' policy says."""
+        if self._parking is not None:
+            self._parking.use_store(store, self._mark)
 
     def tier_snapshot(self) -> TierSnapshot:
         """What the tiers hold and have moved; any thread may ask."""
@@ -304,6 +310,8 @@ class DecodeEngine:
                 self._fail(request_id, exc)
             else:
                 self._events.append(OpenedEvent(request_id, request.epoch))
+        if self._parking is not None:
+            self._parking.overflow()
 
     def _find(self, request_id: str, epoch: int | None) -> RequestRun | None:
         run = self._runs.get(request_id)

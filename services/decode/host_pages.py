@@ -6,8 +6,8 @@
     pages of   taken by                                  given back when
     values     a layer's arrival, out of what the        the last choice of the prompt lets go of its cache
                request's admission has reserved
-    a parked   its leaving the device, out of what the   it is back on the device, or has ended
-    request    choice of it has reserved
+    a parked   its leaving the device, out of what the   it is back on the device, is in the store, or has
+    request    choice of it has reserved                 ended
 
 Pages lie anywhere, so the arena does not fragment; the lowest free ones are taken, so that those of one taking mostly
 follow each other. Who may take how many is the ledger's business (`scheduler`, `tiers`), as with the device's memory
@@ -19,8 +19,11 @@ from __future__ import annotations
 import gc
 import heapq
 import weakref
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -113,6 +116,42 @@ class HostPages:
         while self._given_back:
             for index in self._held.pop(self._given_back.popleft()):
                 heapq.heappush(self._free, index)
+
+
+class Extent:
+    """Pieces of host memory as one range of bytes.
+
+    Args:
+        parts: uint8 [n] each, contiguous.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = [part.numpy().data for part in parts]
+        self._ends = list(accumulate(len(part) for part in self._parts))
+
+    @property
+    def num_bytes(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, begin: int, end: int) -> bytes:
+        """A copy of bytes [begin, end)."""
+        return b"".join(self._views(begin, end))
+
+    def write(self, begin: int, data: bytes | memoryview) -> None:
+        """Put bytes in from `begin` on."""
+        at, source = 0, memoryview(data)
+        for view in self._views(begin, begin + len(source)):
+            view[:] = source[at : at + len(view)]
+            at += len(view)
+
+    def _views(self, begin: int, end: int) -> Iterator[memoryview]:
+        assert 0 <= begin <= end <= self.num_bytes, "it lies within the range"
+        number = bisect_right(self._ends, begin)
+        while begin < end:
+            part, first = self._parts[number], self._ends[number] - len(self._parts[number])
+            stop = min(end, self._ends[number])
+            yield part[begin - first : stop - first]
+            begin, number = stop, number + 1
 
 
 def _pin(arena: Tensor) -> None:

@@ -12,16 +12,19 @@ the memory that they read and write is free then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..staging import Event as DeviceEvent
 from .host_pages import HostPages, TakenPages
+from .offload import Offload, StoreTier
 from .scheduler import Scheduler
 from .sequence import RequestRun
-from .tiers import Place, TierPolicy, Tiers
+from .stays import IN_STORE, Place
+from .tiers import TierPolicy, Tiers
 
 ALIGNMENT = 256  # of a storage in host memory
 
@@ -39,21 +42,46 @@ class Saved:
     Attributes:
         storages: what it is of; emptied while it lies here alone.
         sizes: their bytes.
-        pages: what it lies in.
+        pages: what it lies in; None = it is in the store.
         choices: that it is of.
-        parts: of which storage, a piece of host memory and the piece of the storage that belongs there, uint8.
     """
 
     storages: Mapping[int, torch.UntypedStorage]
     sizes: Mapping[int, int]
-    pages: TakenPages
+    pages: TakenPages | None
     choices: frozenset[int]
-    parts: Sequence[tuple[int, Tensor, Tensor]]
 
     @property
     def nbytes(self) -> int:
         """Bytes that were copied."""
         return sum(self.sizes.values())
+
+    @property
+    def room_nbytes(self) -> int:
+        """Bytes of host memory that they lie in, one storage behind the other."""
+        return sum(map(_aligned, self.sizes.values()))
+
+    def parts(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Pieces of host memory, and the pieces of those storages that are not empty which belong there, uint8."""
+        assert self.pages is not None, "what is copied lies in host memory"
+        parts = []
+        left = iter(self.pages.spans)
+        span, at = next(left), 0
+        for key, size in self.sizes.items():
+            begin, is_there = 0, self.storages[key].nbytes() > 0
+            own = torch.empty(0, dtype=torch.uint8, device=device).set_(self.storages[key])
+            while begin < size:
+                if at == len(span):
+                    span, at = next(left), 0
+                count = min(size - begin, len(span) - at)
+                if is_there:
+                    parts.append((span[at : at + count], own[begin : begin + count]))
+                begin, at = begin + count, at + count
+            at += _aligned(size) - size
+            while at > len(span):
+                at -= len(span)
+                span = next(left)
+        return parts
 
 
 class CopyStream:
@@ -108,11 +136,26 @@ class Parking:
         self._down, self._up = CopyStream(device), CopyStream(device)
         self._saved: dict[str, Saved] = {}
         self._under_way: dict[str, torch.cuda.Event | None] = {}
+        self._offload: Offload | None = None
+
+    def use_store(self, store: StoreTier, mark: Callable[[], DeviceEvent | None]) -> None:
+        """From now on parked requests may move on to a store.
+
+        Args:
+            mark: a point behind all that the calling thread has given the device.
+        """
+        self._offload = Offload(self._scheduler, self._host, self._runs, self._saved, store, mark, self._fail)
+        self._tiers.overflow.is_attached = True
+
+    def overflow(self) -> None:
+        """Begin those moves to the store, and from it, that are due."""
+        if self._offload is not None:
+            self._offload.move()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of host memory that are taken."""
-        return sum(len(saved.pages.views) for saved in self._saved.values()) * self._host.page_nbytes
+        return sum(_num_pages(saved) for saved in self._saved.values()) * self._host.page_nbytes
 
     def move(self, in_flight: Collection[str], admit: Callable[[], list[str]]) -> list[str]:
         """Settle the copies that are done, and begin those that are due. Call it where the device finds everything
@@ -148,17 +191,20 @@ class Parking:
         if done is not None:
             torch.cuda.current_stream(self._device).wait_event(done)
         self._saved.pop(request_id, None)
+        if self._offload is not None:
+            self._offload.drop(request_id)
 
     def check_integrity(self) -> None:
         """Assert that what is here is what the tiers say."""
-        parked, coming = set(self._tiers.at(Place.PARKED)), set(self._tiers.at(Place.COMING))
+        coming = set(self._tiers.at(Place.COMING))
+        parked = set(self._tiers.at(Place.PARKED, *IN_STORE))
         leaving = set(self._tiers.at(Place.LEAVING)) & set(self._under_way)
         assert set(self._saved) == parked | coming | leaving, "what is not on the device alone is in host memory"
         assert set(self._under_way) <= leaving | coming, "only what changes its place is copied"
         sizes = self._tiers.regions()
         for request_id, saved in self._saved.items():
             reserved = sum(size for region, size in sizes.items() if region.request_id == request_id)
-            taken = len(saved.pages.views) * self._host.page_nbytes
+            taken = _num_pages(saved) * self._host.page_nbytes
             assert taken == reserved, f"{request_id} is parked in {taken} bytes, {reserved} are reserved"
             if request_id in parked:
                 assert not any(storage.nbytes() for storage in saved.storages.values()), (
@@ -175,15 +221,13 @@ class Parking:
         run = self._runs[request_id]
         storages = storages_of(run.tensors())
         sizes = {key: storage.nbytes() for key, storage in storages.items()}
-        nbytes = sum(map(_aligned, sizes.values()))
-        if not self._tiers.resize(request_id, nbytes):
+        saved = Saved(storages, sizes, None, frozenset(run.choices))
+        if not self._tiers.resize(request_id, saved.room_nbytes):
             self._tiers.stay(request_id)
             return
-        pages = self._host.take(-(-nbytes // self._host.page_nbytes))
-        saved = Saved(storages, sizes, pages, frozenset(run.choices), _parts(storages, pages.spans, self._device))
-        self._under_way[request_id] = self._down.run(
-            [host for _, host, _ in saved.parts], [own for _, _, own in saved.parts]
-        )
+        saved.pages = self._host.take(-(-saved.room_nbytes // self._host.page_nbytes))
+        parts = saved.parts(self._device)
+        self._under_way[request_id] = self._down.run([host for host, _ in parts], [own for _, own in parts])
         self._saved[request_id] = saved
 
     def _come(self, request_id: str) -> None:
@@ -192,7 +236,7 @@ class Parking:
         wanted = saved.storages if saved.choices == run.choices.keys() else storages_of(run.tensors())
         for key, storage in wanted.items():
             storage.resize_(saved.sizes[key])
-        parts = [(host, own) for key, host, own in saved.parts if key in wanted]
+        parts = saved.parts(self._device)
         self._under_way[request_id] = self._up.run([own for _, own in parts], [host for host, _ in parts])
 
     def _finish(self, request_id: str) -> None:
@@ -213,27 +257,8 @@ class Parking:
         self._tiers.came(request_id, sum(storage.nbytes() for storage in saved.storages.values()))
 
 
-def _parts(
-    storages: Mapping[int, torch.UntypedStorage], spans: Sequence[Tensor], device: torch.device
-) -> list[tuple[int, Tensor, Tensor]]:
-    """Where storages lie in spans of host memory, one behind the other; see `Saved`."""
-    parts = []
-    left = iter(spans)
-    span, at = next(left), 0
-    for key, storage in storages.items():
-        size, begin = storage.nbytes(), 0
-        own = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-        while begin < size:
-            if at == len(span):
-                span, at = next(left), 0
-            count = min(size - begin, len(span) - at)
-            parts.append((key, span[at : at + count], own[begin : begin + count]))
-            begin, at = begin + count, at + count
-        at += _aligned(size) - size
-        while at > len(span):
-            at -= len(span)
-            span = next(left)
-    return parts
+def _num_pages(saved: Saved) -> int:
+    return 0 if saved.pages is None else len(saved.pages.views)
 
 
 def _aligned(nbytes: int) -> int:

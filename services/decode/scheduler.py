@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
+from .holdings import Holdings
 from .pages import Demand as Demand
 from .pages import PagePool, Region
 from .tiers import Place, Room, Tiers
@@ -81,6 +82,7 @@ class Scheduler:
         self.pool = pool
         self.host = host
         self.tiers: Tiers | None = None
+        self._holdings = Holdings(pool, host)
         self.max_num_seqs = max_num_seqs
         self.max_waiting = max_waiting
         self._requests: dict[str, _Request] = {}
@@ -137,14 +139,14 @@ class Scheduler:
                 f"the prompt's values may take {demand.host_bytes} bytes of host memory",
                 f"at most {self.host.capacity_bytes} bytes; less with a shorter prompt",
             )
-        must_wait = bool(self._queue) or not self._has_room(demand)
+        must_wait = bool(self._queue) or not self._holdings.has_room(demand)
         if must_wait and len(self._queue) >= self.max_waiting:
             raise Overloaded(
                 f"{len(self._queue)} requests wait for cache memory, at most {self.max_waiting} may; this one needs "
                 f"{_shortage(demand.total_bytes, self.pool)}"
                 + ("" if self.host is None else f", and of host memory {_shortage(demand.host_bytes, self.host)}")
             )
-        since = 0 if self.tiers is None else self.tiers.stamp()
+        since = 0 if self.tiers is None else self.tiers.stays.stamp()
         self._requests[request_id] = _Request(demand, credits, since)
         self._queue.append(request_id)
 
@@ -154,7 +156,7 @@ class Scheduler:
         if self.tiers is not None:
             return self._admit_in_line(self.tiers)
         admitted = []
-        while self._queue and self._has_room(self._requests[self._queue[0]].demand):
+        while self._queue and self._holdings.has_room(self._requests[self._queue[0]].demand):
             admitted.append(self._let_in(self._queue[0]))
         return admitted
 
@@ -164,12 +166,13 @@ class Scheduler:
         line = [(tiers.since(r), r) for r in parked] + [(self._requests[r].since, r) for r in self._queue]
         admitted: list[str] = []
         claimed = num_claims = 0
+        tiers.overflow.forget_wishes()
         takes_new = True
         for _, request_id in sorted(line):
             demand, is_new = self._requests[request_id].demand, request_id not in parked
             need = demand.total_bytes if is_new else self._device_bytes(request_id)
             if is_new:  # it may wait for host memory, which those that are parked need not
-                takes_new &= self._has_host_room(demand) and tiers.takes_more(need, self._admitted_bytes())
+                takes_new = takes_new and self._takes(tiers, demand)
                 if not takes_new:
                     continue
             if not claimed and need <= self.pool.free_bytes:
@@ -189,28 +192,49 @@ class Scheduler:
                 break
         return admitted
 
+    def _takes(self, tiers: Tiers, demand: Demand) -> bool:
+        """Whether host memory, and the store behind it, have room for one more request."""
+        if not tiers.takes_more(demand.total_bytes, self._admitted_bytes()):
+            return False
+        if not self._holdings.has_host_room(demand):
+            tiers.overflow.want(demand.host_bytes)
+            return False
+        return True
+
     def _let_in(self, request_id: str) -> str:
-        self._reserve(request_id, self._requests[request_id].demand)
+        self._holdings.let_in(request_id, self._requests[request_id].demand)
         self._queue.remove(request_id)
         self._requests[request_id].phase = Phase.RECEIVING
         return request_id
 
     def _come(self, tiers: Tiers, request_id: str) -> None:
-        live = self.live_choices(request_id)
-        demand = self._requests[request_id].demand
-        tails = {Region(request_id, index): demand.tail_bytes for index in live}
-        assert self.pool.reserve({Region(request_id): demand.prompt_bytes} | tails), "there was room"
-        for _ in live[1:]:
-            self.pool.retain(Region(request_id))
+        self._holdings.enter_device(request_id, self._requests[request_id].demand, self.live_choices(request_id))
         tiers.come(request_id)
 
     def left(self, request_id: str, nbytes: int) -> None:
         """A request that was to leave the device lies in host memory now, in `nbytes`."""
         assert self.tiers is not None, "requests leave where there are tiers"
         self.tiers.left(request_id, nbytes)
-        for index in self.live_choices(request_id):
-            self.pool.release(Region(request_id, index))
-            self.pool.release(Region(request_id))
+        self._holdings.leave_device(request_id, self.live_choices(request_id))
+
+    def spill(self) -> list[str]:
+        """Parked requests that begin to go to the store now."""
+        return [] if self.tiers is None else self.tiers.overflow.spill(self._has_something_to_do)
+
+    def stored(self, request_id: str) -> bool:
+        """One of them is in the store. Whether it is to stay there; its host memory is free then."""
+        assert self.tiers is not None, "requests are stored where there are tiers"
+        if not self.tiers.overflow.written(request_id, self._has_something_to_do(request_id)):
+            return False
+        self._holdings.leave_host(request_id, self._requests[request_id].demand, self.live_choices(request_id))
+        return True
+
+    def fetch(self) -> list[str]:
+        """Stored requests that begin to come back to host memory now; it is reserved for them."""
+        coming = [] if self.tiers is None else self.tiers.overflow.fetch(self._has_something_to_do)
+        for request_id in coming:
+            self._holdings.enter_host(request_id, self._requests[request_id].demand, self.live_choices(request_id))
+        return coming
 
     def start(self, request_id: str, choices: Mapping[int, Turns]) -> None:
         """Let choices run once the prompt is complete; the tails of those not named are freed. None named = every
@@ -219,17 +243,12 @@ class Scheduler:
         assert request.phase is Phase.RECEIVING, "a request starts once, after its admission"
         request.phase = Phase.RUNNING
         request.choices = dict(choices)
-        for index in range(request.demand.num_choices):
-            if index in choices:
-                self._retain_prompt(request_id)
-                self._ring.append(Choice(request_id, index))
-            else:
-                self.pool.release(Region(request_id, index))
-        self._release_prompt(request_id)
+        self._ring.extend(Choice(request_id, index) for index in sorted(choices))
+        self._holdings.start(request_id, request.demand, choices)
         if not choices:
             del self._requests[request_id]
         elif self.tiers is not None:
-            self.tiers.start(request_id)
+            self.tiers.start(request_id, request.demand.host_bytes)
 
     def grant(self, request_id: str, tokens: int) -> None:
         """Allow `tokens` more to be sent. Without effect when the request is gone or was opened without a limit."""
@@ -266,9 +285,9 @@ class Scheduler:
         request = self._requests[choice.request_id]
         del request.choices[choice.index]
         self._ring.remove(choice)
-        if self._is_on_device(choice.request_id):
-            self.pool.release(Region(choice.request_id, choice.index))
-        self._release_prompt(choice.request_id)
+        on_host = self.tiers is None or not self.tiers.is_stored(choice.request_id)
+        on_device = self._is_on_device(choice.request_id)
+        self._holdings.end_choice(choice.request_id, request.demand, choice.index, on_device, on_host)
         if request.choices:
             return False
         if self.tiers is not None:
@@ -286,9 +305,7 @@ class Scheduler:
         if request.phase is Phase.WAITING:
             self._queue.remove(request_id)
         else:
-            for index in range(request.demand.num_choices):
-                self.pool.release(Region(request_id, index))
-            self._release_prompt(request_id)
+            self._holdings.end_reception(request_id, request.demand)
         del self._requests[request_id]
 
     def check_integrity(self) -> None:
@@ -310,17 +327,15 @@ class Scheduler:
         assert held == self.pool.regions(), "every region belongs to an admitted request"
         if self.host is not None:
             self.host.check_integrity()
-            demands = {r: q.demand for r, q in self._requests.items() if q.phase is not Phase.WAITING}
+            stored = [] if self.tiers is None else self.tiers.at(Place.STORED)
+            demands = {
+                r: q.demand for r, q in self._requests.items() if q.phase is not Phase.WAITING and r not in stored
+            }
             on_host = {Region(r): demand.host_bytes for r, demand in demands.items() if demand.host_bytes}
             on_host |= {} if self.tiers is None else self.tiers.regions()
             assert on_host == self.host.regions(), "host memory belongs to admitted requests"
-
-    def _has_room(self, demand: Demand) -> bool:
-        """Whether both memories have what a request needs."""
-        return self._has_host_room(demand) and demand.total_bytes <= self.pool.free_bytes
-
-    def _has_host_room(self, demand: Demand) -> bool:
-        return self.host is None or demand.host_bytes <= self.host.free_bytes
+            if self.tiers is not None:
+                self.tiers.overflow.check_integrity()
 
     def _device_bytes(self, request_id: str) -> int:
         """What a running request reserves there."""
@@ -334,30 +349,13 @@ class Scheduler:
 
     def _is_on_device(self, request_id: str) -> bool:
         """Whether a request that was let in has memory reserved there."""
-        return self.tiers is None or not self.tiers.is_parked(request_id)
+        return self.tiers is None or self.tiers.is_on_device(request_id)
 
     def _is_paused(self, request_id: str) -> bool:
-        return not any(self._has_turn(Choice(request_id, index)) for index in self._requests[request_id].choices)
+        return not self._has_something_to_do(request_id)
 
-    def _reserve(self, request_id: str, demand: Demand) -> None:
-        reserved = self.pool.reserve(demand.regions(request_id))
-        if self.host is not None and demand.host_bytes:
-            reserved = self.host.reserve({Region(request_id): demand.host_bytes}) and reserved
-        assert reserved, "there was room"
-
-    def _retain_prompt(self, request_id: str) -> None:
-        for pool in self._pools_of(request_id):
-            pool.retain(Region(request_id))
-
-    def _release_prompt(self, request_id: str) -> None:
-        for pool in self._pools_of(request_id):
-            if pool is not self.pool or self._is_on_device(request_id):
-                pool.release(Region(request_id))
-
-    def _pools_of(self, request_id: str) -> list[PagePool]:
-        """The ledgers that have a region of a request's prompt."""
-        on_host = self._requests[request_id].demand.host_bytes > 0
-        return [self.pool, self.host] if self.host is not None and on_host else [self.pool]
+    def _has_something_to_do(self, request_id: str) -> bool:
+        return any(self._has_turn(Choice(request_id, index)) for index in self._requests[request_id].choices)
 
     def _eligible(self, choice: Choice) -> bool:
         is_here = self.tiers is None or self.tiers.place(choice.request_id) is Place.DEVICE

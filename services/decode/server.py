@@ -46,10 +46,13 @@ from .messages import (
     tell_keeper,
     token_entry,
 )
+from .offload import ImageId
+from .overflow import OverflowPolicy
 from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
 from .sequence import typed
+from .store_tier import StoreImages
 from .target import EngineTarget
 from .tiers import TierPolicy
 
@@ -81,6 +84,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     ) -> None:
         self.engine = engine
         self._store: KeptRequests | None = None
+        self._tier: StoreImages | None = None
         self._copies, self._ttl_s, self._cache_bytes = copies or PlainCopies(), ttl_s, store_cache_bytes
         self._uploads = make_uploads(engine.model.device)
         self._identity, self.figures = identity, engine.figures
@@ -95,6 +99,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """From now on requests may be kept; those that run are not."""
         store = CachedStore(store, self._cache_bytes) if self._cache_bytes else store
         self._store = KeptRequests(store, self._ttl_s, self._copies, self._recorder)
+        tier = self._tier = StoreImages(store, self._ttl_s, self._ident_of, self._thread, self._on_loop, self._recorder)
+        self._thread.post(lambda: self.engine.use_store(tier))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self, server)
@@ -105,6 +111,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._thread.stop)
+        if self._tier is not None:
+            await self._tier.close()
         if self._store is not None:
             await self._store.stop()
 
@@ -311,8 +319,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return self.engine.has_work
 
     def _tell(self, events: list[Event]) -> None:
+        self._on_loop(lambda: self._dispatch(events))
+
+    def _on_loop(self, action: Callable[[], None]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._dispatch, events)
+        self._loop.call_soon_threadsafe(action)
+
+    def _ident_of(self, image: ImageId) -> FrameIdent | None:
+        request = self._requests.get(image.request_id)
+        return None if request is None or request.ident.epoch != image.epoch else request.ident
 
     def _dispatch(self, events: list[Event]) -> None:
         """Send a step's events, the tokens of each gateway in one batch."""
@@ -357,7 +372,8 @@ def make_decode_service(
     """
     host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
     copies = make_host_copies(model.device)
-    tiers = TierPolicy(config.kv_time_slice_steps) if config.kv_time_slice_steps else None
+    overflow = OverflowPolicy(config.store_offloading_bytes)
+    tiers = TierPolicy(config.kv_time_slice_steps, overflow=overflow) if config.kv_time_slice_steps else None
     return DecodeService(
         DecodeEngine(
             model,

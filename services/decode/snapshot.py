@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .scheduler import Scheduler
-from .tiers import Place
+from .stays import IN_STORE, Place
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,22 @@ def snapshot_of(scheduler: Scheduler) -> TierSnapshot:
     )
     if tiers is None:
         return counted
-    counts, parked = tiers.counts, len(tiers.at(Place.PARKED))
+    counts, overflow = tiers.counts, tiers.overflow
+    parked, stored = len(tiers.at(Place.PARKED)), len(tiers.at(*IN_STORE))
     return replace(
         counted,
-        device_sequences=counted.device_sequences - parked,
+        device_sequences=counted.device_sequences - parked - stored,
         host_sequences=parked,
+        store_capacity_bytes=overflow.policy.store_bytes if overflow.is_attached else 0,
+        store_used_bytes=overflow.used_bytes,
+        store_sequences=stored,
         preemptions=counts.preemptions,
         resumes=counts.resumes,
         device_to_host_bytes=counts.bytes_down,
         host_to_device_bytes=counts.bytes_up,
+        store_writes=overflow.counts.writes,
+        store_reads=overflow.counts.reads,
+        host_to_store_bytes=overflow.counts.bytes_down,
+        store_to_host_bytes=overflow.counts.bytes_up,
+        store_failures=overflow.counts.failures,
     )

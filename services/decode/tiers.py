@@ -1,18 +1,7 @@
 """Which running requests lie on the device and which are parked in host memory. Pure policy, free of torch.
 
 A worker lets more requests run than its device holds. They take turns there: a time slice on the device, then out of
-the way of the next one. All of a request's choices move together.
-
-                 leave                left                  come                 came
-    (start) DEVICE ───> LEAVING ───────────────> PARKED ──────────> COMING ──────────────> DEVICE
-              ^            │ stay (no room for it in host memory)
-              └────────────┘
-
-    place      reserved on the device   reserved in host memory   runs
-    DEVICE     yes                      no                        yes
-    LEAVING    yes                      yes                       no; a step that is under way is settled first
-    PARKED     no                       yes                       no
-    COMING     yes                      yes                       no
+the way of the next one. All of a request's choices move together. `stays` draws the places.
 
 Room goes to who has waited longest, parked or not yet let in; nothing that came later passes. Where there is too
 little, others have to leave:
@@ -21,29 +10,25 @@ little, others have to leave:
 - then those that have had their time slice, the one with most steps since it came before the others, and of as many
   the largest.
 
-A request that is parked and waits for its client stays where it is. Every request that has something to do comes back,
-as those before it in line have their slices or end. Requests are let in as long as what the device does not hold of all
-of them, and the values that lie in host memory, stay below its high watermark; once one has had to wait for that, none
-is until they are below the low one. What is left serves the turns of those that are in.
+A request that is parked and waits for its client stays where it is, or moves on to the store (`overflow`). Every
+request that has something to do comes back, as those before it in line have their slices or end. Requests are let in as
+long as what the device does not hold of all of them, and the values that lie in host memory, stay below its high
+watermark, and beyond it by what the store takes; once one has had to wait for that, none is until they are below the
+low one. What is left serves the turns of those that are in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import ConfigError
+from .overflow import Overflow, OverflowPolicy
 from .pages import PagePool, Region
+from .stays import ON_DEVICE, PARKED_ON_HOST, Place, Stays, parked_region
 
-
-class Place(Enum):
-    """Where a running request lies."""
-
-    DEVICE = "device"
-    LEAVING = "leaving"
-    PARKED = "parked"
-    COMING = "coming"
+__all__ = ["Place", "Room", "TierCounts", "TierPolicy", "Tiers"]
 
 
 class Room(Enum):
@@ -61,20 +46,17 @@ class TierPolicy:
     Attributes:
         time_slice: steps that a request may have on the device before it has to make room, at least 1. Moving a request
             costs about as much as a step or two, so some dozens keep that small.
-        high, low: watermarks, as shares of host memory.
         ahead: requests that room is made for at once: while one is on its way, room is made for the next.
+        overflow: between host memory and the store; has the watermarks.
     """
 
     time_slice: int = 128
-    high: float = 0.9
-    low: float = 0.8
     ahead: int = 2
+    overflow: OverflowPolicy = field(default_factory=OverflowPolicy)
 
     def __post_init__(self) -> None:
         if self.time_slice < 1:
             raise ConfigError(f"kv_time_slice_steps: got {self.time_slice}; allowed: at least 1")
-        if not 0 < self.low <= self.high <= 1:
-            raise ConfigError(f"host watermarks: got {self.low} and {self.high}; allowed: 0 < low <= high <= 1")
         if self.ahead < 1:
             raise ConfigError(f"ahead: got {self.ahead}; allowed: at least 1")
 
@@ -97,24 +79,6 @@ class TierCounts:
     parked_steps: int = 0
 
 
-@dataclass
-class Stay:
-    """A running request.
-
-    Attributes:
-        since: stamp of its last change of place.
-        served: steps that it had since it came.
-        last_step: number of the last of them.
-        left_at: number of the step that it left before.
-    """
-
-    place: Place
-    since: int
-    served: int = 0
-    last_step: int = -1
-    left_at: int = 0
-
-
 class Tiers:
     """Places of running requests, and who has to move.
 
@@ -126,84 +90,88 @@ class Tiers:
     def __init__(self, pool: PagePool, host: PagePool, policy: TierPolicy, page_nbytes: int) -> None:
         self.policy = policy
         self.counts = TierCounts()
+        self.stays = Stays()
+        self.overflow = Overflow(self.stays, host, policy.overflow)
         self._pool = pool
         self._host = host
         self._page_nbytes = page_nbytes
-        self._stays: dict[str, Stay] = {}
-        self._clock = 0  # stamps
         self._steps = 0
         self._is_full = False
 
-    def stamp(self) -> int:
-        """A number above all that were given before."""
-        self._clock += 1
-        return self._clock
+    def start(self, request_id: str, values_bytes: int = 0) -> None:
+        """A request runs from now on, on the device.
 
-    def start(self, request_id: str) -> None:
-        """A request runs from now on, on the device."""
-        self._stays[request_id] = Stay(Place.DEVICE, self.stamp())
+        Args:
+            values_bytes: of the prompt's values in host memory.
+        """
+        self.stays.add(request_id, values_bytes)
 
     def end(self, request_id: str) -> None:
-        """A request has ended, wherever it lies; its device memory is the caller's to free."""
-        stay = self._stays.pop(request_id)
-        if stay.place is not Place.DEVICE:
-            self._host.release(_parked(request_id))
+        """A request has ended, wherever it lies; its device memory is the caller's to free, and its values."""
+        if self.stays.remove(request_id).place in PARKED_ON_HOST:
+            self._host.release(parked_region(request_id))
 
     def place(self, request_id: str) -> Place:
         """Where a running request lies."""
-        return self._stays[request_id].place
+        return self.stays[request_id].place
 
-    def is_parked(self, request_id: str) -> bool:
-        """Whether a request is a running one that is on the host alone."""
-        stay = self._stays.get(request_id)
-        return stay is not None and stay.place is Place.PARKED
+    def is_on_device(self, request_id: str) -> bool:
+        """Whether a request has memory reserved there, if it was let in."""
+        return request_id not in self.stays or self.place(request_id) in ON_DEVICE
+
+    def is_stored(self, request_id: str) -> bool:
+        """Whether a request is in the store alone."""
+        return request_id in self.stays and self.place(request_id) is Place.STORED
 
     def since(self, request_id: str) -> int:
-        """Stamp of a running request's last change of place."""
-        return self._stays[request_id].since
+        """Stamp of a running request's last change between the device and host memory."""
+        return self.stays[request_id].since
 
-    def at(self, place: Place) -> list[str]:
-        """Requests that lie in a place."""
-        return [request_id for request_id, stay in list(self._stays.items()) if stay.place is place]
+    def at(self, *places: Place) -> list[str]:
+        """Requests that lie in one of these places."""
+        return self.stays.at(*places)
 
     def ran(self, request_ids: set[str]) -> None:
         """A step of these requests is launched."""
         self._steps += 1
         for request_id in request_ids:
-            stay = self._stays[request_id]
+            stay = self.stays[request_id]
             stay.served += 1
             stay.last_step = self._steps
 
     def resize(self, request_id: str, nbytes: int) -> bool:
         """Say how many bytes a leaving request takes in host memory; False when there is no room for them."""
         assert self.place(request_id) is Place.LEAVING, "what moves is reserved for"
-        region = _parked(request_id)
+        region = parked_region(request_id)
         self._host.release(region)
-        if self._host.reserve({region: self._rounded(nbytes)}):
+        size = self._rounded(nbytes)
+        if self._host.reserve({region: size}):
+            self.stays[request_id].parked_bytes = size
             return True
         self._host.reserve({region: 0})
         return False
 
     def stay(self, request_id: str) -> None:
         """A leaving request does not leave, and has another time slice."""
-        self._host.release(_parked(request_id))
-        self._move(request_id, Place.LEAVING, Place.DEVICE).served = 0
+        self._host.release(parked_region(request_id))
+        self.stays.move(request_id, Place.LEAVING, Place.DEVICE).served = 0
 
     def left(self, request_id: str, nbytes: int) -> None:
         """A leaving request is in host memory; its device memory is the caller's to free."""
-        self._move(request_id, Place.LEAVING, Place.PARKED).left_at = self._steps
+        stay = self.stays.move(request_id, Place.LEAVING, Place.PARKED)
+        stay.left_at = self._steps
         self.counts.preemptions += 1
         self.counts.bytes_down += nbytes
 
     def come(self, request_id: str) -> None:
         """A parked request begins to come; its device memory is reserved by the caller."""
-        self._move(request_id, Place.PARKED, Place.COMING)
+        self.stays.move(request_id, Place.PARKED, Place.COMING)
 
     def came(self, request_id: str, nbytes: int) -> None:
         """A request that comes is on the device."""
-        stay = self._move(request_id, Place.COMING, Place.DEVICE)
+        stay = self.stays.move(request_id, Place.COMING, Place.DEVICE)
         stay.served = 0
-        self._host.release(_parked(request_id))
+        self._host.release(parked_region(request_id))
         self.counts.resumes += 1
         self.counts.bytes_up += nbytes
         self.counts.parked_steps += self._steps - stay.left_at
@@ -223,7 +191,7 @@ class Tiers:
         nbytes -= sum(size_of(request_id) for request_id in self.at(Place.LEAVING))
         room = self._host.free_bytes
         leaving: list[str] = []
-        may_leave = 0
+        may_leave = refused = 0
         for request_id in self._in_turn(size_of, is_paused):
             if nbytes <= 0:
                 break
@@ -234,11 +202,17 @@ class Tiers:
                 room -= self._rounded(size)
                 nbytes -= size
                 may_leave -= size
+            else:
+                refused = refused or self._rounded(size)
         if nbytes > 0:
-            return Room.HOST_IS_FULL if may_leave >= nbytes else Room.LATER
+            if may_leave < nbytes:
+                return Room.LATER
+            self.overflow.want(self._host.free_bytes - room + refused)
+            return Room.HOST_IS_FULL
         for request_id in leaving:
-            self._host.reserve({_parked(request_id): self._rounded(size_of(request_id))})
-            self._move(request_id, Place.DEVICE, Place.LEAVING)
+            size = self._rounded(size_of(request_id))
+            self._host.reserve({parked_region(request_id): size})
+            self.stays.move(request_id, Place.DEVICE, Place.LEAVING).parked_bytes = size
         return Room.MADE
 
     def takes_more(self, nbytes: int, admitted: int) -> bool:
@@ -251,19 +225,20 @@ class Tiers:
         if beyond + nbytes <= 0:
             return True  # all have their place on the device
         values = self._host.used_bytes - sum(self.regions().values())
-        low, high = (int(share * self._host.capacity_bytes) - values for share in (self.policy.low, self.policy.high))
+        shares, spare = (self.policy.overflow.low, self.policy.overflow.high), self.overflow.spare_bytes - values
+        low, high = (int(share * self._host.capacity_bytes) + spare for share in shares)
         self._is_full = beyond > low if self._is_full else beyond + nbytes > high
         return not self._is_full
 
     def regions(self) -> dict[Region, int]:
-        """What is reserved in host memory for requests that are not only on the device."""
+        """What is reserved in host memory for requests that are away from the device, or on their way."""
         held = self._host.regions()
-        return {_parked(r): held[_parked(r)] for r, stay in self._stays.items() if stay.place is not Place.DEVICE}
+        return {parked_region(r): held[parked_region(r)] for r in self.stays.at(*PARKED_ON_HOST)}
 
     def _in_turn(self, size_of: Callable[[str], int], is_paused: Callable[[str], bool]) -> Sequence[str]:
         """Requests that may leave, the first one first."""
         paused, served = [], []
-        for request_id, stay in self._stays.items():
+        for request_id, stay in self.stays.items():
             if stay.place is not Place.DEVICE:
                 continue
             if is_paused(request_id):
@@ -272,15 +247,5 @@ class Tiers:
                 served.append((-stay.served, -size_of(request_id), request_id))
         return [entry[-1] for entry in (*sorted(paused), *sorted(served))]
 
-    def _move(self, request_id: str, origin: Place, to: Place) -> Stay:
-        stay = self._stays[request_id]
-        assert stay.place is origin, f"{request_id} goes from {origin.value} to {to.value}, it is {stay.place.value}"
-        stay.place, stay.since = to, self.stamp()
-        return stay
-
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self._page_nbytes) * self._page_nbytes
-
-
-def _parked(request_id: str) -> Region:
-    return Region(request_id, parked=True)

@@ -54,6 +54,13 @@ class StoreSettings(Settings):
         le=64 * TIB,
         description="host memory of each decode worker for what it last wrote to the store or read there; 0 = none",
     )
+    store_offloading_bytes: int = Field(
+        4096 * MIB,
+        ge=0,
+        le=64 * TIB,
+        description="what parked requests of each decode worker may take of the store, once kv_offloading_bytes is "
+        "nearly full; 0 = nothing",
+    )
     store_ttl_s: Seconds = Field(
         900.0, description="how long what a lost worker has kept lives; renewed while a request runs"
     )
