@@ -14,7 +14,8 @@ What comes back: whoever has something to do, in the order of the line for the d
 below the high watermark. So what is on the device came from host memory, and no step waits for the store: who is there
 is passed by in the line. `ahead` requests at most are on their way in each direction.
 
-A store that fails a write keeps its readers and takes nothing for `retry_s`; requests stay where they are then.
+A store that fails a write takes nothing for `retry_s`, one that has lost something for `loss_pause_s`; requests stay
+where they are then, and what lies there is still read.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class OverflowPolicy:
         store_bytes: that parked requests may take there; 0 = none go there.
         high, low: watermarks, as shares of host memory.
         ahead: requests that are on their way at once, in each direction.
-        retry_s: how long nothing more is written after a failure.
+        retry_s: how long nothing more is written after a write that failed.
+        loss_pause_s: the same after a request that did not come back, which cost its prompt.
     """
 
     store_bytes: int = 0
@@ -44,6 +46,7 @@ class OverflowPolicy:
     low: float = 0.8
     ahead: int = 2
     retry_s: float = 5.0
+    loss_pause_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.store_bytes < 0:
@@ -105,11 +108,19 @@ class Overflow:
         """Whether requests may go to the store now."""
         return self.is_attached and bool(self.policy.store_bytes) and self._clock() >= self._closed_until_s
 
-    @property
-    def spare_bytes(self) -> int:
-        """By how much more all requests may take away from the device for what the store holds, or would."""
-        values = sum(stay.values_bytes for _, stay in self._stays.items() if stay.place is Place.STORED)
-        return max(0, self.policy.store_bytes - values) if self.takes else max(0, self.used_bytes - values)
+    def spare_bytes(self, largest: int) -> int:
+        """By how much more all requests may take away from the device for what the store holds, or would.
+
+        Args:
+            largest: bytes of a request that is to be let in. Room for `ahead` of those is left in the store, or they
+                could not change places with those in host memory.
+        """
+        stays = [stay for _, stay in self._stays.items()]
+        values = sum(stay.values_bytes for stay in stays if stay.place is Place.STORED)
+        if not self.takes:
+            return max(0, self.used_bytes - values)
+        largest = max(largest, *(stay.away_bytes for stay in stays), 0)
+        return max(0, self.policy.store_bytes - values - self.policy.ahead * largest)
 
     def forget_wishes(self) -> None:
         """Who waits for host memory is asked anew."""
@@ -130,7 +141,9 @@ class Overflow:
         if not self.takes:
             return []
         under_way = self._stays.at(Place.STORING)
-        used = self._host.used_bytes - sum(self._stays[request_id].away_bytes for request_id in under_way)
+        freed = sum(self._stays[request_id].away_bytes for request_id in under_way)
+        freed += sum(self._stays[request_id].parked_bytes for request_id in self._stays.at(Place.COMING))
+        used = self._host.used_bytes - freed
         capacity, policy = self._host.capacity_bytes, self.policy
         goal = int(policy.low * capacity) if used > policy.high * capacity else capacity
         goal = goal if self._goal_bytes is None else min(goal, self._goal_bytes)
@@ -197,6 +210,7 @@ class Overflow:
     def lost(self) -> None:
         """A request did not come back."""
         self.counts.failures += 1
+        self._closed_until_s = max(self._closed_until_s, self._clock() + self.policy.loss_pause_s)
 
     def check_integrity(self) -> None:
         """Assert that the store holds no more than it may."""

@@ -225,7 +225,8 @@ class Tiers:
         if beyond + nbytes <= 0:
             return True  # all have their place on the device
         values = self._host.used_bytes - sum(self.regions().values())
-        shares, spare = (self.policy.overflow.low, self.policy.overflow.high), self.overflow.spare_bytes - values
+        spare = self.overflow.spare_bytes(self._rounded(nbytes)) - values
+        shares = (self.policy.overflow.low, self.policy.overflow.high)
         low, high = (int(share * self._host.capacity_bytes) + spare for share in shares)
         self._is_full = beyond > low if self._is_full else beyond + nbytes > high
         return not self._is_full
