@@ -33,6 +33,7 @@ from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, T
 from .host_pages import HostPages
 from .integrity import check_memory
 from .launch import LaunchedStep, Turn, launch
+from .load import EngineLoad
 from .offload import StoreTier
 from .pages import PagePool
 from .parking import Parking
@@ -46,7 +47,6 @@ from .sequence import (
     add_layer,
     typed,
 )
-from .snapshot import TierSnapshot, snapshot_of
 from .start import check_start, demand_of, start_choices
 from .step import StepRunner
 from .tiers import TierPolicy
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-class DecodeEngine:
+class DecodeEngine(EngineLoad):
     """Decodes requests whose prompts arrive as encoded layers. All methods are called from one thread.
 
     Args:
@@ -110,41 +110,10 @@ class DecodeEngine:
         if host is not None and tiers is not None:
             self._parking = Parking(self.scheduler, tiers, host, model.device, self._runs, self._fail)
 
-    @property
-    def num_running(self) -> int:
-        """Choices that have started and not ended."""
-        return self.scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for memory."""
-        return self.scheduler.num_waiting
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self.scheduler.pool.capacity_bytes
-
-    @property
-    def free_bytes(self) -> int:
-        return self.scheduler.pool.free_bytes
-
-    @property
-    def host_capacity_bytes(self) -> int:
-        """Host memory that values may lie in."""
-        return 0 if self.scheduler.host is None else self.scheduler.host.capacity_bytes
-
-    @property
-    def host_free_bytes(self) -> int:
-        return 0 if self.scheduler.host is None else self.scheduler.host.free_bytes
-
     def use_store(self, store: StoreTier) -> None:
         """From now on parked requests may move on to a store, as far as the tiers' policy says."""
         if self._parking is not None:
             self._parking.use_store(store, self._mark)
-
-    def tier_snapshot(self) -> TierSnapshot:
-        """What the tiers hold and have moved; any thread may ask."""
-        return snapshot_of(self.scheduler)
 
     @property
     def has_work(self) -> bool:
