@@ -119,10 +119,10 @@ def compare_files(before: Path, after: Path, seed: int = 0) -> str:
     counted = [sorted((o for o in run.outcomes() if not o.warm_up), key=lambda o: o.arrival_s) for run in runs]
     table = Table("", "before", "after", "change", "95 % interval", title=f"{before.name} → {after.name}")
     for name, key in _FIGURES.items():
-        values = [run.figures.get(key) for run in runs]
-        if None not in values:
-            table.add_row(name, *(f"{value:.2f}" for value in values), _change(*values), "")
-    for row in compare(*counted, seed):
+        own, other = (run.figures.get(key) for run in runs)
+        if own is not None and other is not None:
+            table.add_row(name, f"{own:.2f}", f"{other:.2f}", _change(own, other), "")
+    for row in compare(counted[0], counted[1], seed):
         interval = "too few" if row.low is None else f"{row.low:+.1f} … {row.high:+.1f} ms"
         change = _change(row.before, row.after) + ("" if row.is_clear or row.low is None else " (unclear)")
         table.add_row(f"{row.name} (ms)", f"{row.before:.1f}", f"{row.after:.1f}", change, interval)

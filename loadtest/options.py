@@ -21,7 +21,7 @@ MAX_PROMPTS = 1_000_000
 SEVERAL = ("goodput",)  # may be given more than once
 SPELLED = {"json_file": "json"}  # keys whose flag has another name
 
-_TEXTS: dict[str, Any] = {"max_length": 4096}
+MAX_TEXT = 4096  # characters of an option
 
 
 class LoadOptions(BaseModel):
@@ -40,7 +40,7 @@ class LoadOptions(BaseModel):
     request_rate: str = Field(
         "inf",
         description="requests a second: a number, inf = all at once, or a ramp such as 1@0,10@60,2@90 (rate@second)",
-        **_TEXTS,
+        max_length=MAX_TEXT,
     )
     burstiness: float = Field(
         1.0, gt=0, description="shape of the gamma distribution of gaps: 1 = Poisson, below = bursts, inf = equal gaps"
@@ -61,9 +61,11 @@ class LoadOptions(BaseModel):
     )
     dataset_path: Path | None = Field(None, description="file of prompts or of the recorded load")
     input_len: str = Field(
-        "512", description="of prompts: a number, uniform:LOW..HIGH, lognormal:MEAN,SIGMA, empirical:FILE", **_TEXTS
+        "512",
+        description="of prompts: a number, uniform:LOW..HIGH, lognormal:MEAN,SIGMA, empirical:FILE",
+        max_length=MAX_TEXT,
     )
-    output_len: str = Field("64", description="of answers, as --input-len", **_TEXTS)
+    output_len: str = Field("64", description="of answers, as --input-len", max_length=MAX_TEXT)
     prefix_len: int = Field(0, ge=0, le=2**24, description="tokens in front that prompts share with others")
     num_prefixes: int = Field(1, ge=1, le=2**20, description="how many different ones of these there are")
     tokenizer: Path | None = Field(
@@ -74,15 +76,15 @@ class LoadOptions(BaseModel):
     trace_speed: float = Field(1.0, gt=0, le=1e6, description="how much faster than recorded")
     trace_keep: float = Field(1.0, gt=0, le=1, description="share of recorded requests that are sent, drawn by --seed")
     length_scale: float = Field(1.0, gt=0, le=1000, description="of recorded lengths")
-    turns: str = Field("1", description="requests of a conversation, as --input-len", **_TEXTS)
-    think_s: str = Field("0", description="from an answer's end to the next turn, as --input-len", **_TEXTS)
+    turns: str = Field("1", description="requests of a conversation, as --input-len", max_length=MAX_TEXT)
+    think_s: str = Field("0", description="from an answer's end to the next turn, as --input-len", max_length=MAX_TEXT)
     history: bool = Field(False, description="turns send the whole conversation again, instead of naming a session")
     recipes: str = Field(
-        "", description="recipes with weights, such as exact=1,balanced=3; default: the server's", **_TEXTS
+        "", description="recipes with weights, such as exact=1,balanced=3; default: the server's", max_length=MAX_TEXT
     )
     cancel_rate: float = Field(0.0, ge=0, le=1, description="share of requests that are cancelled")
     cancel_after_s: str = Field(
-        "uniform:0..2", description="when they are, in seconds from sending, as --input-len", **_TEXTS
+        "uniform:0..2", description="when they are, in seconds from sending, as --input-len", max_length=MAX_TEXT
     )
     temperature: float = Field(0.0, ge=0, le=2, description="of sampling; 0 = greedy")
     ignore_eos: bool = Field(True, description="answers are as long as asked for")
@@ -90,13 +92,13 @@ class LoadOptions(BaseModel):
     slo: str = Field(
         "",
         description="goals, such as ttft_p99=2s,tpot_p99=50ms,errors=1%; the exit status says whether they are met",
-        **_TEXTS,
+        max_length=MAX_TEXT,
     )
     goodput: tuple[str, ...] = Field(
         (), description="bounds of a good request in ms, such as ttft:2000 tpot:50; default: those of --slo"
     )
-    percentile_metrics: str = Field("ttft,tpot,itl,e2el", description="latencies to print", **_TEXTS)
-    metric_percentiles: str = Field("99", description="percentiles to print, such as 50,95,99.9", **_TEXTS)
+    percentile_metrics: str = Field("ttft,tpot,itl,e2el", description="latencies to print", max_length=MAX_TEXT)
+    metric_percentiles: str = Field("99", description="percentiles to print, such as 50,95,99.9", max_length=MAX_TEXT)
     find_max_rate: bool = Field(
         False, description="look for the highest rate at which --slo is met, beginning with --request-rate"
     )

@@ -106,7 +106,7 @@ def _under_way(axes: Axes, run: RunResults, outcomes: Sequence[Outcome]) -> bool
 def _throughput(axes: Axes, run: RunResults, outcomes: Sequence[Outcome]) -> bool:
     if not run.tokens:
         return False
-    counts = dict(map(tuple, run.tokens))
+    counts = {second: count for second, count in run.tokens}  # noqa: C416 - pairs are lists in the file
     seconds = range(int(max(counts)) + 1)
     axes.step(list(seconds), [counts.get(second, 0) for second in seconds], where="post", color=GREEN)
     axes.set_xlabel("seconds since the start")

@@ -19,8 +19,9 @@ from .vocabulary import Vocabulary
 
 ONE, NOTHING = Fixed(1), Fixed(0)
 
-# streams of random numbers: what one draws more does not move the others
-_ARRIVALS, _LENGTHS, _TOKENS, _CHOICES, _KEEP, _PREFIXES, _BLOCKS = range(7)
+# streams of random numbers: what one draws more does not move the others; none is 0, as NumPy takes [seed, 0] for the
+# seed alone, which a service under test may use as well
+_ARRIVALS, _LENGTHS, _TOKENS, _CHOICES, _KEEP, _PREFIXES, _BLOCKS = range(1, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class Trace:
         times = arrival_times(self.rate, self.burstiness, _generator(seed, _ARRIVALS))
         for row in kept:
             arrival_s = next(times) if row.time_s is None else row.time_s / self.speed
-            output = draw_tokens(self.output_tokens, lengths)
+            output: int | None = draw_tokens(self.output_tokens, lengths)
             if row.output_tokens is not None:
                 output = row.output_tokens if row.prompt is not None else self._scaled(row.output_tokens)
             yield Asked(

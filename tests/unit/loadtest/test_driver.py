@@ -57,14 +57,16 @@ def test_latency_counts_from_when_a_request_was_due_even_where_the_cap_held_it_b
     assert recording.health.complaint() is None
 
 
-def test_a_queue_at_load_half_has_the_sojourn_that_theory_gives_it():
-    """M/M/1: the mean time in the system is 1 / (μ − λ)."""
-    recording = drive(Queue(0.025), load(20.0, 6000, POISSON, tokens=1, num_warmups=200))
-    mean_s = np.mean([one.e2el_s for one in recording.counted()])
-    # the mean of 6000 correlated sojourns lies within 10 % of 0.05 s but for a few seeds in a thousand
-    assert mean_s == pytest.approx(0.05, rel=0.1)
-    assert len(recording.counted()) == 6000
-    assert len(recording.outcomes) == 6200
+def test_each_latency_is_what_lindleys_recursion_gives():
+    """A queue of one server, at nine tenths of its capacity: who comes waits until all before are done."""
+    recording = drive(Queue(0.01, seed=9), load(90.0, 500, POISSON, tokens=1, num_warmups=100))
+    outcomes = sorted(recording.outcomes, key=lambda one: one.index)
+    free_s, expected = 0.0, []
+    for one, takes_s in zip(outcomes, np.random.default_rng(9).exponential(0.01, 600), strict=True):
+        free_s = max(free_s, one.arrival_s) + takes_s
+        expected.append(free_s - one.arrival_s)
+    assert [one.e2el_s for one in outcomes] == pytest.approx(expected, abs=1e-9)
+    assert [one.index for one in recording.counted()] == list(range(100, 600))
 
 
 def test_a_closed_loop_holds_just_so_many_open_and_each_is_due_when_its_turn_comes():
