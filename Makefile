@@ -42,6 +42,7 @@ readme: setup
 	@$(BIN)/python scripts/readme_tables.py
 	@$(BIN)/python scripts/recipe_report.py
 	@$(BIN)/python scripts/performance_report.py
+	@$(BIN)/python scripts/loadtest_report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ Times are those of the event loop, so that a loop with a clock of its own runs e
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -231,6 +232,7 @@ class Driver:
     def _note_health(self, began_busy_s: float) -> None:
         health, wall_s = self._recording.health, self._now()
         health.lag_p99_s = self._lags.percentile(99) or 0.0
+        health.max_rss_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         health.busy_share = (time.thread_time() - began_busy_s) / wall_s if wall_s > 0 else 0.0
 
 
@@ -269,4 +271,5 @@ class _Marks:
             cached_tokens=answer.cached_tokens if answer else 0,
             late_s=self._late_s,
             warm_up=self._warm_up,
+            effective=answer.effective if answer else "",
         )

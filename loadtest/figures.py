@@ -47,6 +47,7 @@ def measure(recording: Recording, bounds: Mapping[str, float], percentiles: Sequ
         "num_warmups": len(recording.outcomes) - len(outcomes),
         "left_out": recording.left_out,
         "interrupted": recording.interrupted,
+        "effective_recipes": dict(Counter(one.effective for one in served if one.effective)),
     }
     if bounds:
         found["request_goodput"] = _rate(sum(is_good(one, bounds) for one in served), duration_s)

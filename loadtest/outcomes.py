@@ -26,6 +26,7 @@ class Outcome:
         error: type of the error, or "".
         late_s: between when it was due and when the client came to it.
         warm_up: left out of the figures.
+        effective: the recipe that ran, or "" where the door does not tell.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Outcome:
     cached_tokens: int
     late_s: float
     warm_up: bool
+    effective: str = ""
 
     @property
     def ttft_s(self) -> float | None:
@@ -107,6 +109,7 @@ class ClientHealth:
         most_late_s: the worst of them.
         lag_p99_s, most_lag_s: by how much later than asked the event loop woke up.
         busy_share: of one core, that the event loop's thread used.
+        max_rss_bytes: the most memory that the client's process has had.
         dropped: requests that were never sent, because too many were open.
     """
 
@@ -117,6 +120,7 @@ class ClientHealth:
     lag_p99_s: float = 0.0
     most_lag_s: float = 0.0
     busy_share: float = 0.0
+    max_rss_bytes: int = 0
     dropped: int = 0
 
     MOST_LATE_SHARE = 0.01

@@ -236,6 +236,7 @@ def summarize(recording: Recording, options: LoadOptions, rate: str) -> RunResul
             "lag_p99_s": health.lag_p99_s,
             "most_lag_s": health.most_lag_s,
             "busy_share": health.busy_share,
+            "max_rss_bytes": health.max_rss_bytes,
         },
         invalid=health.complaint(),
         stationary=None if options.closed_loop else is_stationary(outcomes),

@@ -114,6 +114,7 @@ def _client(run: RunResults) -> list[str]:
         _line("Latest sending (ms):", 1e3 * client["most_late_s"]),
         _line("P99 event loop lag (ms):", 1e3 * client["lag_p99_s"]),
         _line("Event loop busy (share of a core):", client["busy_share"]),
+        _line("Most memory of the client (MiB):", client["max_rss_bytes"] / 2**20),
     ]
 
 

@@ -36,12 +36,15 @@ class Answer:
 
     Attributes:
         token_ids: of the answer; None where the door does not tell.
+        effective: the recipe that ran, which for short prompts is not the one asked for; "" where the door does not
+            tell.
     """
 
     input_tokens: int
     output_tokens: int
     cached_tokens: int
     token_ids: tuple[int, ...] | None = None
+    effective: str = ""
 
 
 class Transport(Protocol):
@@ -98,8 +101,15 @@ class GrpcTransport:
         finally:
             # without effect behind the end of the stream
             stream.cancel()
-        usage, choice = stream.completion.usage, stream.completion.choices[0]
-        return Answer(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, choice.token_ids)
+        done = stream.completion
+        usage = done.usage
+        return Answer(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.cached_tokens,
+            done.choices[0].token_ids,
+            done.recipe.effective,
+        )
 
     def _options(self, request: Request) -> Options:
         sampling = self._sampling

@@ -98,6 +98,7 @@ STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
     "README's numbers": lambda: run(sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"),
     "recipes' numbers": lambda: run(sys.executable, ROOT / "scripts" / "recipe_report.py", "--check"),
     "speeds": lambda: run(sys.executable, ROOT / "scripts" / "performance_report.py", "--check"),
+    "loads": lambda: run(sys.executable, ROOT / "scripts" / "loadtest_report.py", "--check"),
 }
 
 
