@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,7 +107,9 @@ def _cells(given: argparse.Namespace, layout: str, address: str) -> Iterator[dic
             }
             found = asyncio.run(run(parse_options(options), [], {})).last
             print(f"{layout}, {recipe}, {rate} requests/s: {found.figures['completed']} served", flush=True)
-            cell = {"layout": layout, "recipe": recipe, "rate": float(rate), **asdict(found)}
+            busy = os.getloadavg()[0]
+            own = {"layout": layout, "recipe": recipe, "rate": float(rate), "load_average": busy}
+            cell = asdict(found) | own
             yield {name: value for name, value in cell.items() if value not in ({}, [])}
 
 
@@ -199,7 +202,9 @@ def wanted(root: Path) -> dict[Path, str]:
         InvalidRequest: a file of results is none.
         ValueError: the page lacks a block.
     """
-    made, parts = {}, []
+    # images of results that are gone go as well
+    made = {IMAGES / path.name: "" for path in (root / IMAGES).glob("loadtest_*.svg")}
+    parts = []
     for path in sorted((root / RESULTS).glob("loadtest_*.json")):
         name = path.stem.removeprefix("loadtest_")
         try:
