@@ -16,6 +16,8 @@ COVERED = {  # beginning of a command -> a test that does the same
     ),
     "kvsluice sessions": "integration/services/test_sessions.py::test_sessions_are_listed_and_deleted",
     "kvsluice bench decode": "unit/benchmarks/test_bench_runs.py::test_decode_measures_batches_and_hit_rates",
+    "kvsluice loadtest compare": "unit/loadtest/test_reports.py::test_two_files_are_compared_in_a_table",
+    "kvsluice loadtest": "unit/loadtest/test_reports.py::test_every_command_of_the_page_is_taken",
     "kvsluice eval": "unit/evals/test_runner.py::test_a_run_writes_what_it_found",
     "python scripts/recipe_report.py": (
         "unit/evals/test_recipe_report.py::test_files_of_ones_own_become_a_page_of_their_own"

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvsluice.errors import InvalidRequest
+from kvsluice.loadtest import runner
 from kvsluice.loadtest.compare import compare, compare_files
 from kvsluice.loadtest.html_report import page
 from kvsluice.loadtest.options import LoadOptions, listed, parse_options
@@ -20,6 +21,7 @@ from kvsluice.loadtest.runner import exit_status, summarize
 from kvsluice.loadtest.text_report import report
 from kvsluice.loadtest.vocabulary import Vocabulary
 from kvsluice.services import cli
+from kvsluice.tests.pages import commands
 
 
 @pytest.fixture
@@ -183,6 +185,19 @@ def test_every_option_is_a_flag_and_the_settings_are_json():
     options = parse_options({"burstiness": "inf", "goodput": ["ttft:5"], "ignore_eos": True})
     assert (options.burstiness, options.ignore_eos) == (math.inf, False)
     assert json.loads(json.dumps(options.settings(), allow_nan=False))["burstiness"] == "inf"
+
+
+LOADS = [one.words for one in commands() if one.words[:2] == ["kvsluice", "loadtest"] and "compare" not in one.words]
+
+
+@pytest.mark.parametrize("words", LOADS, ids=" ".join)
+def test_every_command_of_the_page_is_taken(words, monkeypatch):
+    """The options fit each other; what each does is tested where it is done."""
+    taken = []
+    monkeypatch.setattr(runner, "run_command", lambda options, environment: taken.append(options) or 0)
+    shown = CliRunner().invoke(cli.app, words[1:])
+    assert shown.exit_code == 0, shown.output
+    assert len(taken) == 1
 
 
 def test_words_of_a_tokenizer_are_a_token_each(tmp_path):
