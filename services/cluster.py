@@ -1,53 +1,48 @@
-"""The driver of a fleet on Ray on one machine: it starts the actors, watches and ends them.
-
-When the controller or Ray itself dies the service stops, with one line that says so.
-"""
+"""Ray: a cluster to run on, the controller of a fleet there, and how the fleet's processes are started and ended."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+import socket
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import placement_group
+from ray.exceptions import ActorDiedError, AuthenticationError, GetTimeoutError, RayError, RayTaskError
+from ray.experimental import internal_kv
+from ray.util.placement_group import get_placement_group, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..errors import ConfigError, InternalError
-from .actors import CONTROLLER, NAMESPACE, Actor, CombinedWorker, Controller, DecodeWorker, Gateway, PrefillWorker
+from ..errors import ConfigError, InternalError, KvsluiceError, WorkerLost
+from .actors import CONTROLLER, Actor, CombinedWorker, DecodeWorker, Gateway, HostSpec, PrefillWorker
 from .config import ServeConfig
-from .processes import Process, descendants, kill, remove_folder, wait_gone
-from .status import build_error
-from .worker_watch import Status, WorkerWatch
+from .fleet.manager import Manager
+from .fleet.report import Report
+from .fleet.wanted import WantedFleet, WantedGroup
+from .gateway.membership import View
+from .processes import forget_source_tree
+from .telemetry import configure_logging
 
-log = logging.getLogger("kvsluice.cluster")
+T = TypeVar("T")
 
-WATCH_PERIOD_S = 1.0
-SHUTDOWN_S = 15.0
-
-
-def _ask(actor: Actor) -> Future[Status]:
-    answer: Future[Status] = actor.status.remote().future()
-    return answer
+HOSTS = {"prefill": PrefillWorker, "decode": DecodeWorker, "both": CombinedWorker, "gateway": Gateway}
+KEPT = b"kvsluice"
+STOP_S = 5.0  # for a process that has nothing to finish
+CONNECT_S = 10.0
 
 
-def start_ray(config: ServeConfig, temp_dir: str, num_actors: int) -> None:
+def start_ray(config: ServeConfig, temp_dir: str, num_actors: int, namespace: str = "kvsluice") -> None:
     """Start a Ray instance for this service alone, on loopback; `serve.prepare_environment` puts it behind a token."""
     verbose = config.log_level in ("debug", "info")
-    here = os.getcwd()
-    # Ray puts the driver's working directory on its workers' import path
-    os.chdir(temp_dir)
-    try:
+    with _driver_elsewhere(temp_dir):
         ray.init(
             address="local",
-            namespace=NAMESPACE,
+            namespace=namespace,
             num_cpus=num_actors,
             include_dashboard=config.dashboard,
             dashboard_host="127.0.0.1",
@@ -57,157 +52,253 @@ def start_ray(config: ServeConfig, temp_dir: str, num_actors: int) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=temp_dir,
         )
+
+
+def connect(address: str, namespace: str) -> None:
+    """Become a driver on a cluster that runs.
+
+    Args:
+        address: auto, HOST:PORT of its head, from one of its nodes, or ray://HOST:PORT from anywhere.
+
+    Raises:
+        ConfigError: there is none, or it does not let this command in.
+    """
+    _check_reachable(address)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvsluice-") as folder, _driver_elsewhere(folder):
+            ray.init(address=address, namespace=namespace, logging_level=logging.ERROR, log_to_driver=False)
+    except AuthenticationError as exc:
+        raise ConfigError(
+            f"address: the cluster at {address} asks for its token; "
+            "allowed: with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH set as on its nodes"
+        ) from exc
+    except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
+        raise ConfigError(
+            f"address: no Ray cluster is to be had at {address} ({type(exc).__name__}); "
+            "allowed: auto or HOST:PORT on a node of the cluster, ray://HOST:PORT from elsewhere"
+        ) from exc
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits long for a head that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise ConfigError(f"address: got {address!r}; allowed: auto, HOST:PORT, ray://HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as exc:
+        raise ConfigError(f"address: nothing answers at {address}: {exc.strerror or type(exc).__name__}") from exc
+
+
+@contextlib.contextmanager
+def _driver_elsewhere(folder: str) -> Any:
+    """Ray puts the driver's working directory on its workers' import path."""
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
     finally:
         os.chdir(here)
 
 
-class Fleet:
-    """All of a service on this machine. The process that makes one is Ray's driver.
+def disconnect() -> None:
+    """Leave the cluster; a Ray instance that this process has started ends."""
+    ray.shutdown()
 
-    Args:
-        config: with an absolute path where the model is a path: workers run in another folder.
-    """
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
-        self._temp_dir = tempfile.mkdtemp(prefix="kvsluice-")
-        self._core: list[Process] = []
-        self._controller: Actor | None = None
-        self._gateway: Actor | None = None
-        self._workers: list[tuple[str, Actor]] = []
-        self._status: dict[str, dict[str, str]] = {}
-        self.address = self.http_address = ""
+def gpu_count() -> float:
+    """GPUs of the cluster that are not taken."""
+    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0.0)
 
-    def start(self, stopped: Callable[[], bool], after_ray: Callable[[], None]) -> bool:
-        """Bring everything up and wait until requests are served.
 
-        Args:
-            stopped: asked now and then; when it says so, starting is given up.
-            after_ray: called once Ray is up; Ray installs signal handlers of its own.
-
-        Returns:
-            Whether it is up; False when it was given up.
-
-        Raises:
-            KvsluiceError: what kept a worker from starting.
-        """
-        config = self._config
-        kinds = self._kinds()
-        start_ray(config, self._temp_dir, len(kinds) + 2)
-        after_ray()
-        self._core = [p for p in descendants() if p.name in ("gcs_server", "raylet")]
-        remote: Any = ray.remote
-        self._controller = remote(Controller).options(name=CONTROLLER, lifetime="detached", num_cpus=1).remote()
-        resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        gpu_share = min(1.0, resources.get("GPU", 0.0) / len(kinds)) if "cuda" in config.device else 0.0
-        worker_bundle = {"CPU": 1.0} | ({"GPU": gpu_share} if gpu_share else {})
-        group = placement_group([*[worker_bundle for _ in kinds], {"CPU": 1.0}], strategy="PACK")
-
-        def launch(cls: type, name: str, index: int, num_gpus: float) -> Actor:
-            options = {
-                "name": name,
-                "num_cpus": 1,
-                "num_gpus": num_gpus,
-                "max_restarts": -1,
-                "max_concurrency": 8,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            }
-            return remote(cls).options(**options).remote(config.to_json(), name)
-
-        self._workers = [(name, launch(cls, name, i, gpu_share)) for i, (name, cls) in enumerate(kinds)]
-        self._gateway = launch(Gateway, "gateway-0", len(kinds), 0)
-        return self._await_up(stopped)
-
-    def _kinds(self) -> list[tuple[str, type]]:
-        config = self._config
-        if config.role == "both":
-            num = max(config.prefill_workers, config.decode_workers)
-            return [(f"worker-{i}", CombinedWorker) for i in range(num)]
-        return [(f"prefill-{i}", PrefillWorker) for i in range(config.prefill_workers)] + [
-            (f"decode-{i}", DecodeWorker) for i in range(config.decode_workers)
-        ]
-
-    def _await_up(self, stopped: Callable[[], bool]) -> bool:
-        assert self._gateway is not None
-        deadline = time.monotonic() + self._config.start_timeout_s
-        waiting = {handle.status.remote(): name for name, handle in [*self._workers, ("gateway-0", self._gateway)]}
-        while waiting:
-            if stopped():
-                return False
-            if time.monotonic() > deadline:
-                raise ConfigError(f"start_timeout_s: {', '.join(sorted(waiting.values()))} did not come up in time")
-            done, _ = ray.wait(list(waiting), timeout=0.2)
-            for ref in done:
-                name = waiting.pop(ref)
-                status = self._status[name] = self._get(ref, name)
-                if "error_type" in status:
-                    raise build_error(status["error_type"], status["message"])
-                if name == "gateway-0":
-                    self.address, self.http_address = status["address"], status["http_address"]
-        while not self._get(self._gateway.ready.remote(), "gateway-0"):
-            if stopped():
-                return False
-            if time.monotonic() > deadline:
-                raise ConfigError("start_timeout_s: the workers did not connect in time")
-            time.sleep(0.05)
-        return True
-
-    def _get(self, ref: Any, name: str) -> Any:
-        try:
-            return ray.get(ref, timeout=self._config.start_timeout_s)
-        except RayError as exc:
-            raise InternalError(f"{name} died while it started: {type(exc).__name__}") from exc
-
-    def watch(self, stop: threading.Event, say: Callable[[str], None]) -> str | None:
-        """Wait until `stop` is set. Returns None then, or at once what has died that the service needs to live.
-        `say` is told of other parts that die, and of their successors."""
-        assert self._controller is not None and self._gateway is not None
-        watches = [
-            WorkerWatch(name, self._status[name], partial(_ask, actor), say)
-            for name, actor in [*self._workers, ("gateway-0", self._gateway)]
-        ]
-        ping: Any = self._controller.view.remote()
-        while not stop.wait(WATCH_PERIOD_S):
-            gone = [p.name for p in self._core if not p.alive]
-            if gone:
-                return f"Ray's {gone[0]} is gone"
-            done, _ = ray.wait([ping], timeout=0)
-            if done:
-                try:
-                    ray.get(ping, timeout=1)
-                except RayError:
-                    return "the controller is gone"
-                ping = self._controller.view.remote()
-            for watch in watches:
-                watch.look()
+def find_actor(name: str, namespace: str) -> Actor | None:
+    """The named actor of a fleet, if there is one."""
+    try:
+        return ray.get_actor(name, namespace)
+    except ValueError:
         return None
 
-    def drain(self) -> bool:
-        """Take the service out of rotation and let running requests finish. Returns whether the gateway did."""
-        if self._gateway is None:
-            return True
+
+def ask(actor: Actor, method: str, *args: Any) -> Future[Any]:
+    """Call a method of an actor. Errors of the tree come as they were raised; an actor that is gone is `WorkerLost`."""
+    answer: Future[Any] = Future()
+
+    def tell(done: Future[Any]) -> None:
+        exc = done.exception()
+        if exc is None:
+            answer.set_result(done.result())
+        else:
+            answer.set_exception(_typed(exc))
+
+    getattr(actor, method).remote(*args).future().add_done_callback(tell)
+    return answer
+
+
+def _typed(exc: BaseException) -> KvsluiceError:
+    cause = exc.cause if isinstance(exc, RayTaskError) else exc
+    if isinstance(cause, KvsluiceError):
+        return cause
+    if isinstance(cause, ActorDiedError):
+        return WorkerLost("it is gone")
+    if isinstance(cause, RayError):
+        return WorkerLost(f"it does not answer: {type(cause).__name__}")
+    return InternalError(f"it failed: {type(cause).__name__}")
+
+
+def get_controller(namespace: str, lasting: bool, log_level: str) -> Actor:
+    """The fleet's controller; the first call starts it.
+
+    Args:
+        lasting: it is restarted when it dies, and goes on with the fleet as it was.
+    """
+    remote: Any = ray.remote
+    options = {
+        "name": CONTROLLER,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_restarts": -1 if lasting else 0,
+    }
+    return remote(Controller).options(**options).remote(namespace, lasting, log_level)
+
+
+def end_controller(namespace: str) -> None:
+    """End it for good, with what it kept."""
+    actor = find_actor(CONTROLLER, namespace)
+    if actor is not None:
+        ray.kill(actor, no_restart=True)
+
+
+class RayRuntime:
+    """A fleet's processes as Ray actors: detached, each in a placement group of its own, on one node."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    async def start(self, worker_id: str, group: WantedGroup, fleet: WantedFleet) -> None:
+        """See `Runtime`."""
+        await self._call(self._start, worker_id, group, fleet)
+
+    async def stop(self, worker_id: str, grace_s: float) -> None:
+        """See `Runtime`."""
+        actor = await self._call(find_actor, worker_id, self._namespace)
+        if actor is not None and await self.place(worker_id) is None:
+            with contextlib.suppress(KvsluiceError, TimeoutError):
+                async with asyncio.timeout(grace_s + STOP_S):
+                    await asyncio.wrap_future(ask(actor, "stop", grace_s))
+        await self._call(self._end, worker_id)
+
+    async def restart(self, worker_id: str) -> None:
+        """See `Runtime`."""
+        actor = await self._call(find_actor, worker_id, self._namespace)
+        if actor is not None:
+            with contextlib.suppress(RayError):
+                await asyncio.to_thread(ray.kill, actor, no_restart=False)
+
+    async def place(self, worker_id: str) -> str | None:
+        """See `Runtime`."""
+        return await self._call(self._place, worker_id)
+
+    async def _call(self, job: Callable[..., T], *args: Any) -> T:
+        """Ray's calls wait for its head."""
         try:
-            ray.get(self._gateway.stop.remote(self._config.grace_s), timeout=self._config.grace_s + SHUTDOWN_S)
+            return await asyncio.to_thread(job, *args)
         except (RayError, GetTimeoutError) as exc:
-            log.warning("the gateway did not stop by itself: %s", type(exc).__name__)
-            return False
-        return True
+            raise WorkerLost(f"Ray does not do what it is told: {type(exc).__name__}") from exc
 
-    def shutdown(self) -> None:
-        """End every process of the fleet and of Ray, and remove what they wrote."""
-        tree = descendants()
-        if all(p.alive for p in self._core):
-            # a stuck shutdown must not keep the processes alive
-            closing = threading.Thread(target=ray.shutdown, daemon=True)
-            closing.start()
-            closing.join(SHUTDOWN_S)
-            wait_gone(tree, 2.0)
-        self.kill(tree)
+    def _start(self, worker_id: str, group: WantedGroup, fleet: WantedFleet) -> None:
+        bundle, remote = dict(group.bundle), ray.remote
+        # a worker that takes several bundles later has them on one node
+        room = placement_group([bundle], strategy="STRICT_PACK", name=_room(worker_id), lifetime="detached")
+        options: dict[str, Any] = {
+            "name": worker_id,
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "num_cpus": bundle.pop("CPU", 0),
+            "num_gpus": bundle.pop("GPU", 0),
+            "resources": bundle,
+            "max_restarts": -1,
+            "max_concurrency": 8,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=0),
+        }
+        if fleet.env:
+            options["runtime_env"] = {"env_vars": dict(fleet.env)}
+        spec = HostSpec(worker_id, self._namespace, fleet.lease_s, group.own_host)
+        remote(HOSTS[group.role]).options(**options).remote(group.config_json, spec)  # type: ignore[attr-defined]
 
-    def kill(self, tree: list[Process] | None = None) -> None:
-        """End everything at once."""
-        tree = [*(tree or ()), *descendants()]
-        kill(tree)
-        wait_gone(tree, 2.0)
-        if not remove_folder(self._temp_dir):
-            log.warning("%s is left over", self._temp_dir)
+    def _end(self, worker_id: str) -> None:
+        actor = find_actor(worker_id, self._namespace)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+        with contextlib.suppress(ValueError):
+            remove_placement_group(get_placement_group(_room(worker_id)))
+
+    def _place(self, worker_id: str) -> str | None:
+        try:
+            table = placement_group_table(get_placement_group(_room(worker_id)))
+        except ValueError:
+            return None
+        if table["state"] not in ("PENDING", "RESCHEDULING"):
+            return None
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in table["bundles"][0].items())
+        return f"no node has room for {wanted}"
+
+
+def _room(worker_id: str) -> str:
+    return f"kvsluice-{worker_id}"
+
+
+class Controller:
+    """The manager of a fleet, as a named, detached actor. Async: a gateway's long poll holds nobody up."""
+
+    async def __init__(self, namespace: str, lasting: bool, log_level: str) -> None:  # type: ignore[misc]
+        forget_source_tree()
+        configure_logging(log_level)
+        # what it warns of, restartable actors in placement groups, is meant: a worker leaves its place when it is ended
+        logging.getLogger("ray.actor").setLevel(logging.ERROR)
+        self._key, self._lasting = namespace.encode(), lasting
+        self._keeping = asyncio.Lock()
+        kept = await asyncio.to_thread(internal_kv._internal_kv_get, self._key, namespace=KEPT) if lasting else None
+        self._manager = Manager(RayRuntime(namespace), self._keep, kept.decode() if kept else None)
+        self._task = asyncio.create_task(self._manager.run())
+
+    async def _keep(self, text: str) -> None:
+        """With Ray's head, which knows the actors, too: either both are there or none."""
+        if self._lasting:
+            async with self._keeping:
+                await asyncio.to_thread(
+                    internal_kv._internal_kv_put, self._key, text.encode(), overwrite=True, namespace=KEPT
+                )
+
+    async def apply(self, cluster_json: str) -> None:
+        await self._manager.apply(cluster_json)
+
+    async def report(self, report: Report) -> bool:
+        return await self._manager.report(report)
+
+    async def predecessor(self, worker_id: str) -> Report | None:
+        return self._manager.predecessor(worker_id)
+
+    async def view(self) -> View:
+        return self._manager.table.view()
+
+    async def watch(self, after: int, timeout_s: float) -> View:
+        return await self._manager.watch(after, timeout_s)
+
+    async def drain(self, worker_ids: list[str], groups: list[str], grace_s: float | None) -> list[str]:
+        return await self._manager.drain(worker_ids, groups, grace_s)
+
+    async def status(self) -> Mapping[str, Any]:
+        return self._manager.status()
+
+    async def shutdown(self, grace_s: float) -> None:
+        """End all of the fleet but the controller; nothing of it is kept."""
+        await self._manager.shutdown(grace_s)
+        self._task.cancel()
+        if self._lasting:
+            async with self._keeping:
+                await asyncio.to_thread(internal_kv._internal_kv_del, self._key, namespace=KEPT)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
+from ..protos import worker_pb2 as wpb
 from .rpc import bind, join_address, make_server
 from .security import FleetSecurity
 from .telemetry import where
@@ -170,6 +171,7 @@ class WorkerService(Protocol):
     def add_to(self, server: grpc.aio.Server) -> None: ...
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
+    async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo: ...
 
 
 class WorkerHost:

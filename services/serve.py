@@ -52,7 +52,7 @@ def run(config: ServeConfig) -> int:
         KvsluiceError: the service could not start.
     """
     prepare_environment()
-    from .cluster import Fleet
+    from .one_machine import Fleet
 
     fleet = Fleet(with_fleet_tokens(config))
     stop = threading.Event()

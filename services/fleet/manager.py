@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from asyncio import Task
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ...errors import ConfigError, KvsluiceError
+from ..config import ServeConfig
 from ..gateway.membership import MembershipTable, View
 from ..telemetry import where
 from .reconcile import Drain, Start, Target, plan
@@ -61,7 +64,7 @@ class Manager:
     def __init__(
         self,
         runtime: Runtime,
-        keep: Callable[[str], None] = lambda text: None,
+        keep: Callable[[str], Awaitable[None]],
         kept: str | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_ns: Callable[[], int] = time.time_ns,
@@ -73,6 +76,7 @@ class Manager:
         self.sizes = Sizes()
         self._cluster_json = ""
         self._numbers: dict[str, int] = {}
+        self._token = secrets.token_hex(32)
         self._stopping = False
         self._changed = asyncio.Event()
         self._tasks: set[Task[None]] = set()
@@ -89,7 +93,7 @@ class Manager:
         self.sizes.apply(fleet)
         for replica in self.replicas.values():
             replica.retry_at_s = 0.0
-        self._save()
+        await self._save()
         await self.step()
 
     async def report(self, report: Report) -> bool:
@@ -117,10 +121,10 @@ class Manager:
             self._changed.set()
         return True
 
-    def predecessor(self, worker_id: str) -> str | None:
-        """Where the process before it served under this name."""
+    def predecessor(self, worker_id: str) -> Report | None:
+        """What the process before it last told under this name."""
         replica = self.replicas.get(worker_id)
-        return replica.report.address if replica is not None and replica.report is not None else None
+        return None if replica is None else replica.report
 
     async def watch(self, after: int, timeout_s: float) -> View:
         return await self.table.watch(after, timeout_s)
@@ -146,7 +150,7 @@ class Manager:
             chosen |= {one.worker_id for one in self.replicas.values() if one.group == name}
         for worker_id in sorted(chosen):
             await self._drain(self.replicas[worker_id], grace_s)
-        self._save()
+        await self._save()
         self._changed.set()
         return sorted(chosen)
 
@@ -154,7 +158,7 @@ class Manager:
         """Let running requests finish for the time, then end everything."""
         self._stopping = True
         self.sizes.empty_all()
-        self._save()
+        await self._save()
         gateways = [one for one in self.replicas.values() if one.is_gateway]
         await asyncio.gather(*(self._stop(one, grace_s) for one in gateways))
         await asyncio.gather(*(self._stop(one, 0.0) for one in list(self.replicas.values())))
@@ -184,7 +188,7 @@ class Manager:
         for replica in list(self.replicas.values()):
             await self._look_after(replica, now)
         if self.sizes.decide(self.fleet, self.replicas.values(), now):
-            self._save()
+            await self._save()
         for step in plan(self._targets(), [one.existing() for one in self.replicas.values()]):
             if isinstance(step, Start):
                 await self._start(step.group)
@@ -262,8 +266,16 @@ class Manager:
         number = self._numbers[name] = self._numbers.get(name, -1) + 1
         replica = Replica.of(group, f"{name}-{number}", number, self._now())
         self.replicas[replica.worker_id] = replica
-        self._save()  # before it is there: what is started is never forgotten
+        await self._save()  # before it is there: what is started is never forgotten
+        group = replace(group, config_json=self._with_token(group.config_json))
         await self._runtime.start(replica.worker_id, group, self.fleet)
+
+    def _with_token(self, config_json: str) -> str:
+        """A process's configuration, with what the fleet's processes know each other by where no file holds that."""
+        config = ServeConfig.from_json(config_json)
+        if config.fleet_tokens or config.fleet_token_file is not None:
+            return config_json
+        return config.model_copy(update={"fleet_tokens": (self._token,)}).to_json()
 
     async def _drain(self, replica: Replica, grace_s: float | None) -> None:
         assert self.fleet is not None
@@ -276,7 +288,7 @@ class Manager:
         replica.become("draining", self._now())
         await self.table.drain(replica.worker_id)
         replica.drain_generation = self.table.generation
-        self._save()
+        await self._save()
         if replica.is_gateway:
             # it knows best when its requests have ended
             self._spawn(self._stop(replica, grace_s))
@@ -294,7 +306,7 @@ class Manager:
         await self.table.remove(replica.worker_id)
         self.replicas.pop(replica.worker_id, None)
         replica.gone.set()
-        self._save()
+        await self._save()
         self._changed.set()
 
     def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
@@ -302,13 +314,14 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _save(self) -> None:
-        self._keep(
+    async def _save(self) -> None:
+        await self._keep(
             json.dumps(
                 {
                     "cluster": self._cluster_json,
                     "sizes": self.sizes.saved(),
                     "numbers": self._numbers,
+                    "token": self._token,
                     "replicas": [one.saved() for one in self.replicas.values()],
                 }
             )
@@ -316,7 +329,7 @@ class Manager:
 
     def _adopt(self, saved: dict[str, Any]) -> None:
         now = self._now()
-        self._cluster_json, self._numbers = saved["cluster"], saved["numbers"]
+        self._cluster_json, self._numbers, self._token = saved["cluster"], saved["numbers"], saved["token"]
         self.fleet = wanted_fleet(parse_cluster(self._cluster_json))
         self.sizes.restore(self.fleet, saved["sizes"])
         self.replicas = {one["worker_id"]: Replica.restored(one, now) for one in saved["replicas"]}

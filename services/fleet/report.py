@@ -67,6 +67,7 @@ class Report:
         error_type: the class of the error tree that this is.
         package: version of kvsluice.
         sight: of a gateway.
+        http_address: of a gateway's OpenAI API; empty = it has none.
     """
 
     worker_id: str
@@ -82,6 +83,7 @@ class Report:
     sight: GatewaySight | None = None
     error: str = ""
     error_type: str = ""
+    http_address: str = ""
 
     def members(self, draining: bool) -> list[Member]:
         return [

@@ -24,6 +24,7 @@ from ..settings.cluster import (
     ScalingTargets,
     WorkerGroup,
 )
+from ..settings.http import HttpSettings
 
 LEASES, LEAST_LEASE_S = 3, 30.0  # gateways go on elsewhere after one; a worker is given up by the controller later
 
@@ -36,14 +37,18 @@ NOT_IN_SETTINGS = {
     "decode_workers": "the groups' replicas",
     "object_store_bytes": "the flags of `ray start`",
     "dashboard": "the flags of `ray start`",
+    "fleet_tokens": "fleet_token_file",
 }
 # a change of these does not concern such processes, and does not replace them
 _ENGINE_ONLY = {
     "dtype", "device", "random_weights", "max_num_seqs", "kv_cache_bytes", "kv_offloading_bytes",
     "kv_time_slice_steps", "chunk_tokens", "torch_threads",
 }  # fmt: skip
-_GATEWAY_ONLY = {"host", "port", "http_host", "http_port"}
-_EVERYBODY = {"prefill_workers", "decode_workers"}
+_GATEWAY_ONLY = {
+    "host", "port", "api_keys_file", "allow_anonymous", "tls_cert_file", "tls_key_file", "tls_client_ca_file",
+    *HttpSettings.model_fields,
+}  # fmt: skip
+_EVERYBODY = {"prefill_workers", "decode_workers", "fleet_tokens"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,8 @@ def _gateway_group(cluster: ClusterConfig, group: GatewayGroup, workers: Iterabl
     split = any(one.role != "both" for one in workers if one.model == config.model_name)
     config = config.model_copy(update={"role": "split" if split else "both"})
     # a port that is given is free for the next one only when the last one is gone
-    surge, unavailable = (1, 0) if config.port == 0 else (0, 1)
+    ports = [config.port, *([config.http_port] if config.http else [])]
+    surge, unavailable = (0, 1) if any(ports) else (1, 0)
     return _wanted(
         group, "gateway", config, group.replicas, group.replicas, surge, unavailable, own_host="host" not in given
     )

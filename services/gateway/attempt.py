@@ -20,7 +20,7 @@ from ..rpc import call_error, read_all
 from .answer import Answer
 from .failover import Start
 from .job import Job
-from .links import Event, Inbox, PrefillLink
+from .links import DecodeLink, Event, Inbox, PrefillLink
 from .membership import Member
 from .pool import Route
 
@@ -67,7 +67,17 @@ class Attempt:
 
     async def run(self) -> None:
         """Go on until every choice has ended. Raises an error of the tree otherwise."""
-        decode = self._route.decode
+        decode, use = self._route.decode, (self._job.sequence_id, self.epoch)
+        links = [link for link in (decode, self._route.prefill) if link is not None]
+        for link in links:
+            link.users.add(use)
+        try:
+            await self._run(decode)
+        finally:
+            for link in links:
+                link.users.discard(use)
+
+    async def _run(self, decode: DecodeLink) -> None:
         decode.open(self._open_message(), self._inbox)
         try:
             await self._opened()
@@ -131,7 +141,7 @@ class Attempt:
         try:
             await self._inbox.unless_failed(self._accepted(call))
             self._queue_s, self.handoff_is_open = time.monotonic() - job.accepted_s, True
-            reader = asyncio.create_task(self._read_prefill(call, prefill.called))
+            reader = asyncio.create_task(self._read_prefill(call, prefill))
             await self._stream()
         finally:
             prefill.done(job.sequence_id, epoch)
@@ -145,7 +155,7 @@ class Attempt:
         if call.done() and await call.code() is not grpc.StatusCode.OK:
             raise await call_error(call)
 
-    async def _read_prefill(self, call: Any, worker: str) -> None:
+    async def _read_prefill(self, call: Any, prefill: PrefillLink) -> None:
         first_came = False
 
         def take(event: wpb.PrefillEvent) -> None:
@@ -157,6 +167,7 @@ class Attempt:
 
         try:
             await read_all(call, take)
+            prefill.users.discard((self._job.sequence_id, self.epoch))  # nothing more is wanted of it
             if not first_came:
                 self._inbox.fail(InternalError("a prefill worker ended a request without its first tokens"))
         except KvsluiceError as exc:
@@ -164,7 +175,9 @@ class Attempt:
             if not (first_came and self._decoding):
                 # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
                 lost = isinstance(exc, (RequestCancelled, WorkerLost))
-                self._inbox.fail(WorkerLost(f"the {worker} was lost while it worked on the request") if lost else exc)
+                self._inbox.fail(
+                    WorkerLost(f"the {prefill.called} was lost while it worked on the request") if lost else exc
+                )
 
     async def _stream(self) -> None:
         while not self._answer.ended:

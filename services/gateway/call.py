@@ -80,8 +80,7 @@ class Call:
         while True:
             attempt = self._attempt(route, resolved)
             try:
-                with self._pool.using(route):
-                    await attempt.run()
+                await attempt.run()
                 break
             except KvsluiceError as exc:
                 if attempt.handoff_is_open:

@@ -143,6 +143,7 @@ class Link:
         self.info = wpb.WorkerInfo()
         self.up = False
         self.draining = False
+        self.users: set[tuple[str, int]] = set()  # attempts that may still want something of the worker
         self._said = ""
         self._settings = settings
         self._lease_s = settings.lease_s

@@ -18,7 +18,6 @@ class Member:
         model: the name under which it is served; empty = that of whoever looks.
         max_num_seqs: choices that it runs together; 0 = not known.
         draining: it finishes what it has, and gets nothing new.
-        http_address: of a gateway's OpenAI API; empty = it has none.
     """
 
     worker_id: str
@@ -28,7 +27,6 @@ class Member:
     model: str = ""
     max_num_seqs: int = 0
     draining: bool = False
-    http_address: str = ""
 
 
 @dataclass(frozen=True)

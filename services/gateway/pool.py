@@ -7,7 +7,7 @@ import contextlib
 import logging
 from asyncio import CancelledError, Event, Task
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
@@ -44,7 +44,6 @@ class WorkerPool:
         self._links: dict[tuple[str, str], PrefillLink | DecodeLink] = {}
         self._task: Task[None] | None = None
         self._changed = Event()
-        self._uses: Counter[str] = Counter()
         self.generation = 0  # of the membership that routes go by
         self.model: WorkerModel | None = None  # of the workers picked last; kept while none is there
 
@@ -76,7 +75,10 @@ class WorkerPool:
     @property
     def uses(self) -> Mapping[str, int]:
         """Attempts under way, by worker."""
-        return self._uses
+        uses: Counter[str] = Counter()
+        for link in self._links.values():
+            uses[link.member.worker_id] += len(link.users)
+        return uses
 
     @property
     def wait_s(self) -> dict[str, float]:
@@ -87,24 +89,10 @@ class WorkerPool:
             waits[worker_id] = max(waits.get(worker_id, 0.0), link.wait_s)
         return waits
 
-    @contextlib.contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        """Count an attempt as a use of its workers, which are not taken away meanwhile unless time presses."""
-        workers = {link.member.worker_id for link in (route.prefill, route.decode) if link is not None}
-        self._uses.update(workers)
-        try:
-            yield
-        finally:
-            self._uses.subtract(workers)
-            self._uses = +self._uses
-
     def prefill_s(self, num_tokens: int) -> float:
         """How long the prompts that are being run and one of so many tokens take on the worker that is through first,
         as far as that is known; 0 where one runs none."""
-        waits = [
-            link.prefill_s(num_tokens) for link in self._links.values() if isinstance(link, PrefillLink) and link.up
-        ]
-        return min(waits, default=0.0)
+        return min((link.prefill_s(num_tokens) for link in self._prefills()), default=0.0)
 
     @property
     def changed(self) -> Event:

@@ -23,6 +23,12 @@ class Resources(Settings):
     )
     custom: dict[str, Amount] = Field(default_factory=dict, description="custom resources of Ray's nodes")
 
+    @model_validator(mode="after")
+    def _something(self) -> Resources:
+        if not self.bundle():
+            raise ValueError("num_cpus: all resources are 0; allowed: at least one above 0, such as num_cpus: 0.01")
+        return self
+
     def bundle(self) -> dict[str, float]:
         """As Ray's placement groups take it."""
         given = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.custom}

@@ -12,7 +12,7 @@ import pytest
 from kvsluice.errors import BrokenCheckpoint, ConfigError
 from kvsluice.services import actors, lifecycle
 from kvsluice.services.config import load_config
-from kvsluice.services.gateway.membership import Member, View
+from kvsluice.services.fleet.report import Report
 from kvsluice.services.security import with_fleet_tokens
 
 
@@ -25,29 +25,45 @@ class Broken(actors.Host):
 
 @pytest.fixture
 def start(monkeypatch):
-    """start(error, *members): the status of a host that fails by `error`, and whether its process would have ended."""
+    """start(error, earlier): the status of a host that fails by `error`, and whether its process would have ended."""
 
-    def run(error: Exception, *members: Member) -> tuple[dict[str, str], bool]:
-        ended = threading.Event()
-        controller = SimpleNamespace(view=SimpleNamespace(remote=lambda: View(1, members)))
-        fake = SimpleNamespace(get_actor=lambda *name: controller, get=lambda value: value)
+    def run(error: Exception, earlier: Report | None = None) -> tuple[dict[str, str], bool]:
+        ended, told = threading.Event(), threading.Event()
+
+        async def take(report: Report) -> bool:
+            assert report.error and report.error_type
+            told.set()
+            return True
+
+        controller = SimpleNamespace(
+            predecessor=SimpleNamespace(remote=lambda worker_id: earlier), report=SimpleNamespace(remote=take)
+        )
+        fake = SimpleNamespace(
+            get_actor=lambda *name: controller,
+            get=lambda value: value,
+            util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"),
+        )
         monkeypatch.setattr(actors, "ray", fake)
         monkeypatch.setattr(actors, "configure_logging", lambda *settings: None)
         monkeypatch.setattr(actors, "forget_source_tree", lambda: None)
         monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
         monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
-        host = type("One", (Broken,), {"error": error})(
-            with_fleet_tokens(load_config({"model": "tiny"})).to_json(), "decode-0"
-        )
+        config = with_fleet_tokens(load_config({"model": "tiny"}))
+        spec = actors.HostSpec("decode-0", "kvsluice")
+        host = type("One", (Broken,), {"error": error})(config.to_json(), spec)
+        assert told.wait(20.0)
+        reporting = [task for task in asyncio.all_tasks(host._loop._loop) if "_keep_reporting" in repr(task)]
+        host._loop._loop.call_soon_threadsafe(reporting[0].cancel)
         host._loop.stop()
-        return host.status(), ended.wait(5.0 if members else 0.1)
+        return host.status(), ended.wait(5.0 if earlier else 0.1)
 
     return run
 
 
 @pytest.mark.parametrize("error", [BrokenCheckpoint("no weights"), OSError("secret")])
 def test_a_restarted_part_that_cannot_start_makes_room_for_the_next(start, error):
-    status, ended = start(error, Member("decode-0", "decode", "127.0.0.1:1", "first"))
+    earlier = Report("decode-0", "first", ("decode",), "127.0.0.1:1", "127.0.0.1", 1, "tiny", 1, "0")
+    status, ended = start(error, earlier)
     assert ended
     assert status["error_type"] in ("BrokenCheckpoint", "InternalError")
     assert "secret" not in status["message"]
