@@ -74,9 +74,13 @@ def connect(address: str, namespace: str) -> None:
         ) from exc
     except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
         raise ConfigError(
-            f"address: no Ray cluster is to be had at {address} ({type(exc).__name__}); "
+            f"address: no Ray cluster is to be had at {address} ({type(exc).__name__}: {_first_line(exc)}); "
             "allowed: auto or HOST:PORT on a node of the cluster, ray://HOST:PORT from elsewhere"
         ) from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    return next(iter(str(exc).strip().splitlines()), "")[:200]
 
 
 def _check_reachable(address: str) -> None:

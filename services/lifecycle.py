@@ -200,8 +200,10 @@ class WorkerHost:
         self._server = make_server(self._max_message_bytes, self._security.guard)
         for service in self._services:
             service.add_to(self._server)
-            await service.start()
         bound = bind(self._server, host, port, self._security.tls)
+        # where the port was taken this is called once more, and services start only once
+        for service in self._services:
+            await service.start()
         await self._server.start()
         return join_address(host, bound)
 

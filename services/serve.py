@@ -13,6 +13,12 @@ from ..errors import KvsluiceError
 from .config import ServeConfig
 from .security import with_fleet_tokens
 
+WORKER_ENVIRONMENT = {
+    # caches come and go: with segments of fixed size much of the memory can end up between them
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # idle threads of one worker must not spin while another one computes
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -22,10 +28,6 @@ _RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # workers that take no GPU keep the environment's choice of devices
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # caches come and go: with segments of fixed size much of the memory can end up between them
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # idle threads of one worker must not spin while another one computes
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 EXIT_OK = 0
@@ -34,9 +36,9 @@ EXIT_KILLED = 130
 
 
 def prepare_environment() -> None:
-    """Set what Ray and the workers read from the environment, unless it is set. Comes before Ray is first imported,
-    because Ray reads its settings then."""
-    for name, value in _RAY_ENVIRONMENT.items():
+    """Set what a Ray of our own and the workers read from the environment, unless it is set. Comes before Ray is first
+    imported, because Ray reads its settings then."""
+    for name, value in (_RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.terminal": ("client", SERVICES_ROOT),
     "services.cluster": ("services.fleet", "services.gateway.membership", SERVICES_ROOT),
     "services.one_machine": ("services.fleet", SERVICES_ROOT),
-    "services.cli_fleet": ("services.fleet", SERVICES_ROOT),
+    "services.fleet_commands": ("services.fleet", SERVICES_ROOT),
     "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway", "services.fleet"),
     "services.fleet": ("services.gateway.membership", "services.settings", SERVICES_ROOT),
     "services.settings": ("kvstore",),
