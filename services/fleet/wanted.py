@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..settings.cluster import (
 )
 from ..settings.http import HttpSettings
 
+_BRANCHES = ("constrained-int", "ReplicaRange")  # pydantic's names for the two
 LEASES, LEAST_LEASE_S = 3, 30.0  # gateways go on elsewhere after one; a worker is given up by the controller later
 
 GroupRole = Literal["prefill", "decode", "both", "gateway"]
@@ -120,8 +122,9 @@ def parse_cluster(raw: Any) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate_json(raw) if isinstance(raw, str) else ClusterConfig.model_validate(raw)
     except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "constrained-int") or "cluster"
+        # of a number or a range, the one that it is not is no news
+        first = next(e for e in exc.errors() if not (e["type"] == "int_type" and isinstance(e["input"], dict)))
+        where = ".".join(str(part) for part in first["loc"] if part not in _BRANCHES) or "cluster"
         problem = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             problem = f"unknown key; known: {', '.join(_known(first['loc']))}"
@@ -254,8 +257,7 @@ def _checked(given: Mapping[str, Any], where: str) -> ServeConfig:
         raise ConfigError(f"{where}.{key}: {first['msg']} (got {str(first['input'])[:64]!r})") from exc
     except ConfigError as exc:
         raise ConfigError(f"{where}.{exc.message}") from exc
-    path = Path(config.model)
-    if len(path.parts) > 1 and not path.is_absolute():
+    if (os.sep in config.model or config.model.startswith((".", "~"))) and not os.path.isabs(config.model):
         # processes run in other folders, on other machines
         raise ConfigError(f"{where}.model: {config.model} is a relative path; allowed: an absolute one, on every node")
     return config
