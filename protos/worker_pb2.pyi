@@ -193,7 +193,14 @@ class Shipped(_message.Message):
     def __init__(self, payload_bytes: _Optional[int] = ..., frames: _Optional[int] = ..., handoff_s: _Optional[float] = ..., exposed_s: _Optional[float] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "history_tokens", "from_store")
+    __slots__ = ("request_id", "epoch", "tenant", "num_prompt_tokens", "recipe_json", "sampling", "credits", "keeping", "sent", "history_tokens", "from_store", "trace")
+    class TraceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +212,7 @@ class Open(_message.Message):
     SENT_FIELD_NUMBER: _ClassVar[int]
     HISTORY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FROM_STORE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     tenant: str
@@ -216,7 +224,8 @@ class Open(_message.Message):
     sent: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ContinuedChoice]
     history_tokens: int
     from_store: bool
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., sent: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ..., history_tokens: _Optional[int] = ..., from_store: _Optional[bool] = ...) -> None: ...
+    trace: _containers.ScalarMap[str, str]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., tenant: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., recipe_json: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., credits: _Optional[int] = ..., keeping: _Optional[_Union[Keeping, _Mapping]] = ..., sent: _Optional[_Iterable[_Union[_frame_pb2.ContinuedChoice, _Mapping]]] = ..., history_tokens: _Optional[int] = ..., from_store: _Optional[bool] = ..., trace: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Keeping(_message.Message):
     __slots__ = ("keep_every", "end_ttl_s")

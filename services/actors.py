@@ -36,6 +36,7 @@ from .processes import forget_source_tree
 from .ray_metrics import mirror
 from .security import FleetSecurity, with_fleet_tokens
 from .telemetry import configure_logging, where
+from .tracing import configure_tracing
 from .worker import WorkerIdentity, check_fit, compute_dtype
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Host:
         assert self._config.fleet_tokens or self._config.fleet_token_file, "whoever starts a fleet gives it a token"
         self._spec, self._worker_id = spec, spec.worker_id
         configure_logging(self._config.log_level, self._config.log_format, self._worker_id)
+        configure_tracing(self._config, self._worker_id)
         self._loop = LoopThread(f"{self._worker_id}-loop")
         self._status = {"pid": str(os.getpid())}
         self._node = ray.util.get_node_ip_address()

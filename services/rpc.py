@@ -18,6 +18,7 @@ from .security import Caller, FleetSecurity, Guard, current_caller
 from .status import ERROR_METADATA_KEY, error_from_rpc, error_info, status_code
 from .telemetry import current_request_id, where
 from .tls import TlsFiles, channel_credentials, server_credentials
+from .tracing import accept
 
 log = logging.getLogger("kvsluice.rpc")
 
@@ -193,6 +194,7 @@ Handler = Callable[[Any, Any], Awaitable[Any]]
 def _guarded(inner: Handler, parse: Callable[[bytes], Any] | None, method: str, caller: Caller) -> Handler:
     async def handler(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         current_caller.set(caller)
+        accept(context.invocation_metadata())
         try:
             if parse is not None:
                 try:

@@ -10,6 +10,7 @@ from ...kvstore.identity import FrameIdent
 from ...models.sampling import SamplingParams
 from ...protos import frame_pb2 as fpb
 from ...protos import worker_pb2 as wpb
+from ..tracing import Span, start_span
 from ..worker import sampling_fields
 from .engine import (
     DecodeRequest,
@@ -36,6 +37,31 @@ def decode_request(message: wpb.Open) -> DecodeRequest:
         keep_every=message.keeping.keep_every or None,
         history_tokens=message.history_tokens,
     )
+
+
+def decode_span(message: wpb.Open, request: DecodeRequest) -> Span:
+    """Of a request's time on the worker, in the trace that the gateway began."""
+    return start_span(
+        "kvsluice.decode",
+        tuple(message.trace.items()),
+        "server",
+        request_id=message.request_id,
+        epoch=message.epoch,
+        recipe=request.recipe.name,
+        prompt_tokens=message.num_prompt_tokens,
+        from_store=message.from_store,
+    )
+
+
+def tell_span(span: Span, event: Event) -> None:
+    """Say in a request's span what has happened; single tokens are too many for that."""
+    if isinstance(event, OpenedEvent):
+        span.event("opened")
+    elif isinstance(event, FailedEvent):
+        span.end(event.error)
+    elif isinstance(event, FinishedEvent):
+        span.set(steps=event.steps, bytes_read=event.bytes_read, resident_bytes=event.resident_bytes)
+        span.end()
 
 
 def failed_message(request_id: str, epoch: int, error: KvsluiceError) -> wpb.FromDecode:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...compression.recipe import Recipe
 from ...kvstore.identity import FrameIdent
 from ...protos import worker_pb2 as wpb
+from ..tracing import NO_SPAN, Span
 from .engine import EmittedChoice
 from .keeper import Keeper
 
@@ -44,6 +45,7 @@ class OpenRequest:
         end_ttl_s: how long what is kept lives after its end; 0 = it is deleted then.
         sent, history_tokens, from_store: see `worker.proto`.
         receiving: a stream of its frames has begun.
+        span: of its trace, up to its end.
     """
 
     stream: GatewayStream
@@ -57,3 +59,4 @@ class OpenRequest:
     history_tokens: int = 0
     from_store: bool = False
     receiving: bool = False
+    span: Span = NO_SPAN

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 
-from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, SequenceLost
+from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, RequestCancelled, SequenceLost
 from ...kvstore.cached import CachedStore
 from ...kvstore.frame import decode_frame
 from ...kvstore.identity import FrameIdent
@@ -23,6 +23,7 @@ from ..config import ServeConfig
 from ..lifecycle import EngineThread
 from ..staging import HostCopies, PlainCopies, make_host_copies
 from ..telemetry import NullRecorder, Recorder, current_request_id
+from ..tracing import NO_SPAN, current_span, incoming_trace, spanning
 from ..uploads import make_uploads
 from ..worker import WorkerIdentity, use_threads
 from .engine import (
@@ -40,10 +41,12 @@ from .keeper import Keeper
 from .keeping import KeptRequests
 from .messages import (
     decode_request,
+    decode_span,
     event_message,
     failed_message,
     sent_choices,
     tell_keeper,
+    tell_span,
     token_entry,
 )
 from .offload import ImageId
@@ -156,6 +159,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def PutFrames(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`."""
+        with spanning("kvsluice.receive", incoming_trace.get(), "server"):
+            await self._put_frames(request_iterator, context)
+
+    async def _put_frames(self, request_iterator: Any, context: Any) -> None:
         receiver: Receiver | None = None
         request: OpenRequest | None = None
         try:
@@ -180,6 +187,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if request.receiving or request.from_store:
             raise FrameMismatch("the request's frames come by another way already")
         request.receiving = True
+        current_span.get().set(request_id=ident.request_id, epoch=ident.epoch)
         return request
 
     def _receiver(self, request: OpenRequest, context: Any) -> Receiver:
@@ -238,6 +246,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             request.history_tokens,
             message.from_store,
         )
+        opened.span = decode_span(message, request)
         self._requests[message.request_id] = opened
         self._thread.post(lambda: self._open_in_engine(request))
 
@@ -273,6 +282,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         request = self._requests.get(ident.request_id)
         if request is not None and request.ident == ident:
             request.stream.send(failed_message(ident.request_id, ident.epoch, error))
+            request.span.end(error)
             self._close(ident.request_id, keep=True)
 
     def _open_in_engine(self, request: DecodeRequest) -> None:
@@ -288,6 +298,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             keep: leave what the store holds of it.
         """
         request = self._requests.pop(request_id)
+        request.span.end(RequestCancelled("it was given up"))
         self._end_keeping(request, keep)
         epoch = request.ident.epoch
         self._thread.post(lambda: self._cancel(request_id, None, epoch))
@@ -338,6 +349,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 continue
             stream = request.stream
             touched.add(stream)
+            if request.span is not NO_SPAN:
+                tell_span(request.span, event)
             if request.keeper is not None:
                 tell_keeper(request.keeper, event)
             if isinstance(event, TokensEvent):

@@ -11,6 +11,7 @@ from ...protos import frame_pb2 as fpb
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..metrics.gateway import GatewayMetrics
+from ..tracing import current_span
 from .choice import Choice, Detokenizer
 from .job import Job
 
@@ -91,6 +92,7 @@ class Answer:
         self.has_begun = True
         self.queue_s, self.prefill_s = queue_s, prefill_s
         self._first_s = self._last_s = time.monotonic()
+        current_span.get().event("first_token", queue_s=queue_s, prefill_s=prefill_s)
         self._metrics.started(queue_s)
         self._metrics.first_token(self._first_s - self._job.accepted_s)
 

@@ -17,6 +17,7 @@ from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
 from ..rpc import call_error, read_all
+from ..tracing import current_span
 from .answer import Answer
 from .failover import Start
 from .job import Job
@@ -107,6 +108,7 @@ class Attempt:
             sent=self._answer.sent(),
             history_tokens=len(job.history_ids),
             from_store=self._start is Start.RESTORE,
+            trace=dict(current_span.get().carrier),
         )
         if job.keeps:
             every = self._config.store_keep_every if job.checked.durability == "tokens" else 0

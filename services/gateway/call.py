@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ...compression.recipe import Resolved
@@ -14,6 +15,7 @@ from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
 from ..metrics.gateway import GatewayMetrics
 from ..telemetry import Recorder
+from ..tracing import Span, current_span, spanning
 from ..validation import choose_recipe
 from .answer import Answer
 from .attempt import Attempt
@@ -80,7 +82,8 @@ class Call:
         while True:
             attempt = self._attempt(route, resolved)
             try:
-                await attempt.run()
+                with self._spanning(route, attempt):
+                    await attempt.run()
                 break
             except KvsluiceError as exc:
                 if attempt.handoff_is_open:
@@ -117,6 +120,18 @@ class Call:
             self._job, route, resolved.recipe, epoch, start, self._answer, self._write_chunk, self._config
         )  # fmt: skip
 
+    def _spanning(self, route: Route, attempt: Attempt) -> AbstractContextManager[Span]:
+        """Of an attempt."""
+        return spanning(
+            "kvsluice.attempt",
+            current_span.get().carrier,
+            request_id=self._job.request_id,
+            epoch=attempt.epoch,
+            start=self._failover.start.value,
+            decode_worker=route.decode.member.worker_id,
+            prefill_worker="" if route.prefill is None else route.prefill.member.worker_id,
+        )
+
     async def _plan(self, error: KvsluiceError, attempt: Attempt) -> None:
         """Have the next attempt go on, or end with the error."""
         try:
@@ -125,6 +140,7 @@ class Call:
             raise public_error(exc, self._job.checked.input_field) from error
         self._answer.interrupted()
         self._metrics.migrated(self._failover.start.value)
+        current_span.get().event("migrated", error_type=error.type_name, start=self._failover.start.value)
         self._recorder.record(
             "gateway.migrated",
             request_id=self._job.request_id,
@@ -210,6 +226,16 @@ class Call:
             self._answer.num_tokens,
         )
         timing, shipped = self._answer.timing(), attempt.shipped
+        current_span.get().set(
+            recipe=resolved.recipe.name,
+            prompt_tokens=num_prompt,
+            completion_tokens=self._answer.num_tokens,
+            cached_tokens=self._cached_tokens,
+            finish_reason=self._answer.finish_reason,
+            handoff_bytes=shipped.payload_bytes,
+            migrations=self._failover.migrations,
+            time_to_first_token_s=timing.time_to_first_token_s,
+        )
         self._metrics.phases(timing.prefill_s, timing.decode_s, self._answer.longest_choice)
         self._metrics.cached(num_prompt, self._cached_tokens)
         if shipped.frames:

@@ -33,6 +33,7 @@ from ..keys import TenantLimits, no_limits
 from ..metrics.gateway import GatewayMetrics
 from ..security import Caller, Role, current_caller
 from ..telemetry import NullRecorder, Recorder, current_request_id
+from ..tracing import current_span, incoming_trace, spanning
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission, AdmissionPolicy, Ask, Held
 from .call import Call
@@ -152,8 +153,9 @@ class Intake:
             raise WorkerLost("the service is shutting down")
         allowed_s = self._config.default_deadline_s if allowed_s is None else allowed_s
         try:
-            async with asyncio.timeout(allowed_s):
-                await self._generate(request, write, accepted_s, accepted_s + allowed_s)
+            with spanning("kvsluice.request", incoming_trace.get(), "server"):
+                async with asyncio.timeout(allowed_s):
+                    await self._generate(request, write, accepted_s, accepted_s + allowed_s)
         except TimeoutError:
             late = DeadlineExceeded(f"not finished within {allowed_s:.3g} s")
             self.metrics.failed(late)
@@ -195,6 +197,7 @@ class Intake:
         checked = check_request(request, served, self._draw_seed)
         request_id = checked.request_id or uuid.uuid4().hex
         current_request_id.set(request_id)
+        current_span.get().set(request_id=request_id, model=served.name, recipe_asked=checked.recipe_name)
         tenant = current_caller.get().tenant
         if (tenant, request_id) in self._tickets:
             raise DuplicateRequest("request_id: a request with this id is running")

@@ -21,6 +21,7 @@ from ...protos.worker_pb2_grpc import DecodeWorkerStub, PrefillWorkerStub
 from ..rpc import is_cancelled, make_channel, read_all
 from ..security import FleetSecurity
 from ..status import build_error, error_from_rpc
+from ..tracing import current_span
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
 from .waits import Throughput, Waits
@@ -248,7 +249,7 @@ class PrefillLink(Link):
             raise WorkerLost(f"the {self.called} was lost")
         self._throughput.begin(idle=not self._ours)
         self._ours[request.request_id, request.epoch] = len(request.prompt_ids)
-        return self._stub.Prefill(request, timeout=timeout_s)
+        return self._stub.Prefill(request, timeout=timeout_s, metadata=current_span.get().carrier)
 
     def first(self, request_id: str, epoch: int) -> None:
         """The prompt has run."""

@@ -34,7 +34,8 @@ from ...protos.worker_pb2_grpc import DecodeWorkerStub
 from ..framing import FramePacker
 from ..rpc import read_all
 from ..staging import Event, HostCopies
-from ..telemetry import Recorder, about, where
+from ..telemetry import FieldValue, Recorder, about, where
+from ..tracing import NO_SPAN, Carrier, Span, spanning
 from .engine import PrefillJob
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Publisher:
     Args:
         job: the prompt.
         ident: whom its frames belong to.
+        span: of the prompt; ended with its first tokens.
         window: frames that may be under way without an acknowledgement; while more wait, the engine is held back.
         copies: how layers come to the host.
         wake: has the engine look at `ready` again.
@@ -64,13 +66,14 @@ class Publisher:
         wake: Callable[[], None],
         loop: AbstractEventLoop,
         recorder: Recorder,
+        span: Span = NO_SPAN,
     ) -> None:
         self._job = job
         self._ident = ident
         self._window = window
         self._wake = wake
         self._loop = loop
-        self._recorder = recorder
+        self._recorder, self._span = recorder, span
         self._copies = copies
         self._packer = FramePacker(ident, len(job.prompt_ids), copies=copies)
         self._lock = Lock()
@@ -156,6 +159,7 @@ class Publisher:
                 shipping.result()
                 raise InternalError("prefill ended without a first token")
             await write(wpb.PrefillEvent(first_tokens=self._first.result()))
+            self._span.end()  # what is left is the handoff's
             if not self._ended:
                 await write(wpb.PrefillEvent(shipped=await shipping))
         finally:
@@ -167,7 +171,15 @@ class Publisher:
             self._first.set_result(message)
 
     async def _ship(self, stub: DecodeWorkerStub) -> wpb.Shipped:
-        call = stub.PutFrames()
+        job = self._job
+        named: dict[str, FieldValue] = {"request_id": job.request_id, "epoch": job.epoch, "recipe": job.recipe.name}
+        with spanning("kvsluice.handoff", self._span.carrier, "client", **named) as span:
+            shipped = await self._ship_over(stub, span.carrier)
+            span.set(payload_bytes=shipped.payload_bytes, frames=shipped.frames, exposed_s=shipped.exposed_s)
+            return shipped
+
+    async def _ship_over(self, stub: DecodeWorkerStub, trace: Carrier) -> wpb.Shipped:
+        call = stub.PutFrames(metadata=trace)
         acks = asyncio.create_task(read_all(call, self._take_ack))
         acks.add_done_callback(self._end_acks)
         sends = asyncio.create_task(self._write_frames(call))

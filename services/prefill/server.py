@@ -23,6 +23,7 @@ from ..rpc import make_channel
 from ..security import FleetSecurity
 from ..staging import make_host_copies
 from ..telemetry import NullRecorder, Recorder, current_request_id
+from ..tracing import incoming_trace, start_span
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import PrefillEngine, PrefillJob
 from .publisher import Publisher
@@ -119,6 +120,15 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         """See `worker.proto`."""
         current_request_id.set(request.request_id)
         job = _job(request)
+        span = start_span(
+            "kvsluice.prefill",
+            incoming_trace.get(),
+            "server",
+            request_id=job.request_id,
+            epoch=job.epoch,
+            recipe=job.recipe.name,
+            prompt_tokens=len(job.prompt_ids),
+        )
         publisher = Publisher(
             job,
             self._identity.frame_ident(request, job.recipe),
@@ -127,6 +137,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._thread.wake,
             asyncio.get_running_loop(),
             self._recorder,
+            span,
         )
         try:
             # cancelled meanwhile, the engine may take the prompt all the same
@@ -134,7 +145,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             await context.send_initial_metadata(())
             async with self._peers.stub(request.decode_address) as stub:
                 await publisher.run(stub, context.write)
+        except BaseException as exc:
+            span.end(exc)
+            raise
         finally:
+            span.end()
             publisher.close()
             self._thread.post(lambda: self._cancel(job.request_id, publisher))
 

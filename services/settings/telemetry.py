@@ -14,6 +14,15 @@ class TelemetrySettings(Settings):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("warning", description="what is worth a log line")
     log_format: Literal["text", "json"] = Field("text", description="log lines for people, or one JSON object each")
+    otlp_endpoint: str | None = Field(
+        None,
+        max_length=2048,
+        pattern=r"^https?://[^\s/@]+:\d{1,5}/?$",
+        description="collector that traces go to by OTLP over gRPC, such as http://127.0.0.1:4317; default: none",
+    )
+    trace_sample_rate: float = Field(
+        1.0, ge=0, le=1, description="share of requests that are traced, of those whose client does not decide it"
+    )
     worker_metrics_port: int | None = Field(
         None,
         ge=0,

@@ -20,6 +20,7 @@ from ....compression.recipe import PRESETS, recipe_names
 from ....errors import InvalidRequest, KvsluiceError, UnknownModel, WorkerLost
 from ...config import ServeConfig
 from ...security import DELETE_SESSION, GENERATE, GET_MODEL_INFO, LIST_SESSIONS, METRICS, Guard, current_caller
+from ...tracing import accept
 from ..intake import Intake
 from . import shapes, translate
 from .answers import Answer
@@ -71,6 +72,7 @@ class Routes:
             # two of them are none
             shown = request.headers.getlist("authorization")
             current_caller.set(self._guard.authorize(method, shown[0] if len(shown) == 1 else None))
+            accept(request.headers.items())
 
         return Depends(check)
 
