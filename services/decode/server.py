@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
@@ -26,6 +25,7 @@ from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..tracing import NO_SPAN, current_span, incoming_trace, spanning
 from ..uploads import make_uploads
 from ..worker import WorkerIdentity, use_threads
+from .account import worker_account
 from .engine import (
     DecodeEngine,
     DecodeRequest,
@@ -125,21 +125,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def account(self) -> wpb.WorkerInfo:
         """What the worker says of itself; any thread may ask."""
-        engine = self.engine
-        info = self._identity.info(
-            capacity_bytes=engine.capacity_bytes,
-            free_bytes=engine.free_bytes,
-            running=engine.num_running,
-            waiting=engine.num_waiting,
-            host_capacity_bytes=engine.host_capacity_bytes,
-            host_free_bytes=engine.host_free_bytes,
-        )
-        info.has_store = self._store is not None
-        tiers = engine.tier_snapshot()
-        if self._store is not None:
-            tiers = self._store.with_cache(tiers)
-        info.tiers.CopyFrom(wpb.TierSnapshot(**asdict(tiers)))
-        return info
+        return worker_account(self.engine, self._identity, self._store)
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         """See `worker.proto`. When the stream ends, so do the requests that were opened on it."""
