@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from ..client import Connecting
 from ..errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -27,48 +29,63 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_ERROR_BYTES = 64 * 1024
 
 
-def base_url(address: str) -> str:
-    """The address of a door as a URL.
+def base_url(address: str, tls: bool = False) -> str:
+    """The address of a door as a URL without a path.
+
+    Args:
+        tls: whether an address that does not say so means https.
 
     Raises:
-        InvalidRequest: it is neither host:port nor http(s)://host:port.
+        InvalidRequest: it is neither host:port nor http(s)://host:port, with or without /v1.
     """
-    url = address if "://" in address else f"http://{address}"
+    url = address if "://" in address else f"http{'s' if tls else ''}://{address}"
     try:
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port and parts.path in ("", "/"):
+        is_bare = parts.path.rstrip("/") in ("", "/v1") and not parts.query and not parts.fragment
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port and is_bare:
             return f"{parts.scheme}://{parts.netloc}"
     except ValueError:
         pass
     raise InvalidRequest("--address", f"got {address[:128]!r}", "host:port or http(s)://host:port")
 
 
+def _verified(connecting: Connecting) -> ssl.SSLContext:
+    """Whom a connection over TLS trusts, and what it shows."""
+    try:
+        context = ssl.create_default_context(cafile=connecting.get("tls_ca") or None)
+        cert = connecting.get("tls_cert")
+        if cert:
+            context.load_cert_chain(cert, connecting.get("tls_key"))
+    except (OSError, ValueError) as exc:
+        raise InvalidRequest("--tls-ca", f"TLS cannot be set up: {exc}", "PEM files of certificates and a key") from exc
+    return context
+
+
 class HttpTransport:
     """Requests over HTTP/1.1, one connection each while it runs.
 
     Args:
-        address: host:port or a URL without a path.
-        bearer: sent as the bearer token, or None.
-        transport: takes httpx's place at the network, for tests.
+        address: host:port or a URL, with or without /v1.
+        connecting: key and TLS.
+
+    Raises:
+        InvalidRequest: one of them cannot be used.
     """
 
-    def __init__(
-        self,
-        address: str,
-        sampling: Sampling,
-        bearer: str | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
+    def __init__(self, address: str, sampling: Sampling, connecting: Connecting | None = None) -> None:
         self._sampling, self._model = sampling, sampling.model
+        given: Connecting = connecting or {}
+        key, is_tls = given.get("api_key"), any(given.get(name) for name in ("tls", "tls_ca", "tls_cert"))
+        url = base_url(address, is_tls)
         self._client = httpx.AsyncClient(
-            base_url=base_url(address),
-            headers={} if bearer is None else {"Authorization": f"Bearer {bearer}"},
+            base_url=url,
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            verify=_verified(given) if url.startswith("https") else False,
             # the driver ends what takes too long; how many are open is its business, too
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             # straight to the address given: no proxy of the environment, no redirect
             trust_env=False,
-            transport=transport,
         )
 
     async def model_name(self) -> str:

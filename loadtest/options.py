@@ -29,10 +29,11 @@ class LoadOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=True)
 
-    address: str = Field("127.0.0.1:8033", max_length=1024, description="host:port of the service, or a URL for HTTP")
+    address: str = Field(
+        "127.0.0.1:8033", max_length=1024, description="host:port of the service; for HTTP also its URL"
+    )
     backend: Literal["grpc", "http"] = Field("grpc", description="which door: the gRPC API, or OpenAI's over HTTP")
     model: str = Field("", max_length=256, description="served model's name; default: the server's")
-    api_key_env: str = Field("", max_length=256, description="environment variable that holds the key; default: none")
 
     num_prompts: int = Field(1000, ge=1, le=MAX_PROMPTS, description="requests that count, at most")
     num_warmups: int = Field(0, ge=0, le=MAX_PROMPTS, description="requests in front of them that do not count")
@@ -213,7 +214,7 @@ class LoadOptions(BaseModel):
 
     def settings(self) -> dict[str, Any]:
         """The options that say what was measured, as JSON can hold them."""
-        elsewhere = {"json_file", "html", "progress", "requests", "api_key_env"}
+        elsewhere = {"json_file", "html", "progress", "requests"}
         found: dict[str, Any] = {}
         for key, value in self.model_dump(mode="json", exclude=elsewhere).items():
             found[key] = str(value) if isinstance(value, float) and value == float("inf") else value

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..client import Connecting
 from ..errors import InvalidRequest
 from .arrivals import RateProfile
 from .driver import Driver, Limits
@@ -48,12 +48,13 @@ class Door:
     about: Mapping[str, Any]
 
 
-def run_command(options: LoadOptions, environment: Mapping[str, Any]) -> int:
+def run_command(options: LoadOptions, environment: Mapping[str, Any], connecting: Connecting | None = None) -> int:
     """Run, print the report and write the files. Returns the exit status: 0, or 3 where a goal was missed, 4 where the
     client could not keep up, 130 where it was interrupted.
 
     Args:
         environment: hardware, versions and commit, for the file of results.
+        connecting: key and TLS.
 
     Raises:
         KvsluiceError: an option that cannot work, or a service that cannot be reached or refuses the requests.
@@ -62,7 +63,7 @@ def run_command(options: LoadOptions, environment: Mapping[str, Any]) -> int:
         if path is not None:
             check_writable(path, option)
     rows = [] if options.dataset_path is None else read_trace(options.dataset_name, options.dataset_path)
-    results = asyncio.run(run(options, rows, environment))
+    results = asyncio.run(run(options, rows, environment, connecting))
     print(report(results.last, options.metrics), end="")
     if results.search is not None:
         print(results.search["shown"])
@@ -88,9 +89,14 @@ def exit_status(results: LoadResults) -> int:
     return 0 if results.last.is_met else EXIT_MISSED
 
 
-async def run(options: LoadOptions, rows: list[TraceRow], environment: Mapping[str, Any]) -> LoadResults:
+async def run(
+    options: LoadOptions,
+    rows: list[TraceRow],
+    environment: Mapping[str, Any],
+    connecting: Connecting | None = None,
+) -> LoadResults:
     """The results of a run, or of a search for the highest rate."""
-    door = await _open(options)
+    door = await _open(options, connecting)
     try:
         await _probe(door, options)
         settings = options.settings() | {"service": dict(door.about)}
@@ -102,17 +108,17 @@ async def run(options: LoadOptions, rows: list[TraceRow], environment: Mapping[s
         await door.transport.close()
 
 
-async def _open(options: LoadOptions) -> Door:
+async def _open(options: LoadOptions, connecting: Connecting | None) -> Door:
     sampling = Sampling(options.model, options.temperature, options.ignore_eos, options.seed)
     vocabulary = None if options.tokenizer is None else Vocabulary.of_tokenizer(options.tokenizer)
     if vocabulary is None and options.vocab_size is not None:
         vocabulary = Vocabulary.of_size(options.vocab_size)
     if options.backend == "grpc":
-        return await _open_grpc(options, sampling, vocabulary)
+        return await _open_grpc(GrpcTransport(options.address, sampling, connecting), vocabulary)
     if vocabulary is None and options.dataset_name != "custom":
         problem = "OpenAI's API does not say how large the vocabulary is"
         raise InvalidRequest("--vocab-size", problem, "give it, or --tokenizer")
-    transport = HttpTransport(options.address, sampling, _bearer(options))
+    transport = HttpTransport(options.address, sampling, connecting)
     try:
         name = options.model or await transport.model_name()
         transport.use_model(name)
@@ -122,8 +128,7 @@ async def _open(options: LoadOptions) -> Door:
     return Door(transport, vocabulary, None, {"model": name})
 
 
-async def _open_grpc(options: LoadOptions, sampling: Sampling, vocabulary: Vocabulary | None) -> Door:
-    transport = GrpcTransport(options.address, sampling)
+async def _open_grpc(transport: GrpcTransport, vocabulary: Vocabulary | None) -> Door:
     try:
         info = await transport.model_info()
     except BaseException:
@@ -137,15 +142,6 @@ async def _open_grpc(options: LoadOptions, sampling: Sampling, vocabulary: Vocab
         "default_recipe": info.default_recipe,
     }
     return Door(transport, vocabulary or Vocabulary.of_size(info.vocab_size), info.max_model_len, about)
-
-
-def _bearer(options: LoadOptions) -> str | None:
-    if not options.api_key_env:
-        return None
-    key = os.environ.get(options.api_key_env)
-    if not key:
-        raise InvalidRequest("--api-key-env", f"{options.api_key_env} is not set", "a variable that holds a key")
-    return key
 
 
 async def _probe(door: Door, options: LoadOptions) -> None:

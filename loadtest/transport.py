@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from ..client import AsyncClient, ModelInfo, Options, Prompt
+from ..client import AsyncClient, Connecting, ModelInfo, Options, Prompt
 
 INFO_TIMEOUT_S = 30.0
 
@@ -78,14 +78,15 @@ class GrpcTransport:
 
     Args:
         address: host:port.
+        connecting: key and TLS.
 
     Raises:
-        InvalidRequest: the address has no port.
+        KvsluiceError: the address has no port, or key and TLS cannot be used.
     """
 
-    def __init__(self, address: str, sampling: Sampling) -> None:
+    def __init__(self, address: str, sampling: Sampling, connecting: Connecting | None = None) -> None:
         # requests bring their own deadlines
-        self._client = AsyncClient(address, timeout_s=INFO_TIMEOUT_S)
+        self._client = AsyncClient(address, timeout_s=INFO_TIMEOUT_S, **(connecting or {}))
         self._sampling = sampling
 
     async def model_info(self) -> ModelInfo:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .cli_options import signature
+from .cli_options import Service, connecting, signature
 
 _HELP = """Drive a load through a running service and say what its clients see, in the names of `vllm bench serve`.
 
@@ -23,19 +24,22 @@ def register(app: typer.Typer) -> None:
 
     group = typer.Typer(help=_HELP)
 
-    def loadtest(ctx: typer.Context, **given: Any) -> None:
+    def loadtest(ctx: typer.Context, service: Service, **given: Any) -> None:
         if ctx.invoked_subcommand is not None:
             return
         from ..evals.report import environment
         from ..loadtest.options import parse_options
         from ..loadtest.runner import run_command
+        from .connection import with_environment
 
-        sys.exit(run_command(parse_options(given), environment()))
+        reached: Any = with_environment(service.connecting, os.environ)
+        sys.exit(run_command(parse_options(given | {"address": service.address}), environment(), reached))
 
-    flags = signature(listed()).parameters.values()
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    loadtest.__signature__ = inspect.Signature([context, *flags])  # type: ignore[attr-defined]
-    group.callback(invoke_without_command=True, help=_HELP)(loadtest)
+    flags = signature(one for one in listed() if one.key != "address").parameters.values()
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("ctx", "service")]
+    own[0] = own[0].replace(annotation=typer.Context)
+    loadtest.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    group.callback(invoke_without_command=True, help=_HELP)(connecting()(loadtest))
     group.command()(compare)
     group.command()(report)
     app.add_typer(group, name="loadtest")

@@ -61,7 +61,7 @@ def open_channel(address: str, given: Connecting, is_async: bool) -> Any:
         InvalidRequest: the address has no port, or the key is none.
         ConfigError: a file of TLS cannot be used.
     """
-    filled = _filled(given, os.environ)
+    filled = with_environment(given, os.environ)
     key, files = _checked_key(filled), _tls_files(filled)
     library = grpc.aio if is_async else grpc
     if files is None:
@@ -84,7 +84,8 @@ def read_key(path: Path) -> str:
     return text
 
 
-def _filled(given: Connecting, environ: Mapping[str, str]) -> dict[str, Any]:
+def with_environment(given: Connecting, environ: Mapping[str, str]) -> dict[str, Any]:
+    """What is given, and for what is not, what the environment says. Raises `ConfigError`."""
     filled: dict[str, Any] = dict(given)
     for name, variable in VARIABLES.items():
         if filled.get(name) is None:

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.cli_eval": ("evals", "services.cli_options"),
     "services.cli_bench": ("benchmarks", "services.cli_options"),
     "services.cli_plan": ("benchmarks", "models"),
-    "services.cli_loadtest": ("loadtest", "services.cli_options", "evals.report"),
+    "services.cli_loadtest": ("loadtest", "services.cli_options", "services.connection", "evals.report"),
     "services.terminal": ("client", SERVICES_ROOT),
     "services.cluster": ("services.fleet", "services.gateway.membership", SERVICES_ROOT),
     "services.one_machine": ("services.fleet", SERVICES_ROOT),

@@ -114,7 +114,7 @@ async def take(address: str, request: doors.Request, **more) -> tuple[doors.Answ
 
 
 async def test_a_stream_is_read_as_it_comes_and_its_usage_counts(fake):
-    answer, counts = await take(fake.address, asked("fast", session_id="tea"), bearer="key")
+    answer, counts = await take(fake.address, asked("fast", session_id="tea"), connecting={"api_key": "key"})
     assert counts == [1] * TOKENS
     assert (answer.input_tokens, answer.output_tokens, answer.cached_tokens) == (7, TOKENS, 3)
     (body,), (headers,) = fake.bodies, fake.headers
@@ -164,10 +164,19 @@ async def test_a_door_that_is_not_there_is_a_lost_worker():
         await take("127.0.0.1:1", asked())
 
 
-@pytest.mark.parametrize("address", ["", "host", "ftp://a:1", "http://a:1/v1", "http://a:99999", "a:b"])
+@pytest.mark.parametrize(
+    "address", ["", "host", "ftp://a:1", "http://a:1/v2", "http://a:1/v1?x", "http://a:99999", "a:b"]
+)
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(InvalidRequest, match=r"--address.*allowed"):
         base_url(address)
+
+
+def test_addresses_are_urls_with_or_without_the_doors_path(tmp_path):
+    assert base_url("a:1") == base_url("http://a:1/") == base_url("http://a:1/v1") == "http://a:1"
+    assert base_url("a:1", tls=True) == base_url("https://a:1") == "https://a:1"
+    with pytest.raises(InvalidRequest, match="--tls-ca"):
+        HttpTransport("a:1", doors.Sampling(), {"tls_ca": str(tmp_path / "none.pem")})
 
 
 async def test_the_model_is_the_one_that_the_door_lists(fake):

@@ -194,7 +194,7 @@ LOADS = [one.words for one in commands() if one.words[:2] == ["kvsluice", "loadt
 def test_every_command_of_the_page_is_taken(words, monkeypatch):
     """The options fit each other; what each does is tested where it is done."""
     taken = []
-    monkeypatch.setattr(runner, "run_command", lambda options, environment: taken.append(options) or 0)
+    monkeypatch.setattr(runner, "run_command", lambda options, *others: taken.append(options) or 0)
     shown = CliRunner().invoke(cli.app, words[1:])
     assert shown.exit_code == 0, shown.output
     assert len(taken) == 1

@@ -19,12 +19,12 @@ def test_a_key_that_is_none_is_refused_and_not_shown(key):
 
 def test_the_environment_stands_in_for_what_is_not_given():
     environ = {"KVSLUICE_API_KEY": "k", "KVSLUICE_TLS": "no", "KVSLUICE_TLS_CA": "/ca.pem"}
-    assert connection._filled({}, environ) == {
+    assert connection.with_environment({}, environ) == {
         "api_key": "k", "tls": False, "tls_ca": "/ca.pem", "tls_cert": None, "tls_key": None,
     }  # fmt: skip
-    assert connection._filled({"api_key": "other", "tls": True}, environ)["api_key"] == "other"
+    assert connection.with_environment({"api_key": "other", "tls": True}, environ)["api_key"] == "other"
     with pytest.raises(ConfigError, match="KVSLUICE_TLS"):
-        connection._filled({}, {"KVSLUICE_TLS": "perhaps"})
+        connection.with_environment({}, {"KVSLUICE_TLS": "perhaps"})
     assert load_config({}, environ | {"KVSLUICE_PORT": "7"}).port == 7, "a service reads none of them"
 
 
