@@ -76,6 +76,7 @@ class Tokenizer:
         self._longest = max(map(len, contents), default=0)
         self._disarmed, self._stand_ins = self._stand_in_tokenizer(added)
         self._is_byte_level = isinstance(raw.decoder, decoders.ByteLevel)
+        self._bytes_of: dict[int, bytes] = {}  # of the tokens that have come up, at most the vocabulary
 
     @cached_property
     def vocab_size(self) -> int:
@@ -231,6 +232,14 @@ class Tokenizer:
         return byte_alphabet()
 
     def _token_bytes(self, token_id: int) -> bytes:
+        found = self._bytes_of.get(token_id)
+        if found is None:
+            found = self._look_up_bytes(token_id)
+            if 0 <= token_id < self.vocab_size:
+                self._bytes_of[token_id] = found
+        return found
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
         token = None if token_id in self._special_ids else self._raw.id_to_token(token_id)
         if token is None:
             return b""

@@ -61,31 +61,31 @@ class Inbox:
     """What workers report of one attempt. Its length is bounded by the credits that the attempt has given."""
 
     def __init__(self) -> None:
-        self._queue: Queue[Event | KvsluiceError] = Queue()
+        self._events: list[Event] = []
         self._error: KvsluiceError | None = None
-        self._failed = asyncio.Event()
+        self._arrived, self._failed = asyncio.Event(), asyncio.Event()
 
     def post(self, event: Event) -> None:
-        self._queue.put_nowait(event)
+        if self._error is None:
+            self._events.append(event)
+            self._arrived.set()
 
     def fail(self, error: KvsluiceError) -> None:
         """Nothing comes any more but this error; the first one counts."""
         if self._error is None:
             self._error = error
-            self._queue.put_nowait(error)
+            self._arrived.set()
             self._failed.set()
 
     async def take(self) -> list[Event]:
         """All events that have arrived, at least one. Raises what `fail` was given once those before it are taken."""
-        events: list[Event] = []
-        while not (events and self._queue.empty()):
-            item = await self._queue.get()
-            if isinstance(item, KvsluiceError):
-                self._queue.put_nowait(item)  # for the next call
-                if not events:
-                    raise item
-                break
-            events.append(item)
+        await self._arrived.wait()
+        if not self._events:
+            assert self._error is not None
+            raise self._error
+        events, self._events = self._events, []
+        if self._error is None:
+            self._arrived.clear()
         return events
 
     async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
