@@ -37,11 +37,13 @@ acceptance: setup
 	@$(BIN)/python -P -m kvsluice.tests.faults.attacks --seconds 10 --json $(RESULTS)/attacks.json
 	@$(BIN)/python -P -m kvsluice.benchmarks.fault_runs --kills 50 --stalls 50
 	@$(BIN)/python -P -m kvsluice.tests.faults.soak --seconds 600 --json $(RESULTS)/soak.json
+	@$(BIN)/python -P -m kvsluice.tests.load.gateway_load --json $(RESULTS)/gateway_load.json
 
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py
 	@$(BIN)/python scripts/recipe_report.py
 	@$(BIN)/python scripts/performance_report.py
+	@$(BIN)/python scripts/gateway_report.py
 	@$(BIN)/python scripts/loadtest_report.py
 
 clean:

@@ -99,6 +99,7 @@ STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
     "recipes' numbers": lambda: run(sys.executable, ROOT / "scripts" / "recipe_report.py", "--check"),
     "speeds": lambda: run(sys.executable, ROOT / "scripts" / "performance_report.py", "--check"),
     "loads": lambda: run(sys.executable, ROOT / "scripts" / "loadtest_report.py", "--check"),
+    "gateway's costs": lambda: run(sys.executable, ROOT / "scripts" / "gateway_report.py", "--check"),
 }
 
 
