@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store", "tiers")
+    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store", "tiers", "protocol")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class WorkerInfo(_message.Message):
     HOST_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HAS_STORE_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     model: str
@@ -45,7 +46,8 @@ class WorkerInfo(_message.Message):
     host_free_bytes: int
     has_store: bool
     tiers: TierSnapshot
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ..., tiers: _Optional[_Union[TierSnapshot, _Mapping]] = ...) -> None: ...
+    protocol: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ..., tiers: _Optional[_Union[TierSnapshot, _Mapping]] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class TierSnapshot(_message.Message):
     __slots__ = ("device_capacity_bytes", "device_used_bytes", "device_sequences", "host_capacity_bytes", "host_used_bytes", "host_sequences", "store_capacity_bytes", "store_used_bytes", "store_sequences", "preemptions", "resumes", "device_to_host_bytes", "host_to_device_bytes", "store_writes", "store_reads", "host_to_store_bytes", "store_to_host_bytes", "store_failures", "kept_sessions", "kept_session_bytes", "session_hits", "session_misses", "store_cache_used_bytes", "store_cache_hits", "store_cache_misses")

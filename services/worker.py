@@ -14,6 +14,10 @@ from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, 
 from ..protos import worker_pb2 as wpb
 from .config import ServeConfig
 
+# Of all that goes between a gateway and its workers, messages and frames. It is raised where an older process would
+# misread a newer one, and not for fields that it may pass over.
+PROTOCOL = 1
+
 
 @dataclass(frozen=True)
 class WorkerIdentity:
@@ -42,6 +46,7 @@ class WorkerIdentity:
             vocab_size=self.vocab_size,
             model_shape_json=self.shape.to_json(),
             profile_json=json.dumps(dict(self.profile), sort_keys=True),
+            protocol=PROTOCOL,
         )
         for name, value in load.items():
             setattr(info, name, value)

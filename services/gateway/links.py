@@ -22,6 +22,7 @@ from ..rpc import is_cancelled, make_channel, read_all
 from ..security import FleetSecurity
 from ..status import build_error, error_from_rpc
 from ..tracing import current_span
+from ..worker import PROTOCOL
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
 from .waits import Throughput, Waits
@@ -150,6 +151,7 @@ class Link:
         self._lease_s = settings.lease_s
         self._on_change = on_change
         self._task: Task[None] | None = None
+        self._is_left_out = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"link-{self.member.worker_id}")
@@ -207,7 +209,19 @@ class Link:
         if self.info.worker_id != self.member.worker_id:
             # ports are used again: whoever listens there now is not who was registered
             raise WorkerLost("another worker listens at this address")
+        if self.info.protocol != PROTOCOL:
+            self._leave_out()
         self.model = WorkerModel.from_info(self.info)
+
+    def _leave_out(self) -> None:
+        """The worker is of a release that this one cannot work with: it may be replaced by one that is not."""
+        if not self._is_left_out:
+            self._is_left_out = True
+            log.error(
+                "%s worker %s is left out: it speaks version %d of the workers' protocol, this gateway %d",
+                self.member.role, self.member.worker_id, self.info.protocol, PROTOCOL,
+            )  # fmt: skip
+        raise WorkerLost("the worker is of another release")
 
     async def _refresh(self, stub: PrefillWorkerStub | DecodeWorkerStub) -> None:
         while True:

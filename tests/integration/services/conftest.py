@@ -107,6 +107,7 @@ class Script:
         stores: those that do; empty = all.
         store_refusal: what decode answers where it is to go on from the store.
         stalled: workers that accept connections and answer nothing.
+        protocols: versions that workers say they speak; those not named speak the gateway's.
     """
 
     text: str = "Hello, world"
@@ -122,6 +123,7 @@ class Script:
     stores: set[str] = field(default_factory=set)
     store_refusal: wpb.Failed | None = None
     stalled: set[str] = field(default_factory=set)
+    protocols: dict[str, int] = field(default_factory=dict)
     opens: list[wpb.Open] = field(default_factory=list)
     cancels: list[wpb.Cancel] = field(default_factory=list)
     prefills: list[wpb.PrefillRequest] = field(default_factory=list)
@@ -150,6 +152,7 @@ class _Service:
         if self._worker_id in self.script.stalled:
             await asyncio.Event().wait()
         info = self._identity.info(capacity_bytes=1000, free_bytes=1000)
+        info.protocol = self.script.protocols.get(self._worker_id, info.protocol)
         info.has_store = self.script.has_store and self._worker_id in (self.script.stores or {self._worker_id})
         return info
 
