@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -101,7 +102,9 @@ def _handle(on_signal: signal.Handlers | object) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"kvsluice: {line}", file=sys.stderr, flush=True)
+    # a full disk, or a terminal that is gone, is no reason to stop
+    with contextlib.suppress(OSError):
+        print(f"kvsluice: {line}", file=sys.stderr, flush=True)
 
 
 def _describe(config: ServeConfig) -> str:

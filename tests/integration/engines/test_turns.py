@@ -8,7 +8,9 @@ import pytest
 
 from kvsluice.compression.recipe import get_recipe
 from kvsluice.errors import InvalidRequest
+from kvsluice.services.decode import step as step_module
 from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice, FinishedEvent, RowsEvent
+from kvsluice.services.decode.launch import MOST_REPLAYED
 from kvsluice.services.decode.sequence import KeptRows
 
 EVERY, TOKENS = 8, 20
@@ -96,6 +98,31 @@ def test_a_long_question_runs_in_blocks(bench, encode, prompt, conversation, sam
         assert max(rows.num_rows for rows in more) > EVERY
         begun = [EmittedChoice((*history, *told[:9]), kept=[*kept, *more])]
         assert go_on(bench(), "x", encoded, params, begun, len(history)) == told[9:]
+
+
+@pytest.mark.parametrize("conversation", ["exact"], indirect=True)
+def test_appends_take_no_more_of_a_step_however_many_and_long_they_are(
+    bench, encode, prompt, conversation, sampling, monkeypatch
+):
+    """And a neighbour has a row in every step."""
+    encoded, answer, _, _ = conversation
+    b, sizes, forward = bench(), [], step_module.forward_rows
+
+    def counted(model, batch):
+        sizes.append([len(rows.ids) for rows in batch])
+        return forward(model, batch)
+
+    monkeypatch.setattr(step_module, "forward_rows", counted)
+    b.start("other", encode(prompt(50, seed=3), sampling.greedy(40)))
+    for i in range(3):
+        history = (*answer, *prompt(200 + 50 * i, seed=i))
+        request = DecodeRequest(f"{i}", 1, len(encoded.ids), encoded.recipe, sampling.greedy(4))
+        b.engine.open(replace(request, history_tokens=len(history)))
+        b.feed(f"{i}", encoded, [EmittedChoice(history)])
+    b.run()
+    assert sum(max(step) > 1 for step in sizes) >= 5, "three long ones at once"
+    assert all(sum(step) <= len(step) + MOST_REPLAYED for step in sizes)
+    assert all(1 in step for step in sizes[:39]), "the neighbour runs in each"
 
 
 @pytest.mark.parametrize("conversation", ["chunks"], indirect=True)

@@ -25,8 +25,8 @@ class SharedStore(MemoryStore):
 
 @pytest.fixture
 def set_clock(monkeypatch):
-    """set_clock(seconds): what the service takes for the time of day is off by so much from now on. gRPC is left alone: it
-    asks twice when a call begins, in Python and beneath, and a clock is not set in between."""
+    """set_clock(seconds): what the service takes for the time of day is off by so much from now on. gRPC is left alone:
+    it asks twice when a call begins, in Python and beneath, and a clock is not set in between."""
 
     def by(seconds: int) -> None:
         shifted = SimpleNamespace(**vars(time))
