@@ -14,8 +14,24 @@ from .conftest import NAMESPACE, Render, render, selects
 
 GRPC, HTTP, WORKER = 8033, 8000, 8034
 GCS, CLIENT, NODE, OBJECTS, ACTORS = 6379, 10001, 6380, 6381, 10500
-METRICS, DASHBOARD, AGENT, REDIS, HTTPS, DNS = 8080, 8265, 52365, 6379, 443, 53
-PORTS = (GRPC, HTTP, WORKER, GCS, CLIENT, NODE, OBJECTS, ACTORS, METRICS, DASHBOARD, AGENT, HTTPS, 22, 6443)
+WORKER_METRICS, METRICS, DASHBOARD, AGENT, REDIS, HTTPS, DNS = 8035, 8080, 8265, 52365, 6379, 443, 53
+PORTS = (
+    GRPC,
+    HTTP,
+    WORKER,
+    GCS,
+    CLIENT,
+    NODE,
+    OBJECTS,
+    ACTORS,
+    METRICS,
+    WORKER_METRICS,
+    DASHBOARD,
+    AGENT,
+    HTTPS,
+    22,
+    6443,
+)
 RAY = ("head", "gateway", "prefill", "decode", "both")
 
 Edge = tuple[str, str, int]
@@ -92,8 +108,8 @@ def reached(example: Render) -> set[Edge]:
     }
 
 
-def expected(roles: set[str]) -> set[Edge]:
-    """The connections that the processes make."""
+def expected(roles: set[str], counted: bool) -> set[Edge]:
+    """The connections that the processes make; workers have metrics where they are `counted`."""
     ray = roles & set(RAY)
     prefill, decode = roles & {"prefill", "both"}, roles & {"decode", "both"}
     edges = {(role, "names", DNS) for role in roles}
@@ -103,6 +119,8 @@ def expected(roles: set[str]) -> set[Edge]:
     edges |= {(a, b, WORKER) for a, b in product(prefill, decode)}
     edges |= {("test", "gateway", port) for port in (GRPC, HTTP)}
     edges |= {("prometheus", role, METRICS) for role in ray} | {("prometheus", "gateway", HTTP)}
+    if counted:
+        edges |= {("prometheus", role, WORKER_METRICS) for role in prefill | decode}
     if "redis" in roles:
         edges |= {(role, "redis", REDIS) for role in {"gateway", *decode}}
     return edges
@@ -116,9 +134,9 @@ IN_CLUSTER = {
 def test_the_edges_are_those_that_there_are_and_no_others(example: Render):
     """An example may narrow who the clients are, and open what it names."""
     roles = {pod.role for pod in example.pods()}
-    edges = reached(example)
-    assert expected(roles) <= edges
-    more = edges - expected(roles) - IN_CLUSTER
+    edges, wanted = reached(example), expected(roles, bool(example.of("PodMonitor")))
+    assert wanted <= edges
+    more = edges - wanted - IN_CLUSTER
     external = example.cluster["settings"].get("store_url", "").startswith("rediss://kvsluice@redis.storage")
     if external:
         # its autoscaler, its clients, its collector; the store's own network is tested below

@@ -36,7 +36,9 @@ def test_ports_are_those_of_the_settings(example: Render):
     common = example.cluster["settings"]
     for group in (*example.cluster["gateways"], *example.cluster["groups"]):
         config = ServeConfig.model_validate(common | group["settings"])
-        wanted = {"worker": config.worker_port}
+        wanted: dict[str, int | None] = {"worker": config.worker_port}
+        if example.of("PodMonitor"):
+            wanted["worker-metrics"] = config.worker_metrics_port
         if group["name"] == "gateway":
             wanted = {"grpc": config.port, "http": config.http_port}
         (pod,) = [pod for pod in example.pods() if pod.labels.get("kvsluice/group") == group["name"]]

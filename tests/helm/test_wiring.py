@@ -67,8 +67,9 @@ def test_secrets_and_claims_exist_or_are_the_operators(name):
             assert mounts <= {volume["name"] for volume in pod.spec["volumes"]}
     credentials = example.one("RayCluster")["spec"].get("gcsFaultToleranceOptions", {}).get("redisPassword")
     used |= {credentials["valueFrom"]["secretKeyRef"]["name"]} if credentials else set()
-    for monitor in example.of("ServiceMonitor"):
-        credentials = monitor["spec"]["endpoints"][0]["authorization"]["credentials"]
+    for monitor in (*example.of("ServiceMonitor"), *example.of("PodMonitor")):
+        endpoint = monitor["spec"].get("endpoints", monitor["spec"].get("podMetricsEndpoints"))[-1]
+        credentials = endpoint["authorization"]["credentials"]
         assert credentials["name"] in outside or credentials["key"] in made[credentials["name"]]
     assert outside <= used, "an example names a Secret that nothing reads"
     assert used <= outside | set(made) | claims
@@ -77,7 +78,15 @@ def test_secrets_and_claims_exist_or_are_the_operators(name):
 def test_files_that_settings_name_lie_where_they_are_read(example: Render):
     """And nobody else sees them: each role gets what it reads."""
     files = {key: PurePosixPath(value) for key, value in example.cluster["settings"].items() if key.endswith("_file")}
+    files |= {
+        key: PurePosixPath(value)
+        for group in (*example.cluster["gateways"], *example.cluster["groups"])
+        for key, value in group["settings"].items()
+        if key.endswith("_file")
+    }
+    counted = {"keys"} if example.of("PodMonitor") else set()
     for pod in example.pods():
+        reads = READS[pod.role] | (counted if pod.role in ("prefill", "decode", "both") else set())
         lies = set()
         for container in pod.containers():
             volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", ())}
@@ -85,11 +94,11 @@ def test_files_that_settings_name_lie_where_they_are_read(example: Render):
                 path = PurePosixPath(mount["mountPath"])
                 if path.is_relative_to("/etc/kvsluice"):
                     assert mount["readOnly"]
-                    assert path.name in READS[pod.role], f"{pod.role} sees {path}"
+                    assert path.name in reads, f"{pod.role} sees {path}"
                     items = volumes[mount["name"]].get("secret", {}).get("items", ())
                     lies |= {path / item["path"] for item in items}
         for key, path in files.items():
-            if path.parent.name in READS[pod.role] and pod.role != "test":
+            if path.parent.name in reads and pod.role != "test":
                 assert path in lies, f"{pod.role} lacks {key}"
 
 

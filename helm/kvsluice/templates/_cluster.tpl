@@ -13,18 +13,6 @@ fleet_tls_key_file: /etc/kvsluice/fleet-tls/tls.key
 fleet_tls_ca_file: /etc/kvsluice/fleet-tls/ca.crt
 fleet_tls_name: {{ $v.fleet.tlsName }}
 {{- end }}
-{{- if $v.auth.allowAnonymous }}
-allow_anonymous: true
-{{- else }}
-api_keys_file: /etc/kvsluice/keys/keys.yaml
-{{- end }}
-{{- if $v.tls.existingSecret }}
-tls_cert_file: /etc/kvsluice/tls/tls.crt
-tls_key_file: /etc/kvsluice/tls/tls.key
-{{- if $v.tls.clientCA }}
-tls_client_ca_file: /etc/kvsluice/tls/ca.crt
-{{- end }}
-{{- end }}
 {{- with include "kvsluice.storeURL" . }}
 store_url: {{ . | quote }}
 {{- end }}
@@ -33,6 +21,26 @@ store_password_file: /etc/kvsluice/store/password
 {{- end }}
 {{- if include "kvsluice.secret.storeCA" . }}
 store_ca_file: /etc/kvsluice/store-ca/ca.crt
+{{- end }}
+{{- end -}}
+
+{{/* What the doors for clients and scrapers are told: who may come in. */}}
+{{- define "kvsluice.callers" -}}
+{{- if .Values.auth.allowAnonymous }}
+allow_anonymous: true
+{{- else }}
+api_keys_file: /etc/kvsluice/keys/keys.yaml
+{{- end }}
+{{- end -}}
+
+{{- define "kvsluice.doors" -}}
+{{ include "kvsluice.callers" . | trim }}
+{{- if .Values.tls.existingSecret }}
+tls_cert_file: /etc/kvsluice/tls/tls.crt
+tls_key_file: /etc/kvsluice/tls/tls.key
+{{- if .Values.tls.clientCA }}
+tls_client_ca_file: /etc/kvsluice/tls/ca.crt
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -47,7 +55,7 @@ store_ca_file: /etc/kvsluice/store-ca/ca.crt
 {{- end -}}
 
 {{- define "kvsluice.checkSettings" -}}
-{{- $own := list "host" "http_host" "port" "http_port" "worker_port" "device" "role" "prefill_workers" "decode_workers" "dashboard" "object_store_bytes" -}}
+{{- $own := list "host" "http_host" "port" "http_port" "worker_port" "device" "role" "prefill_workers" "decode_workers" "dashboard" "object_store_bytes" "allow_anonymous" "worker_metrics_port" -}}
 {{- $own = concat $own (keys (fromYaml (include "kvsluice.ownSettings" .root))) -}}
 {{- range $key, $value := .settings -}}
 {{- if or (has $key $own) (hasPrefix "tls_" $key) (hasPrefix "fleet_" $key) (hasPrefix "store_url" $key) (hasSuffix "_file" $key) -}}
@@ -66,7 +74,11 @@ gateways:
   - name: gateway
     replicas: {{ int .Values.gateway.replicas }}
     resources: {num_cpus: {{ int .Values.gateway.cpus }}, custom: {kvsluice-gateway: 1}}
-    settings: {{- if .Values.gateway.settings }}{{ include "kvsluice.settings" .Values.gateway.settings | nindent 6 }}{{ else }} {}{{ end }}
+    settings:
+      {{- include "kvsluice.doors" . | nindent 6 }}
+      {{- with include "kvsluice.settings" .Values.gateway.settings }}
+      {{- . | nindent 6 }}
+      {{- end }}
 groups:
   {{- range $name, $group := .Values.groups }}
   {{- include "kvsluice.checkSettings" (dict "root" $ "settings" (default dict $group.settings) "where" (printf "groups.%s.settings" $name)) }}
@@ -90,7 +102,13 @@ groups:
       custom: {kvsluice-{{ $name }}: 1}
     settings:
       device: {{ ternary "cuda" "cpu" (gt (int (default 0 $group.gpus)) 0) }}
-      {{- include "kvsluice.settings" (default dict $group.settings) | nindent 6 }}
+      {{- if $.Values.metrics.podMonitor.enabled }}
+      worker_metrics_port: {{ (fromYaml (include "kvsluice.ports" $)).workerMetrics }}
+      {{- include "kvsluice.callers" $ | trim | nindent 6 }}
+      {{- end }}
+      {{- with include "kvsluice.settings" (default dict $group.settings) }}
+      {{- . | nindent 6 }}
+      {{- end }}
   {{- end }}
 drain_s: {{ int .Values.drain.seconds }}
 {{- end -}}

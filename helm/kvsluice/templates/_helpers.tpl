@@ -73,6 +73,7 @@ objectManager: 6381
 workerMin: 10002
 workerMax: 10999
 metrics: 8080
+workerMetrics: 8035
 redis: 6379
 {{- end -}}
 

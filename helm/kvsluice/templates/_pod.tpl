@@ -55,6 +55,9 @@ spec:
         - {name: http, containerPort: {{ int $root.Values.service.httpPort }}}
         {{- else }}
         - {name: worker, containerPort: {{ $ports.worker }}}
+        {{- if $root.Values.metrics.podMonitor.enabled }}
+        - {name: worker-metrics, containerPort: {{ $ports.workerMetrics }}}
+        {{- end }}
         {{- end }}
       {{- include "kvsluice.probes" (dict "root" $root "role" $role "ports" $ports) | nindent 6 }}
       {{- if ne $role "head" }}

@@ -1,10 +1,12 @@
 {{/* Which Secret which role sees: name of the volume, the Secret, and where it lies. Each role gets what it reads and
-     nothing else; the Job `up` checks all of it before it starts anything. */}}
+     nothing else: keys of scrapers where a worker has metrics of its own. The Job `up` checks all of it before it starts
+     anything. */}}
 {{- define "kvsluice.secretList" -}}
 {{- $v := .root.Values -}}
 {{- $job := eq .role "up" -}}
 {{- $client := or (eq .role "gateway") $job -}}
 {{- $stores := or (has .role (list "gateway" "decode" "both")) $job -}}
+{{- $counts := and $v.metrics.podMonitor.enabled (has .role (list "prefill" "decode" "both")) -}}
 {{- $ours := or (has .role (list "gateway" "prefill" "decode" "both")) $job -}}
 - {volume: ray-token, secret: {{ include "kvsluice.secret.ray" .root }}, path: ray, keys: [auth_token]}
 {{- if $ours }}
@@ -13,7 +15,7 @@
 - {volume: fleet-tls, secret: {{ $v.fleet.tlsSecret }}, path: fleet-tls, keys: [tls.crt, tls.key, ca.crt]}
 {{- end }}
 {{- end }}
-{{- if and $client (not $v.auth.allowAnonymous) }}
+{{- if and (or $client $counts) (not $v.auth.allowAnonymous) }}
 - {volume: api-keys, secret: {{ include "kvsluice.secret.keys" .root }}, path: keys, keys: [keys.yaml]}
 {{- end }}
 {{- if and $client $v.tls.existingSecret }}
