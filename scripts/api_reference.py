@@ -6,6 +6,7 @@ What a message or a field is for stands in the .proto file's comments, before it
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,9 @@ def descriptor() -> FileDescriptorProto:
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip())
-        return FileDescriptorSet.FromString(out.read_bytes()).file[0]
+        files = FileDescriptorSet()
+        files.ParseFromString(out.read_bytes())
+        return files.file[0]
 
 
 class Comments:
@@ -108,7 +111,7 @@ def error_lines() -> Iterator[str]:
     """The tree of errors, a line each."""
     yield from ("| error | gRPC | HTTP | again? | |", "| --- | --- | ---: | --- | --- |")
     for error in vars(errors).values():
-        if isinstance(error, type) and issubclass(error, errors.KvsluiceError) and error is not errors.KvsluiceError:
+        if inspect.isclass(error) and issubclass(error, errors.KvsluiceError) and error is not errors.KvsluiceError:
             about = (error.__doc__ or "").strip().split("\n\n")[0]
             again = "yes" if error.retryable else "no"
             yield f"| `{error.__name__}` | {error.status} | {error.http_status} | {again} | {' '.join(about.split())} |"
