@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
 
@@ -56,7 +57,8 @@ def descriptor() -> FileDescriptorProto:
             raise RuntimeError(done.stderr.strip())
         files = FileDescriptorSet()
         files.ParseFromString(out.read_bytes())
-        return files.file[0]
+        file: FileDescriptorProto = files.file[0]
+        return file
 
 
 class Comments:
@@ -110,8 +112,9 @@ def message_lines(message: DescriptorProto, comments: Comments, at: tuple[int, .
 def error_lines() -> Iterator[str]:
     """The tree of errors, a line each."""
     yield from ("| error | gRPC | HTTP | again? | |", "| --- | --- | ---: | --- | --- |")
-    for error in vars(errors).values():
-        if inspect.isclass(error) and issubclass(error, errors.KvsluiceError) and error is not errors.KvsluiceError:
+    classes: list[Any] = [one for one in vars(errors).values() if inspect.isclass(one)]
+    for error in classes:
+        if issubclass(error, errors.KvsluiceError) and error is not errors.KvsluiceError:
             about = (error.__doc__ or "").strip().split("\n\n")[0]
             again = "yes" if error.retryable else "no"
             yield f"| `{error.__name__}` | {error.status} | {error.http_status} | {again} | {' '.join(about.split())} |"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+
 from kvsluice.services.config import ServeConfig
 from kvsluice.services.fleet.wanted import read_cluster, wanted_fleet
+from kvsluice.tests.command_line import refusal
 
 from .conftest import ROOT, Pod, Render, selects
 
@@ -30,6 +34,23 @@ def test_the_fleet_takes_its_file(example: Render, tmp_path):
         assert ("cuda" in group.config_json) == bool(gpus)
         # a worker more than there are pods would wait for ever
         assert group.max_surge == 0 or ray["enableInTreeAutoscaling"]
+
+
+def test_commands_are_those_of_the_command_line(example: Render):
+    """Whatever a pod runs of ours exists, with these options."""
+    ours = [command for pod in example.pods() for command in commands(pod) if command[0] == "kvsluice"]
+    assert {command[1] for command in ours} == {"up", "drain", "models", "generate"}
+    assert [refusal(command[1:]) for command in ours if refusal(command[1:])] == []
+
+
+def commands(pod: Pod) -> Iterator[list[str]]:
+    for container in pod.containers():
+        if "command" in container:
+            yield [*container["command"], *container.get("args", ())]
+        stop = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
+        if stop:
+            assert stop[:2] == ["sh", "-c"] and stop[2].startswith("exec ")
+            yield shlex.split(stop[2])[1:]
 
 
 def test_ports_are_those_of_the_settings(example: Render):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from kvsluice.tests.command_line import refusal
 from kvsluice.tests.pages import NEEDS, ROOT, RUN, Command, commands
 
 COVERED = {  # beginning of a command -> a test that does the same
@@ -43,6 +44,14 @@ def test_every_command_is_run_or_says_what_it_needs():
 
 def test_what_is_needed_is_one_of_the_known_things():
     assert [str(command) for command in ALL if command.needs not in (None, *NEEDS)] == []
+
+
+def test_the_command_line_takes_every_one_of_ours():
+    """Also those that need a GPU or a cluster: options may be renamed where nobody runs them."""
+    ours = [command for command in ALL if command.words[0] == "kvsluice"]
+    assert len(ours) > 20
+    wrong = {str(command): refusal(command.words[1:]) for command in ours}
+    assert {command: why for command, why in wrong.items() if why is not None} == {}
 
 
 def test_make_has_every_target_that_a_page_names():
