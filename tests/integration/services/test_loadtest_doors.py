@@ -10,7 +10,7 @@ from kvsluice.errors import InvalidRequest
 from kvsluice.loadtest.arrivals import RateProfile
 from kvsluice.loadtest.lengths import Fixed, Uniform
 from kvsluice.loadtest.options import parse_options
-from kvsluice.loadtest.runner import run
+from kvsluice.loadtest.runner import exit_status, run
 from kvsluice.loadtest.vocabulary import Vocabulary
 from kvsluice.loadtest.workload import Lengths, Mix, Workload
 
@@ -102,6 +102,24 @@ async def test_what_is_shed_is_counted_and_misses_the_goals(make_fleet, door):
     assert counts["shed"] > 0
     assert not found.is_met
     assert found.figures["errors"] == {"Overloaded": counts["shed"]}
+
+
+async def test_the_search_reports_the_run_at_the_rate_that_it_found(fleet, capsys):
+    fleet.script.eos = False
+    given = {"address": fleet.address, "find_max_rate": True, "slo": "ttft_p99=60s,errors=0%", "request_rate": "150",
+             "max_rate": "600", "num_prompts": "20", "input_len": "8", "output_len": "3", "late_after_ms": "60000",
+             "seed": "2"}  # fmt: skip
+    results = await run(parse_options(given), [], {})
+    assert results.search["max_rate"] == 600
+    assert [trial["rate"] for trial in results.search["trials"]] == [150, 300, 600]
+    assert [one.rate for one in results.runs] == ["150", "300", "600"]
+    assert [bool(one.requests) for one in results.runs] == [False, False, True]
+    assert exit_status(results) == 0
+    assert "trial 3: 600 req/s: met (ttft_p99 " in capsys.readouterr().err
+
+    never = await run(parse_options(given | {"slo": "ttft_p99=0.001ms", "max_trials": "2"}), [], {})
+    assert never.search["max_rate"] is None
+    assert exit_status(never) == 3
 
 
 async def test_a_recipe_that_is_not_there_ends_it_before_any_load(drive, fleet):
