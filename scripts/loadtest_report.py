@@ -118,7 +118,8 @@ def load_table(results: Mapping[str, Any]) -> str:
     header = ("recipe", "layout", "offered/s", "served/s", "goodput/s", "tokens/s", "TTFT p50", "TTFT p99", "TPOT p50",
               "TPOT p99", "came to rest")  # fmt: skip
     cells = sorted(results["cells"], key=lambda c: (c["recipe"], c["rate"], c["layout"]))
-    return table(header, [_row(cell) for cell in cells], numbers_from=2)
+    text: str = table(header, [_row(cell) for cell in cells], numbers_from=2)
+    return text
 
 
 def _row(cell: Mapping[str, Any]) -> tuple[str, ...]:
@@ -168,7 +169,7 @@ def plot(results: Mapping[str, Any]) -> str:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8.0, 4.4), layout="constrained")
-        grid = figure.subplots(2, len(recipes), sharex=True, sharey="row", squeeze=False)
+        grid: Any = figure.subplots(2, len(recipes), sharex=True, sharey="row", squeeze=False)
         for column, recipe in enumerate(recipes):
             for row, (metric, unit) in enumerate((("ttft", 1e3), ("tpot", 1.0))):
                 axes = grid[row, column]
@@ -192,7 +193,8 @@ def plot(results: Mapping[str, Any]) -> str:
         grid[0, 0].set_ylabel("first token, s")
         grid[1, 0].set_ylabel("further token, ms")
         grid[0, 0].legend(frameon=False, fontsize=7)
-        return as_text(figure)
+        text: str = as_text(figure)
+        return text
 
 
 def wanted(root: Path) -> dict[Path, str]:
