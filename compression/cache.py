@@ -11,7 +11,7 @@ from ..kernels.dispatch import TRITON, runs
 from ..kernels.step_attention import Shift, View
 from .codecs import compact
 from .host_values import HostValues
-from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache
+from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache, Summed
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
 from .saved_rows import check_rows, put_saved_rows, saved_rows
@@ -24,7 +24,12 @@ _NATIVE = ("float32", "bfloat16", "float16")
 
 
 def make_cache(
-    recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, rope: Rope, host: PageSource | None = None
+    recipe: Recipe,
+    shape: ModelShape,
+    num_prompt_tokens: int,
+    rope: Rope,
+    host: PageSource | None = None,
+    summed: Summed | None = None,
 ) -> SequenceCache:
     """An empty cache for a prompt of `num_prompt_tokens`; layers are added as they arrive.
 
@@ -32,6 +37,7 @@ def make_cache(
         recipe: resolved for the model and the prompt's length.
         rope: the prompt's rotation.
         host: host memory for values that need not lie on the device (`placement`); None = all do.
+        summed: see `Kit`; `shape` is then that of this rank's heads.
     """
     kit = Kit(
         recipe=recipe,
@@ -40,6 +46,7 @@ def make_cache(
         num_prompt_tokens=num_prompt_tokens,
         retrieval=recipe.retrieval.build(),
         host=host,
+        summed=summed,
     )
     return RecipeCache(kit)
 
@@ -183,7 +190,9 @@ class RecipeCache:
         """See `SequenceCache`."""
         if self._sealing is None and self._may_share:
             layers = self.layers()
-            self._may_share = bool(self.recipe.window.seal_block) and not self.recipe.budget.fixed
+            seals = bool(self.recipe.window.seal_block) and not self.recipe.budget.fixed
+            # the kernels that pack blocks of many sequences know no other ranks
+            self._may_share = seals and not (self._kit.summed is not None and self.recipe.key_codec.head_shared)
             if self._may_share and layers[0].tail.num_rows and runs(TRITON, layers[0].tail.device):
                 self._sealing = Sealing.of(self._kit, layers)
                 self._may_share = False

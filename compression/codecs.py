@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.quantize import dequantize, dequantize_chunks, quantize
 from ..kernels.step_attention import Layout, Packed
+from .interfaces import Summed
 from .slots import Affine
 
 Tensors = Mapping[str, Tensor]
@@ -51,10 +52,13 @@ class Codec(Protocol):
         largest |q| of every channel, float32 [Hkv, d]; empty for most codecs."""
         ...
 
-    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, basis: Tensors, summed: Summed | None = None) -> dict[str, Tensor]:
         """Pack rows [n, Hkv, d], block by block so that no copy of all rows is made; the tensors own their storage.
 
-        Rows that are kept as they are, and own their storage, are handed over: the caller no longer writes to them."""
+        Rows that are kept as they are, and own their storage, are handed over: the caller no longer writes to them.
+
+        Args:
+            summed: adds up what ranks that hold other heads have; None = the rows are of all heads."""
         ...
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
@@ -96,7 +100,7 @@ class DenseCodec:
         """See `Codec`."""
         return {}
 
-    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, basis: Tensors, summed: Summed | None = None) -> dict[str, Tensor]:
         """See `Codec`."""
         return {"rows": compact(rows.to(self._dtype or rows.dtype))}
 
@@ -145,7 +149,7 @@ class AffineCodec:
         usable = (key_peak > 0) & (query_peak > 0)
         return {"balance": torch.where(usable, query_peak / key_peak.clamp(min=1e-30), 1.0).sqrt()[None]}
 
-    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, basis: Tensors, summed: Summed | None = None) -> dict[str, Tensor]:
         """See `Codec`."""
         spec = self._spec
         if not spec.balanced:
@@ -204,7 +208,7 @@ class Float8Codec:
         """See `Codec`: {"scale": float32 [1]}, above 0."""
         return {"scale": (peak(rows.flatten(), dim=0) / FLOAT8_MAX).clamp(min=1e-30)[None]}
 
-    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, basis: Tensors, summed: Summed | None = None) -> dict[str, Tensor]:
         """See `Codec`."""
         out = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
         for begin in range(0, len(rows), BLOCK_ROWS):

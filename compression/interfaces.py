@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Rope = Callable[[Tensor, Tensor], Tensor]
 """rope(x [n, heads, d], positions int64 [n] or [n, heads]) -> rotated x, bound to one sequence's prompt length."""
 
+Summed = Callable[[Tensor], Tensor]
+"""summed(x) -> x, in place, added up over the ranks that hold a model's heads."""
+
 
 @dataclass
 class LayerObs:

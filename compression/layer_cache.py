@@ -218,8 +218,8 @@ class LayerCache:
         block, packing = self.kit.recipe.block, self.grown_packing
         # copies, as a codec may keep rows that the tail is going to write over
         k, v = (rows[:block].clone() for rows in self.tail.rows())
-        keys = packing.key_codec.encode(k, packing.key_basis)
-        values = packing.value_codec.encode(v, packing.value_basis)
+        keys = packing.key_codec.encode(k, packing.key_basis, self.kit.summed)
+        values = packing.value_codec.encode(v, packing.value_basis, self.kit.summed)
         return Segment(self.kit, packing, keys, values, block, self.tail.begin)
 
     def fork(self) -> LayerCache:

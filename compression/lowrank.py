@@ -12,6 +12,7 @@ from ..kernels.quantize import dequantize, quantize
 from ..kernels.sparse_reconstruct import low_rank_chunks
 from ..kernels.step_attention import Layout, Packed
 from .codecs import BLOCK_ROWS, Reader, Tensors, chunk_rows, owned
+from .interfaces import Summed
 from .slots import LowRank
 from .subspace import leading_subspace
 
@@ -47,15 +48,16 @@ class LowRankCodec:
         basis = (vectors * torch.where(peak < 0, -1.0, 1.0)).T
         return {"basis": owned(basis.reshape(-1, *rows.shape[1:]), torch.bfloat16)}
 
-    def encode(self, rows: Tensor, basis: Tensors) -> dict[str, Tensor]:
-        """See `Codec`."""
+    def encode(self, rows: Tensor, basis: Tensors, summed: Summed | None = None) -> dict[str, Tensor]:
+        """See `Codec`. A factor row is a sum over all heads."""
         num_rows, heads, dim = rows.shape
         specs = self._spec.tensor_specs(num_rows, heads, dim, str(rows.dtype).removeprefix("torch."))
         out = {name: rows.new_empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in specs.items()}
         flat, projection = rows.flatten(1), basis["basis"].flatten(1).T
         step = block_rows(rows.device, BLOCK_ROWS)
         for begin in range(0, num_rows, step):
-            packed = self._pack(_product(flat[begin : begin + step], projection))
+            factors = _product(flat[begin : begin + step], projection)
+            packed = self._pack(factors if summed is None else summed(factors))
             for tensor, block in zip(out.values(), packed, strict=True):
                 tensor[begin : begin + step] = block
         return out

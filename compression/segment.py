@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.dispatch import block_rows
 from ..kernels.sparse_reconstruct import ChunkSegment
 from .codecs import Codec, Reader
-from .interfaces import PageSource, Rope
+from .interfaces import PageSource, Rope, Summed
 from .layout import TAIL_ROWS
 from .retrieval import Retrieval
 from .spec import ModelShape, Recipe
@@ -25,6 +25,7 @@ class Kit:
 
     Attributes:
         host: where values may lie instead of on the device.
+        summed: adds up, in place, what each of the model's ranks has of its heads; None = all heads are here.
     """
 
     recipe: Recipe
@@ -33,6 +34,7 @@ class Kit:
     num_prompt_tokens: int
     retrieval: Retrieval | None
     host: PageSource | None = None
+    summed: Summed | None = None
 
 
 @dataclass(frozen=True)

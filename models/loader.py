@@ -13,7 +13,8 @@ import torch
 from .checkpoint import Checkpoint, locate, read_hf_config
 from .config import SHAPES, ModelConfig, config_from_hf
 from .model import Model
-from .weights import TensorSource, fill_weights
+from .parallel import Ranks, check_size
+from .weights import TensorSource, fill_weights, part_of_weights
 from .weights import random_weights as draw_weights
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def load_model(
     device: str | torch.device = "cpu",
     random_weights: bool = False,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Load a model.
 
@@ -45,8 +47,10 @@ def load_model(
         device: where the weights go.
         random_weights: draw weights of the model's shape instead of reading any.
         seed: of random weights.
+        ranks: with whom the model is held; None = all of it is here.
 
     Raises:
+        ConfigError: so many ranks do not divide the model.
         UnknownModel: nothing by that name.
         UnsupportedModel: a checkpoint that the forward pass does not cover.
         BrokenCheckpoint: a checkpoint that is incomplete or contradicts itself.
@@ -55,19 +59,33 @@ def load_model(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if random_weights:
         config = load_config(name_or_path, random_weights=True)
-        return _random_model(config, dtype, device, seed)
+        return _random_model(config, dtype, device, seed, ranks)
     checkpoint = locate(name_or_path)
     file = _open_gguf(checkpoint)
     config = _read_config(checkpoint, file)
     source = _open_source(checkpoint, file, config)
-    weights = fill_weights(config, source, dtype, device)
-    return Model(config, weights, _fingerprint(config, dtype, source.digest()))
+    rank, size = _place(config, ranks)
+    weights = fill_weights(config, source, dtype, device, rank, size)
+    return Model(config, weights, _fingerprint(config, dtype, source.digest()), ranks)
 
 
-def _random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
+def _place(config: ModelConfig, ranks: Ranks | None) -> tuple[int, int]:
+    if ranks is None:
+        return 0, 1
+    check_size(config, ranks.size)
+    return ranks.rank, ranks.size
+
+
+def _random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, ranks: Ranks | None
+) -> Model:
     # a CPU and a CUDA generator draw different numbers from one seed
-    identity = f"random {seed} {device.type}"
-    return Model(config, draw_weights(config, dtype, device, seed), _fingerprint(config, dtype, identity))
+    fingerprint = _fingerprint(config, dtype, f"random {seed} {device.type}")
+    rank, size = _place(config, ranks)
+    weights = draw_weights(config, dtype, device, seed)
+    if size > 1:  # every rank draws the whole, so that its part is the same as in one process
+        weights = part_of_weights(config, weights, dtype, device, rank, size)
+    return Model(config, weights, fingerprint, ranks)
 
 
 def _open_gguf(checkpoint: Checkpoint) -> GgufFile | None:

@@ -10,6 +10,7 @@ from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import apply_rope
 from ..kernels.swiglu import swiglu
 from .hf_config import ModelConfig
+from .parallel import Ranks, part_of
 from .rope import RotaryEmbedding
 from .weights import LayerWeights, Weights
 
@@ -26,13 +27,19 @@ class Model:
         config: the model's shape.
         weights: its tensors, all of one dtype on one device.
         fingerprint: hex digits that name configuration, weights and dtype.
+        ranks: the processes that hold the model together; None = this one holds all of it. `weights` are then a part,
+            and H, Hkv and the feed-forward block's size are those of the part.
 
     Attributes:
+        config: by which this process computes: of its part.
+        whole: of all ranks together; by it recipes are resolved and frames are made.
         dtype, device: of the weights and of all hidden rows.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, fingerprint: str) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: Weights, fingerprint: str, ranks: Ranks | None = None) -> None:
+        self.whole = config
+        self.config = config = config if ranks is None else part_of(config, ranks.size)
+        self.ranks = ranks
         self.weights = weights
         self.fingerprint = fingerprint
         self.dtype = weights.embed.dtype
@@ -98,12 +105,17 @@ class Model:
             [n, D], the next layer's input. The feed-forward block runs in bounded chunks of rows.
         """
         w = self.weights.layers[layer]
-        y, x = add_rms_norm(F.linear(attn.flatten(1), w.o, w.o_bias), x, w.post_norm, self.config.rms_norm_eps)
+        out = self.summed(F.linear(attn.flatten(1), w.o, w.o_bias))
+        y, x = add_rms_norm(out, x, w.post_norm, self.config.rms_norm_eps)
         for start in range(0, len(x), self._mlp_rows):
             stop = start + self._mlp_rows
             # x is the sum that was made here, so its memory may take the result
-            x[start:stop] += self._mlp(w, y[start:stop])
+            x[start:stop] += self.summed(self._mlp(w, y[start:stop]))
         return x
+
+    def summed(self, x: Tensor) -> Tensor:
+        """What every rank has a part of, added up in place."""
+        return x if self.ranks is None else self.ranks.sum(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: rows [n, D] after the last layer -> float32 [n, V]."""

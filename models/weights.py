@@ -7,7 +7,7 @@ read once, cast and copied into its place, so that no second copy of the model e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ..errors import BrokenCheckpoint
 from .hf_config import ModelConfig
+from .parallel import cut, part_of
+
+# biases behind a sum over the ranks; one of them adds them
+ADDED_ONCE = ("o_bias", "down_bias")
 
 
 @dataclass
@@ -177,18 +181,49 @@ def _is_harmless(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
-def fill_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read a checkpoint into fused tensors.
+def fill_weights(
+    config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device, rank: int = 0, size: int = 1
+) -> Weights:
+    """Read a checkpoint into fused tensors; of each no more than a rank of `size` holds.
 
     Raises:
         BrokenCheckpoint: as `check_shapes`, or a tensor cannot be read.
     """
     check_shapes(config, source)
-    weights = empty_weights(config, dtype, device)
-    for name, slot in slots(config).items():
+    return _fill(config, source.read, dtype, device, rank, size)
+
+
+def _fill(
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    size: int,
+) -> Weights:
+    part = part_of(config, size)
+    weights = empty_weights(part, dtype, device)
+    for name, slot in slots(part).items():
         target = getattr(weights if slot.layer is None else weights.layers[slot.layer], slot.attribute)
-        target[slot.start : slot.start + slot.shape[0]].copy_(source.read(name))
+        tensor = cut(read(name), slot.shape, rank)
+        if rank and slot.attribute in ADDED_ONCE:
+            tensor = torch.zeros_like(tensor)
+        target[slot.start : slot.start + slot.shape[0]].copy_(tensor)
     return weights
+
+
+def part_of_weights(
+    config: ModelConfig, whole: Weights, dtype: torch.dtype, device: torch.device, rank: int, size: int
+) -> Weights:
+    """What a rank of `size` holds of weights that are all here."""
+    named = slots(config)
+
+    def read(name: str) -> Tensor:
+        slot = named[name]
+        tensor: Tensor = getattr(whole if slot.layer is None else whole.layers[slot.layer], slot.attribute)
+        return tensor[slot.start : slot.start + slot.shape[0]]
+
+    return _fill(config, read, dtype, device, rank, size)
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:

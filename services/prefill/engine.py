@@ -27,12 +27,9 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
-from ...kernels.attention_mass import attention_mass
-from ...kernels.causal_attention import causal_attention
 from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState, SamplingParams
 from ..metrics.figures import PrefillFigures
@@ -41,30 +38,13 @@ from ..telemetry import about, where
 from .batcher import Batcher, WorkItem
 from .encoding import Encoder, make_encoder
 from .pace import make_pace
+from .pack import Outcome, run_pack
+from .parallel import Lead
 from .state import PrefillSink, Prompt, sample_first
 
 __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Write:
-    """What a pack has computed for a prompt, and where it goes once the pack has not failed."""
-
-    target: Tensor
-    value: Tensor
-    adds: bool = False
-
-    def apply(self) -> None:
-        """Without synchronising: value replaces the target, or is added to it."""
-        if self.adds:
-            self.target.add_(self.value)
-        else:
-            self.target.copy_(self.value)
-
-
-_Outcome = dict[str, list[_Write]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +100,8 @@ class PrefillEngine:
         self.model = model
         self._encoder = encoder or make_encoder(model.device)
         self._pace = make_pace(model.device)
-        self.shape = model_shape(model.config)
+        self._lead = None if model.ranks is None else Lead(model.ranks)
+        self.shape = model_shape(model.whole)
         self._batcher = Batcher(model.config.num_layers, chunk_tokens, max_pack_tokens, max_active_tokens, patience)
         self._running: dict[str, _Running] = {}
         self.figures = PrefillFigures()
@@ -158,6 +139,11 @@ class PrefillEngine:
         ]
         self._batcher.add(job.request_id, len(job.prompt_ids))
         self._running[job.request_id] = _Running(job, sink, samplers)
+
+    def stop(self) -> None:
+        """Have the other ranks end, if there are any."""
+        if self._lead is not None:
+            self._lead.stop()
 
     def cancel(self, request_id: str, sink: PrefillSink | None = None) -> bool:
         """End a prompt before its next item. False when it is not here (any more), or runs for another `sink`."""
@@ -204,15 +190,31 @@ class PrefillEngine:
             return True
         try:
             if running.prompt is None:
-                running.prompt = Prompt(self.model, self.shape, running.job.prompt_ids, running.job.recipe)
+                running.prompt = self._first_begun(running.job)
             running.prompt.begin_layer()
             running.sink.on_layer_start(item.layer)
         except Exception as exc:
             self._fail(item.request_id, exc)
         return item.request_id in self._running
 
+    def _first_begun(self, job: PrefillJob) -> Prompt:
+        prompt = Prompt(self.model, self.shape, job.prompt_ids, job.recipe)
+        if self._lead is not None:
+            self._lead.begin(job.request_id, job.prompt_ids, job.recipe)
+        return prompt
+
+    def _run(self, items: Sequence[WorkItem]) -> Outcome:
+        """See `run_pack`."""
+        if self._lead is not None:
+            self._lead.run(items)
+        return run_pack(self.model, {item.request_id: self._prompt(item.request_id) for item in items}, items)
+
     def _run_isolated(self, items: Sequence[WorkItem]) -> list[WorkItem]:
-        """Run a pack; where it fails, each of its prompts alone. Returns the items of those that did not fail."""
+        """Run a pack; where it fails, each of its prompts alone. Returns the items of those that did not fail.
+
+        Raises:
+            Exception: it failed, and other ranks have waited in vain for this one's sums.
+        """
         by_prompt: dict[str, list[WorkItem]] = {}
         for item in items:
             by_prompt.setdefault(item.request_id, []).append(item)
@@ -224,73 +226,22 @@ class PrefillEngine:
                 for write in outcome[request_id]:
                     write.apply()
             except Exception as exc:
+                if self._lead is not None:
+                    raise
                 self._fail(request_id, exc)
             else:
                 done += own
         return done
 
-    def _run_together(self, items: Sequence[WorkItem]) -> _Outcome | None:
+    def _run_together(self, items: Sequence[WorkItem]) -> Outcome | None:
         try:
             return self._run(items)
         except Exception as exc:
+            if self._lead is not None:
+                raise
             logger.warning("a pack failed (%s), each of its prompts runs alone now", type(exc).__name__)
             _let_go(exc)
             return None
-
-    def _run(self, items: Sequence[WorkItem]) -> _Outcome:
-        """Take the rows of a pack through their layer, into the prompts' KV buffers. Running it again changes nothing.
-
-        Returns:
-            of every prompt, the hidden rows behind the layer and what else becomes of it.
-        """
-        layer = items[0].layer
-        prompts = [self._prompt(item.request_id) for item in items]
-        x = _join([prompt.hidden[item.begin : item.end] for prompt, item in zip(prompts, items, strict=True)])
-        sizes = [item.num_rows for item in items]
-        rows_in: list[Tensor] = []
-        attended: list[Tensor] = []
-        rows_out: list[tuple[str, Tensor]] = []
-        outcome: _Outcome = {item.request_id: [] for item in items}
-        parts = zip(*(torch.split(t, sizes) for t in (x, *self.model.qkv(layer, x))), strict=True)
-        for prompt, item, (x_rows, q, k_pre, v) in zip(prompts, items, parts, strict=True):
-            q = prompt.write(item.begin, item.end, q, k_pre, v)
-            outcome[item.request_id] += self._observe(prompt, q, item.begin, item.end)
-            first = self._first_row_on(item, prompt)
-            if first < item.end:
-                rows_in.append(x_rows[first - item.begin :])
-                attended.append(self._attend(prompt, q[first - item.begin :], first, item.end))
-                rows_out.append((item.request_id, prompt.hidden[first : item.end]))
-        if rows_out:
-            y = self.model.finish_layer(layer, _join(rows_in), _join(attended))
-            parts_out = torch.split(y, [len(target) for _, target in rows_out])
-            for (request_id, target), rows in zip(rows_out, parts_out, strict=True):
-                outcome[request_id].append(_Write(target, rows))
-        return outcome
-
-    def _first_row_on(self, item: WorkItem, prompt: Prompt) -> int:
-        """The first row of the item whose output anything depends on."""
-        if item.layer + 1 < self.model.config.num_layers:
-            return item.begin
-        return max(item.begin, prompt.num_rows - 1)
-
-    def _attend(self, prompt: Prompt, q: Tensor, begin: int, end: int) -> Tensor:
-        """Attention of rows [begin, end) over the layer's rows up to `end`."""
-        obs = prompt.obs
-        positions = prompt.positions[:end]
-        window = self.model.config.layer_windows[prompt.layer]
-        no_gaps = prompt.num_rows == prompt.num_prompt_tokens
-        return causal_attention(
-            q, obs.k[:end], obs.v[:end], positions[begin:], positions, window, last_rows=True, no_gaps=no_gaps
-        )
-
-    def _observe(self, prompt: Prompt, q: Tensor, begin: int, end: int) -> list[_Write]:
-        """What the recipe's scorer wants to know of the attention of rows [begin, end)."""
-        obs = prompt.obs
-        if obs.mass is None:
-            return []
-        positions, window = prompt.positions, self.model.config.layer_windows[prompt.layer]
-        mass = attention_mass(q, obs.k[:end], positions[begin:end], positions[:end], window)
-        return [_Write(obs.mass[:, :end], mass, adds=True)]
 
     def _finish_layer(self, request_id: str) -> None:
         running = self._running.get(request_id)
@@ -310,7 +261,8 @@ class PrefillEngine:
         self._hand_over(request_id)  # the layer before, where it was encoded beside this one
         if request_id not in self._running:
             return
-        prompt.encode_layer(self._encoder)
+        obs = prompt.release_layer()
+        prompt.encode_layer(self._encoder, obs if self._lead is None else self._lead.finish(request_id, obs))
         if is_last or not self._encoder.overlaps or prompt.selects_rows:
             self._hand_over(request_id)
         if is_last:
@@ -325,7 +277,12 @@ class PrefillEngine:
         prompt = running.prompt
         if prompt is None or not prompt.is_encoding:
             return
-        for encoded in prompt.take_encoded():
+        ready, selected = prompt.take_encoded()
+        if selected is not None:
+            prompt.keep_rows(selected)
+            if self._lead is not None:
+                self._lead.select(request_id, selected)
+        for encoded in ready:
             if request_id in self._running:
                 running.sink.on_layer(encoded)
 
@@ -371,6 +328,8 @@ class PrefillEngine:
         if running is None:
             return
         self._batcher.remove(request_id)
+        if self._lead is not None and running.prompt is not None:
+            self._lead.drop(request_id)
         try:
             last_call(running.sink)
         except Exception as exc:
@@ -380,10 +339,6 @@ class PrefillEngine:
                 where(exc),
                 extra=about(request_id),
             )
-
-
-def _join(rows: list[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _let_go(exc: BaseException) -> None:

@@ -30,7 +30,7 @@ from ...kernels.rope import apply_rope
 from ...models.model import Model
 from ...models.sampling import Sampled, SamplerState
 from ...models.transfers import sent
-from .encoding import Encoder, Encoding
+from .encoding import Encoder, Encoding, Result
 
 
 class PrefillSink(Protocol):
@@ -150,10 +150,14 @@ class Prompt:
         here, there = (layer_layout(recipe, num_tokens, layer).num_rows for layer in (self.layer, self.layer + 1))
         return here != there
 
-    def encode_layer(self, encoder: Encoder) -> None:
-        """Begin to encode the layer whose rows have all run, and let go of its KV."""
-        assert self._encoding is None, "one layer at a time"
+    def release_layer(self) -> LayerObs:
+        """Let go of the KV of the layer whose rows have all run."""
         obs, self._obs = self.obs, None
+        return obs
+
+    def encode_layer(self, encoder: Encoder, obs: LayerObs) -> None:
+        """Begin to encode the layer that was released."""
+        assert self._encoding is None, "one layer at a time"
         self._encoding_layer = self.layer
         self._encoding = encoder.start(self.compressor, obs)
 
@@ -166,26 +170,23 @@ class Prompt:
         """Whether there is something to take, at once."""
         return self._encoding is not None and self._encoding.done()
 
-    def take_encoded(self) -> list[EncodedLayer]:
-        """What has become of the layer that was begun. Drops the rows that go no further. Waits for the encoder.
-
-        Returns:
-            the layers that are ready to leave, in order.
-        """
+    def take_encoded(self) -> Result:
+        """What has become of the layer that was begun: the layers that are ready to leave, in order, and the rows that
+        go on, for `keep_rows`; None = all do. Waits for the encoder."""
         assert self._encoding is not None, "begun before"
         encoding, self._encoding = self._encoding, None
         encoded, selected = encoding.take()
-        if selected is not None:
-            if self._encoding_layer != self.layer or selected.numel() == 0:
-                raise InternalError(
-                    f"layer {self._encoding_layer} let go of every row, or of rows that went on already"
-                )
-            # looked at when the first token is: the device is not waited for before
-            ends = selected[-1] == self.num_rows - 1
-            self._ends_with_last = ends if self._ends_with_last is None else self._ends_with_last & ends
-            self.hidden = self.hidden.index_select(0, selected)
-            self.positions = self.positions.index_select(0, selected)
-        return encoded
+        if selected is not None and (self._encoding_layer != self.layer or selected.numel() == 0):
+            raise InternalError(f"layer {self._encoding_layer} let go of every row, or of rows that went on already")
+        return encoded, selected
+
+    def keep_rows(self, selected: Tensor) -> None:
+        """Drop the rows that go no further; `selected` int64 [n] ascends."""
+        # looked at when the first token is: the device is not waited for before
+        ends = selected[-1] == self.num_rows - 1
+        self._ends_with_last = ends if self._ends_with_last is None else self._ends_with_last & ends
+        self.hidden = self.hidden.index_select(0, selected)
+        self.positions = self.positions.index_select(0, selected)
 
     def last_row(self) -> Tensor:
         """The row [1, D] behind the last layer that the answer starts from. Waits for the device.

@@ -18,8 +18,8 @@ from kvsluice.errors import (
 )
 from kvsluice.models.forward import forward_tokens
 from kvsluice.models.sampling import SamplerState
+from kvsluice.services.prefill import pack as pack_module
 from kvsluice.services.prefill import state
-from kvsluice.services.prefill.engine import PrefillEngine
 
 # fp32 sums of at most 512 terms in another order: 512 * 2^-24 relative to values of order 1, with room for 4 layers
 TOLERANCE = 2e-4
@@ -206,14 +206,14 @@ def test_a_prompt_that_breaks_its_pack_fails_alone(monkeypatch, prefill, prompt,
     for out, ids in zip(alone, good_ids, strict=True):
         engine.submit(prefill.job(out.name, ids), out)
         prefill.run(engine)
-    attend = PrefillEngine._attend
+    attend = pack_module.attend_rows
 
-    def attend_or_fail(self, prompt, q, begin, end):
+    def attend_or_fail(prompt, q, begin, end):
         if prompt.layer == faulty_layer and prompt.num_prompt_tokens == 30:
             raise RuntimeError("fault")
-        return attend(self, prompt, q, begin, end)
+        return attend(prompt, q, begin, end)
 
-    monkeypatch.setattr(PrefillEngine, "_attend", attend_or_fail)
+    monkeypatch.setattr(pack_module, "attend_rows", attend_or_fail)
     bad, good = sink("bad"), [sink("0"), sink("1")]
     engine.submit(prefill.job("0", good_ids[0]), good[0])
     engine.submit(prefill.job("bad", prompt(30)), bad)
