@@ -76,7 +76,7 @@ class RecipeCache:
         known = encoded.layer in self._layers or encoded.layer in self._waiting
         if known or not 0 <= encoded.layer < num_layers:
             raise FrameMismatch(f"layer {encoded.layer} is here already or is none of the model's")
-        check_tensors(encoded, self._kit)
+        check_tensors(encoded, self.recipe, self._kit.shape, self._kit.num_prompt_tokens)
         held = {part: {name: compact(t) for name, t in group.items()} for part, group in encoded.tensors.items()}
         self._waiting[encoded.layer] = EncodedLayer(encoded.layer, held)
         group = self.recipe.sharing.group(encoded.layer, num_layers)
@@ -288,13 +288,13 @@ def storage_nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
+def check_tensors(encoded: EncodedLayer, recipe: Recipe, shape: ModelShape, num_tokens: int) -> None:
     """Refuse a layer whose tensors are not those that the recipe makes, or whose indices point outside the prompt.
 
     Raises:
         FrameMismatch: names the tensor.
     """
-    expected = layer_specs(kit.recipe, kit.shape, kit.num_prompt_tokens, encoded.layer, "native")
+    expected = layer_specs(recipe, shape, num_tokens, encoded.layer, "native")
     wanted = {(part, name): spec for part, group in expected.items() for name, spec in group.items()}
     got = {(part, name): tensor for part, group in encoded.tensors.items() for name, tensor in group.items()}
     if wanted.keys() != got.keys():
@@ -309,8 +309,8 @@ def check_tensors(encoded: EncodedLayer, kit: Kit) -> None:
                 f"layer {encoded.layer}: {part.name}.{name} is {dtype} {tuple(tensor.shape)}, "
                 f"expected {' or '.join(allowed)} {spec.shape}"
             )
-    at = layer_layout(kit.recipe, kit.num_prompt_tokens, encoded.layer)
-    chunk = kit.recipe.retrieval.chunk
+    at = layer_layout(recipe, num_tokens, encoded.layer)
+    chunk = recipe.retrieval.chunk
     limits = {
         (Part.POSITIONS, "rows"): (at.num_sinks, at.sealed_end),
         (Part.POSITIONS, "chunks"): (at.num_sinks // chunk, at.sealed_end // chunk),

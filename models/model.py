@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,6 +114,11 @@ class Model:
             # x is the sum that was made here, so its memory may take the result
             x[start:stop] += self.summed(self._mlp(w, y[start:stop]))
         return x
+
+    @property
+    def over_ranks(self) -> Callable[[Tensor], Tensor] | None:
+        """Adds up in place what every rank has a part of; None where there are no others."""
+        return None if self.ranks is None else self.ranks.sum
 
     def summed(self, x: Tensor) -> Tensor:
         """What every rank has a part of, added up in place."""

@@ -193,6 +193,9 @@ class DecodeEngine(EngineLoad):
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
+    def stop(self) -> None:
+        """Nothing more is asked of it."""
+
     def lengthen(self, request_id: str, choice: int, rows: float, epoch: int | None = None) -> None:
         """Rows of a choice are kept now: it may run so many more before it waits for the next ones. Infinite = nobody
         keeps them any more."""
@@ -273,8 +276,9 @@ class DecodeEngine(EngineLoad):
             run = self._runs[request_id]
             request = run.request
             try:
-                rope = self._rope(request.num_prompt_tokens)
-                run.cache = make_cache(request.recipe, self.shape, request.num_prompt_tokens, rope, self.host)
+                summed, length = self.model.over_ranks, request.num_prompt_tokens
+                rope = self._rope(length)
+                run.cache = make_cache(request.recipe, self.shape, length, rope, self.host, summed)
             except Exception as exc:
                 self._fail(request_id, exc)
             else:

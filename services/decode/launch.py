@@ -28,12 +28,13 @@ from typing import NamedTuple
 import torch
 
 from ...models.drawing import Drawn, DrawnToken, draw_rows
+from ...models.parallel import Ranks, RanksBroken
 from ...models.transfers import sent
 from ..staging import Event as DeviceEvent
 from ..telemetry import where
 from .events import RowsEvent
 from .scheduler import Choice
-from .sequence import ChoiceRun, KeptRows, RequestRun, is_out_of_memory
+from .sequence import ChoiceRun, KeptRows, RequestRun, is_out_of_memory, whole_rows
 from .step import StepRow, StepRunner
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,24 @@ class LaunchedStep:
         turns: of all choices that it was to run.
         kept: rows of some of them that are to be kept, complete once what was launched before is done.
         drawn: tokens, and the numbers of the turns that they belong to.
+        ranks: that hold the model together.
     """
 
-    def __init__(self, turns: Sequence[Turn]) -> None:
+    def __init__(self, turns: Sequence[Turn], ranks: Ranks | None = None) -> None:
         self.turns = turns
+        self.ranks = ranks
         self.kept: list[tuple[Turn, KeptRows]] = []
         self.drawn: list[tuple[Drawn, list[int]]] = []
+
+    def check_alone(self, fault: Exception | None) -> None:
+        """Where several ranks hold the model, a fault ends them all: the others may have met none, and would wait for
+        this one's sums.
+
+        Raises:
+            RanksBroken: there are others, and there was a fault.
+        """
+        if fault is not None and self.ranks is not None:
+            raise RanksBroken("a rank of the model failed in a step") from fault
 
     def rows_events(self, mark: Callable[[], DeviceEvent | None]) -> list[RowsEvent]:
         """Which rows are to be kept.
@@ -133,7 +146,7 @@ def launch(
         more: takes up to so many more turns for a choice that only replays tokens. They run in the same step, which
             costs little more than one row: the weights are read once.
     """
-    step, left = LaunchedStep(turns), MOST_REPLAYED
+    step, left = LaunchedStep(turns, runner.model.ranks), MOST_REPLAYED
     parts: list[_Part] = []
     late: list[int] = []
     for number, turn in enumerate(turns):
@@ -167,10 +180,11 @@ def _part(
     try:
         kept = state.rows_to_keep()
         if kept is not None:
-            step.kept.append((turn, kept))
+            step.kept.append((turn, whole_rows(kept, step.ranks)))
         row = state.next_row(more)
         return _Part(number, turn, state, row, row.cache.counter.bytes_read)
     except Exception as exc:
+        step.check_alone(exc)
         if is_last_try or not is_out_of_memory(exc):
             turn.error = exc
         return None
@@ -220,6 +234,7 @@ def _try(runner: StepRunner, parts: list[_Part], step: LaunchedStep, is_last_try
     try:
         short = _run(runner, parts, step, is_last_try)
     except Exception as exc:
+        step.check_alone(exc)
         for part in parts:
             part.withdraw()
             part.turn.error = exc if is_last_try else None
@@ -240,6 +255,7 @@ def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep, is_last
     places: list[int] = []
     for place, part in enumerate(parts):
         error = part.state.guarded.error
+        step.check_alone(error)
         if error is None:
             ran.append(part)
             if part.turn.samples:

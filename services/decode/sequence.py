@@ -21,6 +21,7 @@ from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InternalError, KvsluiceError, OutOfMemory
+from ...models.parallel import Ranks
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import about, where
 from .scheduler import Demand
@@ -85,6 +86,20 @@ class KeptRows:
                                      for part, group in one.tensors.items()})
             for one in self.layers
         ])  # fmt: skip
+
+
+def whole_rows(rows: KeptRows, ranks: Ranks | None) -> KeptRows:
+    """Rows of all heads, on the rank that leads; on others, which keep none, those of their own."""
+    if ranks is None:
+        return rows
+    layers = []
+    for one in rows.layers:
+        whole = {
+            part: {name: ranks.gather(tensor, 1) for name, tensor in group.items()}
+            for part, group in one.tensors.items()
+        }
+        layers.append(EncodedLayer(one.layer, whole) if ranks.leads else one)  # type: ignore[arg-type]
+    return KeptRows(rows.begin, layers)
 
 
 @dataclass(frozen=True)

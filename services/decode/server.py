@@ -55,6 +55,7 @@ from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
 from .sequence import typed
+from .start import most_frame_bytes
 from .store_tier import StoreImages
 from .target import EngineTarget
 from .tiers import TierPolicy
@@ -214,7 +215,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 raise DuplicateRequest("request_id: a request with this id is running")
             request = decode_request(message)
             sent = sent_choices(message)
-            max_bytes = self.engine.demand(request).most_bytes
+            max_bytes = most_frame_bytes(request, self.engine.model)
         except Exception as exc:  # whatever it is, the stream's other requests go on
             stream.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
             return

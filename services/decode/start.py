@@ -17,7 +17,9 @@ from ...compression.interfaces import SequenceCache
 from ...compression.recipe import ModelShape, Recipe
 from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
+from ...models.model import Model
 from ...models.sampling import PromptIds, SamplerState
+from ..model_shape import model_shape
 from .pages import Demand
 from .sequence import MOST_ALONE, REPLAY_KEEP_EVERY, ChoiceRun, DecodeRequest, EmittedChoice, RequestRun, on_device
 from .turns import Turns
@@ -48,6 +50,11 @@ def demand_of(request: DecodeRequest, shape: ModelShape, itemsize: int, page_nby
     if page_nbytes is not None:
         host_bytes = page_nbytes * host_pages(recipe, shape, num_tokens, itemsize, page_nbytes)
     return Demand(one - tail_bytes, tail_bytes, sampling.n, host_bytes)
+
+
+def most_frame_bytes(request: DecodeRequest, model: Model) -> int:
+    """Bytes that a request's layers may have as they arrive, whichever of them this process then holds."""
+    return demand_of(request, model_shape(model.whole), model.dtype.itemsize, None).most_bytes
 
 
 def check_start(

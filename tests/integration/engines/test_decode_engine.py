@@ -47,8 +47,8 @@ def spoil(monkeypatch):
 
         setattr(Spoilt, verb, spoilt_method)
 
-        def make_cache(recipe, shape, length, rope, host):
-            cache = make(recipe, shape, length, rope, host)
+        def make_cache(recipe, shape, length, rope, host, summed):
+            cache = make(recipe, shape, length, rope, host, summed)
             return Spoilt(cache) if length == num_prompt_tokens else cache
 
         monkeypatch.setattr(engine_module, "make_cache", make_cache)
