@@ -193,9 +193,6 @@ class DecodeEngine(EngineLoad):
         except Exception as exc:
             raise self._fail(request_id, exc) from exc
 
-    def stop(self) -> None:
-        """Nothing more is asked of it."""
-
     def lengthen(self, request_id: str, choice: int, rows: float, epoch: int | None = None) -> None:
         """Rows of a choice are kept now: it may run so many more before it waits for the next ones. Infinite = nobody
         keeps them any more."""

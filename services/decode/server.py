@@ -117,6 +117,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         await asyncio.to_thread(self._thread.stop)
         if self._tier is not None:
             await self._tier.close()
+        if isinstance(self.engine, LeadingEngine):
+            await asyncio.to_thread(self.engine.stop)
         if self._store is not None:
             await self._store.stop()
 

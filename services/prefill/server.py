@@ -106,6 +106,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._thread.stop)
+        await asyncio.to_thread(self.engine.stop)
         await self._peers.close()
 
     async def Info(self, request: wpb.InfoRequest, context: Any) -> wpb.WorkerInfo:
