@@ -33,11 +33,12 @@ from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_pro
 from .metrics.worker import WorkerMetrics
 from .model_shape import model_shape
 from .processes import forget_source_tree
+from .ranks import load_parallel_model
 from .ray_metrics import mirror
 from .security import FleetSecurity, with_fleet_tokens
 from .telemetry import configure_logging, where
 from .tracing import configure_tracing
-from .worker import WorkerIdentity, check_fit, compute_dtype
+from .worker import WorkerIdentity, check_fit
 
 if TYPE_CHECKING:
     from ..kvstore.store import Store
@@ -212,17 +213,9 @@ class Worker(Host):
         return "both" if len(self.roles) > 1 else self.roles[0]
 
     def _start(self) -> str:
-        # torch is loaded here, in the worker, and not in the driver or the gateway
-        from ..models.loader import load_model
-
         config = self._config
-        model = load_model(
-            config.model,
-            dtype=compute_dtype(config.dtype),
-            device=config.device,
-            random_weights=config.random_weights,
-            seed=config.seed or 0,
-        )
+        # torch is loaded here, in the worker, and not in the driver or the gateway
+        model, self._children = load_parallel_model(config, self._role, WORKER_HOST)
         self._metrics = WorkerMetrics(config.model_name, self._worker_id, self._role)
         self._metrics.watch_gpu(model.device)
         store = self._loop.run(self._open_store()) if "decode" in self.roles else None
@@ -259,7 +252,7 @@ class Worker(Host):
         from .prefill.server import make_prefill_service
 
         config = self._config
-        shape = model_shape(model.config)
+        shape = model_shape(model.whole)
         check_fit(config, shape)
         identity = WorkerIdentity(
             worker_id=self._worker_id,

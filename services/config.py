@@ -43,6 +43,19 @@ class ServeConfig(
     """
 
     @model_validator(mode="after")
+    def _roles_have_own_ranks(self) -> ServeConfig:
+        if self.role == "both" and max(self.ranks_of("prefill"), self.ranks_of("decode")) > 1:
+            raise ConfigError(
+                "tensor_parallel_size: workers of both roles hold a model alone; allowed: 1, or role split"
+            )
+        return self
+
+    def processes_of(self, role: str) -> int:
+        """Processes on a machine that compute for workers of a role, as far as this configuration knows."""
+        workers = self.prefill_workers if role == "prefill" else self.decode_workers
+        return workers * self.ranks_of(role)
+
+    @model_validator(mode="after")
     def _store_fits(self) -> ServeConfig:
         store = self.store
         if store is not None and store.address.topology is Topology.MEMORY:

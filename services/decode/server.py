@@ -36,9 +36,9 @@ from .engine import (
     RowsEvent,
     TokensEvent,
 )
-from .host_pages import HostPages
 from .keeper import Keeper
 from .keeping import KeptRequests
+from .making import make_engine
 from .messages import (
     decode_request,
     decode_span,
@@ -50,7 +50,7 @@ from .messages import (
     token_entry,
 )
 from .offload import ImageId
-from .overflow import OverflowPolicy
+from .parallel import LeadingEngine
 from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
@@ -58,7 +58,6 @@ from .sequence import typed
 from .start import most_frame_bytes
 from .store_tier import StoreImages
 from .target import EngineTarget
-from .tiers import TierPolicy
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -372,26 +371,15 @@ def make_decode_service(
     Args:
         store: where requests are kept; the service closes it.
     """
-    host = HostPages(config.kv_offloading_bytes, model.device) if config.kv_offloading_bytes else None
     copies = make_host_copies(model.device)
-    overflow = OverflowPolicy(config.store_offloading_bytes)
-    tiers = TierPolicy(config.kv_time_slice_steps, overflow=overflow) if config.kv_time_slice_steps else None
     return DecodeService(
-        DecodeEngine(
-            model,
-            config.kv_cache_bytes,
-            config.max_num_seqs,
-            config.max_queue,
-            host,
-            mark=copies.mark,
-            tiers=tiers,
-        ),
+        make_engine(model, config, copies.mark),
         identity,
         copies=copies,
         store=store,
         ttl_s=config.store_ttl_s,
         store_cache_bytes=config.store_cache_bytes,
         recorder=recorder,
-        setup=use_threads(config.torch_threads, config.decode_workers),
+        setup=use_threads(config.torch_threads, config.processes_of("decode")),
         on_crash=on_crash,
     )

@@ -166,12 +166,11 @@ def cluster_of(config: ServeConfig, gpu_share: float) -> ClusterConfig:
     roles = {"worker": ("both", max(config.prefill_workers, config.decode_workers))}
     if config.role == "split":
         roles = {"prefill": ("prefill", config.prefill_workers), "decode": ("decode", config.decode_workers)}
-    resources = {"num_cpus": 1, "num_gpus": gpu_share}
     return ClusterConfig.model_validate(
         {
             "settings": config.model_dump(),
             "groups": [
-                {"name": name, "role": role, "replicas": replicas, "resources": resources}
+                {"name": name, "role": role, "replicas": replicas, "resources": _resources(config, role, gpu_share)}
                 for name, (role, replicas) in roles.items()
             ],
             "drain_s": config.grace_s,
@@ -180,16 +179,30 @@ def cluster_of(config: ServeConfig, gpu_share: float) -> ClusterConfig:
     )
 
 
+def _resources(config: ServeConfig, role: str, gpu_share: float) -> dict[str, float]:
+    """Of a worker on a machine: what is there of a GPU for each, but a whole one for each of several ranks."""
+    ranks = config.ranks_of(role)
+    return {"num_cpus": 1, "num_gpus": ranks if ranks > 1 and gpu_share else gpu_share}
+
+
+def _check_ranks(group: WorkerGroup, config: ServeConfig) -> None:
+    ranks, num_gpus = config.ranks_of(group.role), group.resources.num_gpus
+    if config.device != "cpu" and ranks > 1 and num_gpus != ranks:
+        raise ConfigError(
+            f"groups.{group.name}.resources.num_gpus: got {num_gpus:g} for {ranks} ranks that have a GPU each; "
+            f"allowed: {ranks}"
+        )
+
+
 def _worker_group(cluster: ClusterConfig, group: WorkerGroup) -> WantedGroup:
     given = _merged(cluster, group)
     given["role"] = "both" if group.role == "both" else "split"
     if "prefill_workers" not in given:
         # workers of a cluster have their share of a node's cores; those of one machine divide it among them
         given.setdefault("torch_threads", max(1, int(group.resources.num_cpus)))
-    size = group.range
-    return _wanted(
-        group, group.role, _checked(given, _place(group)), size.min, size.max, group.max_surge, group.max_unavailable
-    )
+    size, config = group.range, _checked(given, _place(group))
+    _check_ranks(group, config)
+    return _wanted(group, group.role, config, size.min, size.max, group.max_surge, group.max_unavailable)
 
 
 def _gateway_group(cluster: ClusterConfig, group: GatewayGroup, workers: Iterable[WantedGroup]) -> WantedGroup:

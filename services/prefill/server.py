@@ -170,7 +170,7 @@ def make_prefill_service(
     """The service as a process of this configuration runs it."""
     # a GPU runs a pack in milliseconds, and fewer, larger calls of attention in less time
     chunk_tokens = config.chunk_tokens or (CPU_CHUNK_TOKENS if model.device.type == "cpu" else PACK_TOKENS)
-    use_own_threads = use_threads(config.torch_threads, config.prefill_workers)
+    use_own_threads = use_threads(config.torch_threads, config.processes_of("prefill"))
 
     def setup() -> None:
         use_own_threads()

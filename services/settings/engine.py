@@ -42,6 +42,18 @@ class EngineSettings(Settings):
         description="decode steps after which a request makes room for one that waits, in the host memory that "
         "kv_offloading_bytes gives; 0 = never",
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="processes, with a GPU each, that hold the model of a worker together"
+    )
+    prefill_tensor_parallel_size: int | None = Field(
+        None, ge=1, le=64, description="the same for prefill workers; default: tensor_parallel_size"
+    )
+    decode_tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="the same for decode workers, which park nothing then; default: tensor_parallel_size",
+    )
     chunk_tokens: int | None = Field(
         None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"
     )
@@ -58,3 +70,8 @@ class EngineSettings(Settings):
         if 0 < value < MIB:
             raise ValueError(f"must be 0, or at least {MIB}, one page")
         return value
+
+    def ranks_of(self, role: str) -> int:
+        """Processes that hold the model of a worker of a role together."""
+        own = {"prefill": self.prefill_tensor_parallel_size, "decode": self.decode_tensor_parallel_size}.get(role)
+        return own or self.tensor_parallel_size

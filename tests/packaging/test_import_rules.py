@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.fleet_commands": ("services.fleet", SERVICES_ROOT),
     "services.actors": (*WORKER, "services.prefill", "services.decode", "services.gateway", "services.fleet"),
     "services.fleet": ("services.gateway.membership", "services.settings", SERVICES_ROOT),
+    "services.ranks": (*WORKER, "services.prefill", "services.decode"),
     "services.settings": ("kvstore",),
     "services.metrics": ("services.settings", *SERVICES_BASE),
     "services.config": ("services.settings", "kvstore"),
