@@ -215,7 +215,7 @@ class Worker(Host):
     def _start(self) -> str:
         config = self._config
         # torch is loaded here, in the worker, and not in the driver or the gateway
-        model, self._children = load_parallel_model(config, self._role, WORKER_HOST)
+        model, self._children = load_parallel_model(config, self._role, self._node)
         self._metrics = WorkerMetrics(config.model_name, self._worker_id, self._role)
         self._metrics.watch_gpu(model.device)
         store = self._loop.run(self._open_store()) if "decode" in self.roles else None
@@ -236,7 +236,11 @@ class Worker(Host):
 
     def stop(self, grace_s: float) -> None:
         """See `Host`."""
-        self._loop.run(self._worker.stop(grace_s))
+        if self._children is None:
+            self._loop.run(self._worker.stop(grace_s))
+            return
+        with self._children.ending():
+            self._loop.run(self._worker.stop(grace_s))
 
     async def _account(self) -> Report:
         load: dict[str, int] = {}

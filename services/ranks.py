@@ -16,7 +16,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import InternalError
@@ -62,9 +63,11 @@ class Children:
         if not self._ending:
             self._lost()
 
-    def stop(self) -> None:
-        """Wait for them to end, as their engines have been told, and end those that do not."""
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """While their engines tell them to end; then wait for that, and end those that do not."""
         self._ending = True
+        yield
         for child in self._processes:
             try:
                 child.wait(WAIT_S)
