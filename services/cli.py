@@ -16,6 +16,7 @@ from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
 from .cli_eval import register as register_eval
 from .cli_fleet import register as register_fleet
+from .cli_keys import register as register_keys
 from .cli_loadtest import register as register_loadtest
 from .cli_options import Service, connecting
 from .cli_plan import register as register_plan
@@ -228,6 +229,7 @@ register_eval(app)
 register_bench(app)
 register_sessions(app)
 register_fleet(app)
+register_keys(app)
 register_plan(app)
 register_loadtest(app)
 

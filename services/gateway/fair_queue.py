@@ -16,6 +16,7 @@ from ...kvstore.identity import TenantId
 from ..keys import UNLIMITED, TenantLimits
 
 CLASSES = ("high", "normal", "low")
+LEAST_SHARE = 0.01  # of what ends, that a class is taken to get beside higher ones
 _numbers = count()
 
 
@@ -45,7 +46,7 @@ class _Tenant:
     limits: TenantLimits = UNLIMITED
     used: float = 0.0  # tokens / weight
     waiting: deque[Place] = field(default_factory=deque)
-    running: int = 0  # requests
+    running: int = 0  # choices
 
     @property
     def is_busy(self) -> bool:
@@ -81,17 +82,23 @@ class FairQueue:
         return min(share - len(own.waiting), 2 * max_waiting - self._length)
 
     def ahead(self, place: Place) -> float:
-        """Choices that would start before a request that came now, those of other tenants in the mean."""
+        """Choices that would start before a request that came now, in the mean: those that wait, and those that other
+        tenants go on to ask for, as what they have running says. Between tenants of a class shares are by weight."""
         own = self._tenants.get(place.tenant, _Tenant())
-        before = own.num_waiting
-        shared = (before + place.need) / place.limits.weight
-        total = float(before)
-        for name, one in self._tenants.items():
-            if name == place.tenant or one.rank > place.rank:
-                continue
-            waiting = one.num_waiting
-            total += waiting if one.rank < place.rank else min(waiting, shared * one.limits.weight)
-        return total
+        others = [one for name, one in self._tenants.items() if name != place.tenant and one.rank <= place.rank]
+        higher = [one for one in others if one.rank < place.rank]
+        equal = [one for one in others if one.rank == place.rank]
+        mine = own.num_waiting + place.need
+        waiting = sum(one.num_waiting for one in higher)
+        waiting += sum(min(one.num_waiting, mine / place.limits.weight * one.limits.weight) for one in equal)
+        running = max(1, sum(one.running for one in self._tenants.values()))
+        weights = sum(one.limits.weight for one in equal if one.is_busy)
+        left = 1 - sum(one.running for one in higher) / running
+        share = max(
+            left - sum(one.running for one in equal) / running,
+            left * place.limits.weight / (place.limits.weight + weights),
+        )
+        return max(waiting + own.num_waiting, mine / max(share, LEAST_SHARE) - place.need)
 
     def add(self, place: Place) -> None:
         """Have a request wait."""
@@ -120,7 +127,7 @@ class FairQueue:
         tenant = self._tenants[place.tenant]
         tenant.waiting.remove(place)
         self._length -= 1
-        tenant.running += 1
+        tenant.running += place.need
         tenant.used += place.tokens / tenant.limits.weight
 
     def end(self, place: Place, used_tokens: float | None = None) -> None:
@@ -130,7 +137,7 @@ class FairQueue:
             used_tokens: what it really took; None = what was charged.
         """
         tenant = self._tenants[place.tenant]
-        tenant.running -= 1
+        tenant.running -= place.need
         if used_tokens is not None:
             tenant.used += (used_tokens - place.tokens) / tenant.limits.weight
         self._forget(place.tenant)

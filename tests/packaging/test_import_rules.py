@@ -27,6 +27,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "loadtest": ("client",),
     "evals": (*WORKER, "services.prefill", "services.decode", "client"),
     "benchmarks": (*WORKER, "services.prefill", "services.decode", "client", "evals"),
+    **dict.fromkeys(
+        ("benchmarks.overload", "benchmarks.overload_service", "benchmarks.overload_simulated"),
+        ("protos", "compression.recipe", "kvstore", "client", "evals", "benchmarks", "services.gateway", SERVICES_ROOT),
+    ),
     "services.cli": ("",),
     "services.cli_eval": ("evals", "services.cli_options"),
     "services.cli_bench": ("benchmarks", "services.cli_options"),

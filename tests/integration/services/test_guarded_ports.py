@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -216,3 +218,33 @@ def test_files_that_hold_no_such_thing_stop_the_start(authority, tmp_path, setti
     other = authority.issue("another")
     with pytest.raises(ConfigError, match="tls_cert_file"):
         check_files(load_config(good | {"tls_key_file": str(other.key)}))
+
+
+async def test_a_gateway_listens_on_its_address_alone(make_fleet):
+    before = listening()
+    fleet = await make_fleet(host="127.8.4.2", http=True, http_port=0, workers=False)
+    port = int(fleet.address.rpartition(":")[2])
+    added = listening() - before
+    assert len(added) == 2, "gRPC and HTTP"
+    assert {host for host, _ in added} == {"127.8.4.2"}
+    assert port in {port for _, port in added}
+
+
+def listening() -> set[tuple[str, int]]:
+    """Addresses on which this process listens, as the kernel has them."""
+    own = {
+        os.stat(f"/proc/self/fd/{fd}").st_ino
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    }
+    found = set()
+    for table, size in (("/proc/net/tcp", 4), ("/proc/net/tcp6", 16)):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            host, port = fields[1].split(":")
+            if fields[3] == "0A" and int(fields[9]) in own:
+                words = bytes.fromhex(host)
+                packed = b"".join(words[i : i + 4][::-1] for i in range(0, size, 4))
+                address = ipaddress.ip_address(packed)
+                found.add((str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)))
+    return found

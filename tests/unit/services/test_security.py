@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsluice.errors import ConfigError, PermissionDenied, Unauthenticated
+from kvsluice.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from kvsluice.protos import generation_pb2, worker_pb2
-from kvsluice.services import security
+from kvsluice.services import cli_keys, security
 from kvsluice.services.config import ServeConfig, config_keys, load_config
 from kvsluice.services.keys import KeysFile, TenantLimits, new_key, parse_keys
-from kvsluice.services.security import METHODS, FleetGuard, FleetSecurity, OpenGuard, Role, with_fleet_tokens
+from kvsluice.services.security import METHODS, Caller, FleetGuard, FleetSecurity, OpenGuard, Role, with_fleet_tokens
 
 KEY, OTHER, SCRAPER, CHIEF = (f"{name}-key-of-16-or-more" for name in ("first", "other", "scraper", "chief"))
 TOKEN = "t" * 32
@@ -196,6 +196,16 @@ def test_new_keys_are_long_and_different():
     made = {new_key() for _ in range(100)}
     assert len(made) == 100
     assert parse_keys("\n".join(made), False, "keys").callers.keys()
+
+
+def test_the_command_makes_a_key_and_its_line(capsys):
+    cli_keys.new("alice", "admin")
+    key, line = (said.partition(": ")[2] for said in capsys.readouterr().out.splitlines())
+    keys = parse_keys(f"keys:\n  {line}", True, "keys.yaml")
+    assert keys.callers == {hashlib.sha256(key.encode()).digest(): Caller(Role.ADMIN, "alice")}
+    for tenant, role in (("a:b", "client"), ("", "client"), ("alice", "fleet")):
+        with pytest.raises(InvalidRequest):
+            cli_keys.new(tenant, role)
 
 
 def test_the_fleets_tokens(tmp_path):
