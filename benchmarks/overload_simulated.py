@@ -19,7 +19,7 @@ from ..errors import Overloaded
 from ..kvstore.identity import TenantId
 from ..services.gateway.admission import AdmissionPolicy, Ask
 from ..services.gateway.fair_queue import Place
-from ..services.gateway.waits import Throughput
+from ..services.gateway.waits import Backlog, Throughput
 from ..services.keys import TenantLimits
 
 
@@ -112,7 +112,9 @@ class Simulation:
         self._rate, self._slo_s = rate, slo_ttft_s
         self._source, self._numbers = random.Random(seed), count()
         self.now_s = 0.0
-        self.policy = AdmissionPolicy(engine.max_num_seqs, max_queue, lambda: self.now_s, max_ttft_s)
+        self.policy = AdmissionPolicy(
+            engine.max_num_seqs, max_queue, lambda: self.now_s, max_ttft_s, backlog=self._backlog
+        )
         self._throughput = Throughput(lambda: self.now_s)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._pending: list[tuple[Place, int]] = []  # prompts that run or wait to, with their tokens
@@ -139,9 +141,7 @@ class Simulation:
         prompt, answer = self._shape.draw(self._source)
         counts = self._begin_s <= self.now_s
         self.outcome.offered += counts
-        pending = sum(tokens for _, tokens in self._pending)
-        prefill_s = self._throughput.seconds(pending + prompt) if pending else 0.0
-        ask = Ask(1, TenantId(tenant.name), tenant.limits, prompt, prefill_s=prefill_s)
+        ask = Ask(1, TenantId(tenant.name), tenant.limits, prompt)
         try:
             place, starts = self.policy.offer(ask)
         except Overloaded as exc:
@@ -150,6 +150,9 @@ class Simulation:
         self._asked[place] = (self.now_s, tenant.name, prompt, answer)
         if starts:
             self._start(place)
+
+    def _backlog(self) -> Backlog:
+        return Backlog([tokens for _, tokens in self._pending], 1, self._throughput.seconds(1))
 
     def _start(self, place: Place) -> None:
         tokens = self._asked[place][2]
@@ -176,6 +179,8 @@ class Simulation:
             self.outcome.late += not good
             self.outcome.good_of[tenant] += good
         self._at(self.now_s + answer * self._engine.step_s, lambda: self._ended(place))
+        for started in self.policy.go_on():
+            self._start(started)
 
     def _ended(self, place: Place) -> None:
         asked_s, tenant, prompt, answer = self._asked.pop(place)

@@ -19,6 +19,7 @@ from ..keys import UNLIMITED, TenantLimits
 from ..security import NO_TENANT
 from .fair_queue import FairQueue, Place
 from .quotas import Quotas
+from .waits import Backlog
 
 WEIGHT = 1 / 16  # of the request that ended last in the means
 FIRST_ANSWER_TOKENS = 256.0  # what an answer is taken for until some have ended
@@ -34,7 +35,6 @@ class Ask:
         prompt_tokens: as far as they are known before the prompt is tokenized.
         max_tokens: of the answer, at most; None = not known.
         remaining_s: until its deadline.
-        prefill_s: how long prompts that are being run and this one's take, as far as that is known; 0 = none is.
     """
 
     num_choices: int = 1
@@ -43,7 +43,6 @@ class Ask:
     prompt_tokens: int = 0
     max_tokens: int | None = None
     remaining_s: float = math.inf
-    prefill_s: float = 0.0
 
 
 class AdmissionPolicy:
@@ -56,6 +55,7 @@ class AdmissionPolicy:
         clock: monotonic seconds.
         max_ttft_s: who would get its first token later than that is sent away; None = the deadline counts alone.
         burst_s: see `Quotas`.
+        backlog: of prompts that are being run, or about to be.
     """
 
     def __init__(
@@ -65,12 +65,14 @@ class AdmissionPolicy:
         clock: Callable[[], float] = time.monotonic,
         max_ttft_s: float | None = None,
         burst_s: float = BURST_S,
+        backlog: Callable[[], Backlog] = Backlog,
     ) -> None:
         self._max_running, self._max_waiting = max_running, max_waiting
         self._clock = clock
         self._max_ttft_s = math.inf if max_ttft_s is None else max_ttft_s
         self._queue, self._quotas = FairQueue(), Quotas(burst_s)
         self._started_s: dict[Place, float] = {}
+        self._backlog = backlog
         self._free = max_running
         self._held_s: float | None = None  # how long a request holds its room, in the mean
         self._answer_tokens = FIRST_ANSWER_TOKENS
@@ -91,12 +93,30 @@ class AdmissionPolicy:
         self._max_running = max_running
         return self._start_waiting()
 
+    def go_on(self) -> list[Place]:
+        """A prompt has run. Returns who starts."""
+        return self._start_waiting()
+
     def wait_s(self, ask: Ask) -> float:
         """How long a request that comes now would wait for room, by how long others held theirs; 0 where that is not
         known."""
         place = self._place(ask)
         ahead = self._queue.ahead(place) + place.need - self._free
-        return 0.0 if ahead <= 0 or self._held_s is None else ahead * self._held_s / self._max_running
+        room_s = 0.0 if ahead <= 0 or self._held_s is None else ahead * self._held_s / self._max_running
+        return max(room_s, self._prompts_s(place))
+
+    def _prompts_s(self, place: Place) -> float:
+        """How long a request waits until prompts that come before it have run."""
+        own = place.prompt_tokens
+        if not self._queue or self._queue_jumps(place):
+            return 0.0
+        before = self._queue.ahead(place, lambda one: min(one.prompt_tokens, own))
+        return max(0.0, self._backlog().seconds(own, before) - self._backlog().seconds(own))
+
+    def _queue_jumps(self, place: Place) -> bool:
+        """Whether it would be its turn at once."""
+        first = self._queue.first()
+        return first is None or place.rank < first.rank
 
     def offer(self, ask: Ask) -> tuple[Place, bool]:
         """Take a request. Returns its place, and whether it starts now; it waits otherwise.
@@ -144,15 +164,15 @@ class AdmissionPolicy:
     def _place(self, ask: Ask) -> Place:
         need = min(ask.num_choices, self._max_running)
         answer = min(self._answer_tokens, math.inf if ask.max_tokens is None else ask.max_tokens)
-        return Place(ask.tenant, ask.limits, need, ask.prompt_tokens + ask.num_choices * answer)
+        prompt = ask.prompt_tokens
+        return Place(ask.tenant, ask.limits, need, prompt, prompt + ask.num_choices * answer)
 
     def _check_wait(self, ask: Ask, place: Place) -> None:
-        first = self._queue.first()
-        starts = self._fits(place) and (first is None or place.rank < first.rank)
+        starts = self._fits(place) and self._queue_jumps(place)
         wait_s = 0.0 if starts else self.wait_s(ask)
         if not starts and self._queue.room(ask.tenant, ask.limits, self._max_waiting) < 1:
             raise Overloaded(f"the queue is full ({len(self._queue)} requests wait already)", wait_s, "queue_full")
-        ttft_s = wait_s + ask.prefill_s
+        ttft_s = wait_s + self._backlog().seconds(place.prompt_tokens)
         if not self._started_s or ttft_s == 0:
             return  # a guess that keeps everybody out would never be put right
         if ttft_s > ask.remaining_s:
@@ -168,7 +188,9 @@ class AdmissionPolicy:
         self._queue.start(place)
 
     def _fits(self, place: Place) -> bool:
-        return place.need <= self._free or not self._started_s
+        """Whether there is room. Prompts wait here, where turns are fair, rather than before a prefill worker."""
+        has_room = place.need <= self._free and self._backlog().has_room(place.prompt_tokens)
+        return has_room or not self._started_s
 
     def _start_waiting(self) -> list[Place]:
         started = []
@@ -218,6 +240,10 @@ class Admission:
     def resize(self, max_running: int) -> None:
         """See `AdmissionPolicy`."""
         self._wake(self._policy.resize(max_running))
+
+    def go_on(self) -> None:
+        """See `AdmissionPolicy`."""
+        self._wake(self._policy.go_on())
 
     def answered(self, num_tokens: float) -> None:
         """See `AdmissionPolicy`."""

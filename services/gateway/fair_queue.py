@@ -9,6 +9,7 @@ request starts, and settled when it ends. Pure: no clock, no tasks.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -26,12 +27,14 @@ class Place:
 
     Attributes:
         need: choices that it takes up.
+        prompt_tokens: of it, as far as they are known.
         tokens: of prompt and answer, as far as they are known; what its tenant is charged.
     """
 
     tenant: TenantId
     limits: TenantLimits
     need: int
+    prompt_tokens: int
     tokens: float
     number: int = field(default_factory=lambda: next(_numbers))
 
@@ -39,6 +42,11 @@ class Place:
     def rank(self) -> int:
         """Of its class; the smallest goes first."""
         return CLASSES.index(self.limits.priority)
+
+
+def choices(place: Place) -> float:
+    """Of a request."""
+    return place.need
 
 
 @dataclass
@@ -56,10 +64,8 @@ class _Tenant:
     def rank(self) -> int:
         return CLASSES.index(self.limits.priority)
 
-    @property
-    def num_waiting(self) -> int:
-        """Choices."""
-        return sum(place.need for place in self.waiting)
+    def waits(self, size: Callable[[Place], float]) -> float:
+        return sum(map(size, self.waiting))
 
 
 class FairQueue:
@@ -81,16 +87,21 @@ class FairQueue:
         share = max(1, int(max_waiting * limits.weight / (weights + limits.weight))) if max_waiting else 0
         return min(share - len(own.waiting), 2 * max_waiting - self._length)
 
-    def ahead(self, place: Place) -> float:
-        """Choices that would start before a request that came now, in the mean: those that wait, and those that other
-        tenants go on to ask for, as what they have running says. Between tenants of a class shares are by weight."""
+    def ahead(self, place: Place, size: Callable[[Place], float] = choices) -> float:
+        """What would start before a request that came now, in the mean: that which waits, and what other tenants go on
+        to ask for, as what they have running says. Between tenants of a class shares are by weight.
+
+        Args:
+            size: what is added up, such as choices.
+        """
         own = self._tenants.get(place.tenant, _Tenant())
         others = [one for name, one in self._tenants.items() if name != place.tenant and one.rank <= place.rank]
         higher = [one for one in others if one.rank < place.rank]
         equal = [one for one in others if one.rank == place.rank]
-        mine = own.num_waiting + place.need
-        waiting = sum(one.num_waiting for one in higher)
-        waiting += sum(min(one.num_waiting, mine / place.limits.weight * one.limits.weight) for one in equal)
+        own_waiting = own.waits(size)
+        mine = own_waiting + size(place)
+        waiting = sum(one.waits(size) for one in higher)
+        waiting += sum(min(one.waits(size), mine / place.limits.weight * one.limits.weight) for one in equal)
         running = max(1, sum(one.running for one in self._tenants.values()))
         weights = sum(one.limits.weight for one in equal if one.is_busy)
         left = 1 - sum(one.running for one in higher) / running
@@ -98,7 +109,7 @@ class FairQueue:
             left - sum(one.running for one in equal) / running,
             left * place.limits.weight / (place.limits.weight + weights),
         )
-        return max(waiting + own.num_waiting, mine / max(share, LEAST_SHARE) - place.need)
+        return max(waiting + own_waiting, mine / max(share, LEAST_SHARE) - size(place))
 
     def add(self, place: Place) -> None:
         """Have a request wait."""

@@ -91,8 +91,10 @@ class Intake:
                 config.max_queue,
                 max_ttft_s=config.max_ttft_s,
                 burst_s=config.tenant_burst_s,
+                backlog=self.pool.backlog,
             )
         )
+        self.pool.on_prefilled = self.admission.go_on
         self._limits = limits
         self.draining = False
         self._config = config
@@ -273,7 +275,6 @@ class Intake:
             prompt_tokens=prompt_tokens,
             max_tokens=checked.max_tokens,
             remaining_s=deadline_s - time.monotonic(),
-            prefill_s=self.pool.prefill_s(prompt_tokens),
         )
 
     async def _run(self, job: Job, write: Write, held: Held) -> None:

@@ -243,6 +243,7 @@ class PrefillLink(Link):
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
         self._throughput = Throughput()
+        self.on_prefilled: Callable[[], None] = lambda: None
 
     def load(self) -> PrefillLoad:
         return PrefillLoad(self.member.worker_id, max(sum(self._ours.values()), self.info.pending_tokens))
@@ -252,10 +253,16 @@ class PrefillLink(Link):
         """How long a prompt that comes now would wait until it is its turn, as far as that is known."""
         return self._throughput.seconds(self.load().pending_tokens)
 
-    def prefill_s(self, num_tokens: int) -> float:
-        """How long its prompts and one more of so many tokens take, as far as that is known; 0 where it runs none."""
-        pending = self.load().pending_tokens
-        return self._throughput.seconds(pending + num_tokens) if pending else 0.0
+    def prompts(self) -> list[int]:
+        """Tokens of each prompt that has not run; those of other gateways are taken for one."""
+        ours = list(self._ours.values())
+        others = self.info.pending_tokens - sum(ours)
+        return [*ours, others] if others > 0 else ours
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of prompts, as far as that is known; 0 = it is not."""
+        return self._throughput.seconds(1)
 
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
@@ -272,7 +279,8 @@ class PrefillLink(Link):
 
     def done(self, request_id: str, epoch: int) -> None:
         """The prompt no longer counts as pending."""
-        self._ours.pop((request_id, epoch), None)
+        if self._ours.pop((request_id, epoch), None) is not None:
+            self.on_prefilled()
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
         self._stub = PrefillWorkerStub(channel)

@@ -19,6 +19,7 @@ from ..security import FleetSecurity
 from .links import DecodeLink, LinkSettings, PrefillLink, WorkerModel
 from .membership import Member, Membership
 from .routing import pick_decode, pick_prefill
+from .waits import Backlog
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -45,6 +46,7 @@ class WorkerPool:
         self._task: Task[None] | None = None
         self._changed = Event()
         self.generation = 0  # of the membership that routes go by
+        self.on_prefilled: Callable[[], None] = lambda: None  # called when a prompt has run, or was given up
         self.model: WorkerModel | None = None  # of the workers picked last; kept while none is there
 
     def start(self) -> None:
@@ -89,10 +91,12 @@ class WorkerPool:
             waits[worker_id] = max(waits.get(worker_id, 0.0), link.wait_s)
         return waits
 
-    def prefill_s(self, num_tokens: int) -> float:
-        """How long the prompts that are being run and one of so many tokens take on the worker that is through first,
-        as far as that is known; 0 where one runs none."""
-        return min((link.prefill_s(num_tokens) for link in self._prefills()), default=0.0)
+    def backlog(self) -> Backlog:
+        """The prompts that prefill workers have not run."""
+        links = self._prefills()
+        known = [link.seconds_per_token for link in links if link.seconds_per_token]
+        prompts = [tokens for link in links for tokens in link.prompts()]
+        return Backlog(prompts, max(1, len(links)), sum(known) / len(known) if known else 0.0)
 
     @property
     def changed(self) -> Event:
@@ -219,6 +223,8 @@ class WorkerPool:
         config = self._config
         settings = LinkSettings(config.max_frame_bytes, config.worker_lease_s, FleetSecurity.of(config))
         link = kind(member, settings, self._notify)
+        if isinstance(link, PrefillLink):
+            link.on_prefilled = lambda: self.on_prefilled()
         link.start()
         return link
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 RECENT_S = 10.0
 MAX_RECENT = 64
+AHEAD_S = 0.25  # of prompts that prefill workers are given ahead of those that they run
+PROMPTS_AHEAD = 2  # that each is given whatever they take, so that none waits for the next one
 WEIGHT = 0.3  # of the newest prompt in the mean of a worker's speed
 
 
@@ -82,3 +85,33 @@ class Throughput:
     def seconds(self, num_tokens: int) -> float:
         """How long so many tokens take; 0 where that is not known."""
         return num_tokens * (self._seconds_per_token or 0.0)
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The prompts that prefill workers have not run. They take turns: a prompt waits for no more of a longer one than
+    it is long itself.
+
+    Attributes:
+        prompts: tokens of each.
+        num_workers: that run them.
+        seconds_per_token: of a worker; 0 = not known.
+    """
+
+    prompts: Sequence[int] = ()
+    num_workers: int = 1
+    seconds_per_token: float = 0.0
+
+    def seconds(self, own: float, others: float = 0.0) -> float:
+        """How long a prompt of `own` tokens takes that is given to a worker once `others` tokens have been, as far as
+        that is known; 0 where nothing is run: what nothing proves wrong keeps nobody out."""
+        if not self.prompts:
+            return 0.0
+        ahead = sum(min(tokens, own) for tokens in self.prompts) + others
+        return self.seconds_per_token * (ahead / self.num_workers + own)
+
+    def has_room(self, own: float) -> bool:
+        """Whether a prompt of `own` tokens should be given to a worker now, rather than wait where turns are fair."""
+        ahead = sum(min(tokens, own) for tokens in self.prompts)
+        ahead_s = self.seconds_per_token * ahead / self.num_workers
+        return ahead_s <= AHEAD_S or len(self.prompts) < PROMPTS_AHEAD * self.num_workers

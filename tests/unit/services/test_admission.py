@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvsluice.errors import Overloaded
 from kvsluice.services.gateway.admission import Admission, AdmissionPolicy, Ask
+from kvsluice.services.gateway.waits import Backlog
 from kvsluice.services.keys import TenantLimits
 
 
@@ -113,24 +114,39 @@ def test_who_would_wait_past_its_deadline_is_sent_away_at_once():
 
 
 def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
-    clock = Clock()
-    policy = AdmissionPolicy(4, 50, clock, max_ttft_s=6.0)
+    clock, running = Clock(), []
+    policy = AdmissionPolicy(4, 50, clock, max_ttft_s=6.0, backlog=lambda: Backlog(running, 1, 0.01))
     run_some(policy, clock, 100, 8.0)
     fill(policy, 3)
-    error = refusal(policy, prefill_s=7.0)
-    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(1)), "prompts that are ahead count"
-    fill(policy, 2, prefill_s=3.0)
-    assert policy.num_waiting == 1
-    fill(policy, 1, prefill_s=1.0)
-    error = refusal(policy, prefill_s=1.0)
-    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(1)), "and the queue: 3 × 8 s / 4, and 1 s"
+    running[:] = [600]
+    error = refusal(policy, prompt_tokens=400)
+    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(2)), "prompts that are ahead count"
+    fill(policy, 1, prompt_tokens=100)  # it waits for no more of the longer one than it is long itself
+    running.clear()
+    fill(policy, 3)
+    assert policy.num_waiting == 3
+    error = refusal(policy)
+    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(2)), "and the queue: 4 × 8 s / 4"
+
+
+def test_prompts_wait_where_turns_are_fair():
+    running = []
+    policy = AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.01))
+    fill(policy, 1)
+    running[:] = [1000, 1000]
+    long, short = (policy.offer(Ask(prompt_tokens=tokens, tenant=f"t{tokens}"))[0] for tokens in (500, 10))
+    assert not policy.runs(long), "two prompts are ahead of it already"
+    other = policy.offer(Ask(prompt_tokens=10, limits=limits(priority="high")))[0]
+    assert policy.runs(other), "a short one slips in between those that run"
+    running[:] = [1000]
+    assert policy.go_on() == [long, short], "a prompt has run"
 
 
 def test_a_wrong_guess_keeps_nobody_out_for_ever():
     clock = Clock()
     policy = AdmissionPolicy(1, 50, clock, max_ttft_s=1.0)
     run_some(policy, clock, 1, 3600.0)
-    place, starts = policy.offer(Ask(remaining_s=5.0, prefill_s=99.0))
+    place, starts = policy.offer(Ask(remaining_s=5.0))
     assert starts, "nothing runs: only by running is it put right"
     assert refusal(policy).reason == "ttft"
     policy.end(place, 1)
