@@ -187,8 +187,8 @@ class Link:
         else:
             return
         if said != self._said:
-            log.error("%s", said)
             self._said = said
+            log.error("%s", said)
 
     def _set_up(self, up: bool) -> None:
         if up == self.up:
@@ -255,9 +255,8 @@ class PrefillLink(Link):
 
     def prompts(self) -> list[int]:
         """Tokens of each prompt that has not run; those of other gateways are taken for one."""
-        ours = list(self._ours.values())
-        others = self.info.pending_tokens - sum(ours)
-        return [*ours, others] if others > 0 else ours
+        others = self.info.pending_tokens - sum(self._ours.values())
+        return [*self._ours.values(), *([others] if others > 0 else [])]
 
     @property
     def seconds_per_token(self) -> float:
