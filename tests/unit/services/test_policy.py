@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from kvsluice.services.gateway.job import GATEWAYS, Epochs
 from kvsluice.services.gateway.membership import Member, MembershipTable
 from kvsluice.services.gateway.routing import DecodeLoad, PrefillLoad, pick_decode, pick_prefill
+from kvsluice.services.gateway.waits import Throughput, Waits
 
 
 def decode(worker_id="a", free=1000, waiting=0, running=0, ours=0):
@@ -33,6 +35,60 @@ def test_prefill_is_picked_by_pending_tokens():
     assert pick_prefill([]) is None
     assert pick_prefill([PrefillLoad("a", 10), PrefillLoad("b", 9)]) == "b"
     assert pick_prefill([PrefillLoad("b", 1), PrefillLoad("a", 1)]) == "a"
+
+
+def test_epochs_of_two_gateways_grow_and_are_never_the_same():
+    one, other = Epochs(0), Epochs(1)
+    ours, theirs = [one.next() for _ in range(500)], [other.next() for _ in range(500)]
+    assert ours == sorted(set(ours)) and not set(ours) & set(theirs)
+    # whoever goes on with a sequence is above whoever had it, whatever their clocks say
+    ahead = theirs[-1] + 10**9 * GATEWAYS
+    first, second = one.next(above=ahead), other.next(above=ahead)
+    assert ahead < first < one.next() < 2**63 and ahead < second
+    assert (first % GATEWAYS, second % GATEWAYS) == (0, 1)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_waits_are_those_that_ended_lately_or_go_on():
+    clock = Clock()
+    waits = Waits(clock)
+    assert waits.seconds() == 0.0
+    waits.begin(("a", 1))
+    waits.begin(("b", 1))
+    clock.now = 2.0
+    waits.end(("a", 1))
+    waits.drop(("b", 1))
+    assert waits.seconds() == 2.0
+    waits.begin(("c", 1))
+    clock.now = 7.0
+    assert waits.seconds() == 5.0
+    waits.clear()
+    clock.now = 100.0
+    assert waits.seconds() == 0.0
+
+
+def test_throughput_leaves_idle_time_out():
+    clock = Clock()
+    speed = Throughput(clock)
+    assert speed.seconds(100) == 0.0
+    speed.begin(idle=True)
+    clock.now = 1.0
+    speed.end(100)
+    assert speed.seconds(50) == 0.5
+    clock.now = 500.0
+    speed.begin(idle=True)
+    speed.begin(idle=False)
+    clock.now = 501.0
+    speed.end(100)
+    clock.now = 502.0
+    speed.end(100)
+    assert abs(speed.seconds(100) - 1.0) < 1e-9
 
 
 async def settle():

@@ -1,0 +1,122 @@
+"""What a gateway makes of a fleet that changes: drained workers, other gateways, models that are not its own."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from kvsluice.client import AsyncClient
+from kvsluice.services.gateway.membership import Member
+from kvsluice.services.gateway.server import Gateway
+from kvsluice.tests.integration.services.conftest import CharTokenizer
+
+ANSWER = "Hello, worl"  # the script's last token ends it
+
+
+def decodes(fleet):
+    """Workers of the requests that were opened, by what gateways count as under way."""
+    return {worker for worker, uses in fleet.gateway.pool.uses.items() if uses and worker.startswith("decode")}
+
+
+async def test_a_draining_worker_keeps_what_it_has_and_gets_nothing_new(make_fleet, until):
+    fleet = await make_fleet()
+    gate = asyncio.Event()
+    fleet.script.gate = gate.wait
+    running = asyncio.create_task(fleet.client.generate("a", max_tokens=12))
+    await until(lambda: decodes(fleet) == {"decode-0"})
+    await fleet.members.drain("decode-0")
+    generation = fleet.members.generation
+    await until(lambda: fleet.gateway.pool.generation == generation)
+    assert not fleet.gateway.ready  # it alone can take requests
+
+    await fleet.add_worker("decode-1", "decode")
+    await fleet.until_ready()
+    later = asyncio.create_task(fleet.client.generate("b", max_tokens=12))
+    await until(lambda: decodes(fleet) == {"decode-0", "decode-1"})
+    gate.set()
+    assert (await running).text == (await later).text == ANSWER
+    assert (await running).durability.migrations == 0
+    assert not +fleet.gateway.pool.uses
+    await fleet.members.remove("decode-0")
+    assert (await fleet.client.generate("c", max_tokens=12)).text == ANSWER
+
+
+async def test_a_prefill_worker_is_free_to_go_once_its_prompt_is_decoded(make_fleet, until):
+    fleet = await make_fleet()
+    gate = asyncio.Event()
+    fleet.script.gate = gate.wait
+    running = asyncio.create_task(fleet.client.generate("a", max_tokens=12))
+    await until(lambda: fleet.gateway.pool.uses["prefill-0"] == 1)
+    await until(lambda: fleet.gateway.pool.uses["prefill-0"] == 0)
+    assert fleet.gateway.pool.uses["decode-0"] == 1
+    gate.set()
+    assert (await running).text == ANSWER
+
+
+async def test_a_worker_that_is_taken_away_in_the_middle_hands_its_streams_on(make_fleet, until):
+    fleet = await make_fleet()
+    gate = asyncio.Event()
+    fleet.script.gate = gate.wait
+    running = asyncio.create_task(fleet.client.generate("a", max_tokens=12))
+    await until(lambda: fleet.gateway.pool.uses["decode-0"] == 1)
+    await fleet.add_worker("decode-1", "decode")
+    await fleet.members.drain("decode-0")
+    await fleet.members.remove("decode-0")  # the time it was given is over
+    await until(lambda: fleet.gateway.pool.uses["decode-1"] == 1)
+    gate.set()
+    done = await running
+    assert (done.text, done.durability.migrations) == (ANSWER, 1)
+
+
+async def test_workers_of_another_model_are_none_of_a_gateways(make_fleet, until):
+    fleet = await make_fleet()
+    for role in ("prefill", "decode"):
+        member = Member(f"{role}-9", role, "127.0.0.1:1", "first", model="another")
+        await fleet.members.register(member)
+        await fleet.members.register(replace(member, worker_id=f"{role}-8", model="chars", max_num_seqs=3))
+    await until(lambda: fleet.gateway.pool.generation == fleet.members.generation)
+    assert {"prefill-8", "decode-8"} <= set(fleet.gateway.pool.wait_s)
+    assert not {"prefill-9", "decode-9"} & set(fleet.gateway.pool.wait_s)
+
+
+async def test_more_requests_are_let_in_where_there_are_more_workers(make_fleet, until):
+    fleet = await make_fleet(workers=False, max_num_seqs=1, max_queue=0)
+    gate = asyncio.Event()
+    fleet.script.gate = gate.wait
+    await fleet.add_worker("prefill-0", "prefill")
+    for name in ("decode-0", "decode-1"):
+        await fleet.add_worker(name, "decode")
+        member = next(m for m in fleet.members.view().members if m.worker_id == name)
+        await fleet.members.register(replace(member, max_num_seqs=1))
+    await until(lambda: fleet.gateway.pool.max_num_seqs == 2)
+    running = [asyncio.create_task(fleet.client.generate(text, max_tokens=12)) for text in "ab"]
+    await until(lambda: decodes(fleet) == {"decode-0", "decode-1"})
+    gate.set()
+    assert [(await one).text for one in running] == [ANSWER] * 2
+
+
+@pytest.fixture
+async def pair(make_fleet):
+    """Two gateways over the same workers."""
+    fleet = await make_fleet()
+    other = Gateway(fleet.config, CharTokenizer(), fleet.members, number=1)
+    address = await other.start()
+    client = AsyncClient(address, timeout_s=20.0)
+    while not other.ready:
+        await other.pool.changed.wait()
+    yield fleet, client
+    await client.close()
+    await other.stop()
+
+
+async def test_two_gateways_use_the_same_request_id_and_get_their_own_answers(pair):
+    fleet, other = pair
+    answers = await asyncio.gather(
+        *(client.generate("a", max_tokens=12, request_id="same") for client in (fleet.client, other))
+    )
+    assert {answer.text for answer in answers} == {ANSWER}
+    epochs = [one.epoch for one in fleet.script.opens]
+    assert len(set(epochs)) == 2
+    assert sorted(epoch % 1024 for epoch in epochs) == [0, 1]
