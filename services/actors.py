@@ -174,6 +174,8 @@ class Host:
                     os._exit(1)
             except (RayError, ValueError) as exc:
                 log.warning("%s cannot report to the controller: %s", self._worker_id, type(exc).__name__)
+            except Exception as exc:  # no report is lost for good by one that fails
+                log.error("%s cannot give an account of itself: %s", self._worker_id, where(exc))
             await asyncio.sleep(pause_s)
 
     async def _open_store(self) -> Store | None:

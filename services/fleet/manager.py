@@ -79,6 +79,7 @@ class Manager:
         self._token = secrets.token_hex(32)
         self._stopping = False
         self._changed = asyncio.Event()
+        self._looking = asyncio.Lock()
         self._tasks: set[Task[None]] = set()
         self._adopting_until_s = -1.0
         if kept is not None:
@@ -178,7 +179,11 @@ class Manager:
                 log.error("looking after the fleet failed: %s", where(exc))
 
     async def step(self) -> None:
-        """One look at everything."""
+        """One look at everything; two at once would start everybody twice."""
+        async with self._looking:
+            await self._step()
+
+    async def _step(self) -> None:
         if self.fleet is None or self._stopping:
             return
         now = self._now()
@@ -302,7 +307,12 @@ class Manager:
         replica.become("draining", self._now())
         if not replica.is_gateway:
             await self.table.remove(replica.worker_id)
-        await self._runtime.stop(replica.worker_id, grace_s)
+        try:
+            await self._runtime.stop(replica.worker_id, grace_s)
+        except KvsluiceError as exc:
+            log.error("%s is not ended yet: %s", replica.worker_id, exc.message)
+            replica.ending = False  # the next look tries again
+            return
         await self.table.remove(replica.worker_id)
         self.replicas.pop(replica.worker_id, None)
         replica.gone.set()

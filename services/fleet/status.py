@@ -73,6 +73,7 @@ def _worker(one: Replica, now: float) -> dict[str, Any]:
     shown |= {
         "seen_s": round(now - one.seen_s, 1),
         "address": report.address,
+        "http_address": report.http_address or None,
         "node": report.node,
         "pid": report.pid,
         "package": report.package,

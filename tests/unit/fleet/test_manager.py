@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvsluice.errors import ConfigError
+from kvsluice.errors import ConfigError, WorkerLost
 from kvsluice.services.config import ServeConfig
 from kvsluice.services.fleet.manager import Manager
 from kvsluice.services.fleet.report import GatewaySight, Load, Report
@@ -119,6 +119,35 @@ async def test_what_is_applied_is_started_and_belongs_once_it_reports():
     await one.go()
     assert one.members == {(name, False) for name in one.runtime.started}
     assert one.manager.status()["converged"]
+
+
+async def test_looks_at_once_start_nobody_twice():
+    one = World()
+    begin = one.runtime.start
+
+    async def slowly(*given):
+        await asyncio.sleep(0)
+        await begin(*given)
+
+    one.runtime.start = slowly
+    await asyncio.gather(one.manager.apply(cluster(decode=2)), *(one.manager.step() for _ in range(3)))
+    assert sorted(one.runtime.started) == ["decode-0", "decode-1", "gateway-0", "prefill-0"]
+
+
+async def test_one_that_cannot_be_ended_now_is_ended_later(world):
+    stop, tries = world.runtime.stop, []
+
+    async def refuse_once(worker_id, grace_s):
+        tries.append(worker_id)
+        if len(tries) == 1:
+            raise WorkerLost("Ray does not answer")
+        await stop(worker_id, grace_s)
+
+    world.runtime.stop = refuse_once
+    await world.manager.drain(["decode-0"], [])
+    await world.go()
+    await world.go()
+    assert "decode-0" not in world.states() and tries == ["decode-0", "decode-0"]
 
 
 async def test_all_processes_of_a_fleet_get_one_token_and_a_file_takes_its_place():
