@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import PurePosixPath
 
@@ -11,7 +12,7 @@ import yaml
 
 from kvsluice.services.keys import parse_keys
 
-from .conftest import EXAMPLES, Render, chart, render, selects
+from .conftest import CHART, EXAMPLES, Render, chart, render, selects
 
 # Secrets and claims that an operator makes beforehand, by example
 EXTERNAL = {
@@ -170,6 +171,14 @@ def test_budgets_and_monitors_select_what_they_are_for(example: Render):
         selector = monitor["spec"]["selector"]
         (service,) = [s for s in example.of("Service") if selects(selector, s["metadata"]["labels"])]
         assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_dashboards_are_the_files_as_they_are():
+    """Grafana's own braces are left alone."""
+    values = {"metrics": {"dashboards": {"enabled": True}}}
+    shown = render(values).one("ConfigMap", "-dashboards")["data"] or {}
+    files = {path.name: json.loads(path.read_text()) for path in (CHART / "dashboards").glob("*.json")}
+    assert {name: json.loads(text) for name, text in shown.items()} == files
 
 
 def test_generated_keys_are_a_file_of_keys():
