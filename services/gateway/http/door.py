@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
+import resource
 import socket
 from asyncio import Task
 from collections.abc import Iterator
@@ -21,8 +23,11 @@ from ..intake import Intake
 from .app import Boundary, Routes
 from .connections import BoundedProtocol, DoorConfig
 
+log = logging.getLogger("kvsluice.http")
+
 BACKLOG = 2048
 SEND_BUFFER_BYTES = 64 * 1024  # of the kernel, a connection: left to itself it takes megabytes that nobody reads
+OTHER_FILES = 512  # beside HTTP connections: gRPC's, workers', the store's
 CLOSE_S = 1  # for open connections to end by themselves
 
 
@@ -69,6 +74,7 @@ class HttpDoor:
         """Listen. Returns the address, host:port. Raises `ConfigError` where it cannot listen."""
         host = self._config.http_host or self._config.host
         check_door(self._config, host, "http_host")
+        allow_files(self._config.http_max_connections)
         self._server.config.load()
         listener = _listen(host, self._config.http_port)
         port = listener.getsockname()[1]
@@ -84,6 +90,18 @@ class HttpDoor:
         for connection in list(self._server.server_state.connections):
             assert isinstance(connection, BoundedProtocol)
             connection.abort()
+
+
+def allow_files(num_connections: int) -> None:
+    """Let this process open as many files as its connections take, as far as the system lets it: the limit that
+    processes begin with is often 1,024."""
+    wanted = num_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning("http_max_connections: %d, and only %d files may be open", num_connections, allowed)
 
 
 def _listen(host: str, port: int) -> socket.socket:

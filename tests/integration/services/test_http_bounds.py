@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -87,6 +88,16 @@ async def test_connections_above_the_bound_are_refused(fleet):
     assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
     for _, writer in held:
         writer.close()
+
+
+async def test_a_process_may_open_as_many_files_as_its_connections_take(make_fleet):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        await make_fleet(http_max_connections=2000)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_a_client_that_does_not_read_holds_up_its_own_choices_alone(make_fleet, until):
