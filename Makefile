@@ -38,6 +38,8 @@ acceptance: setup
 	@$(BIN)/python -P -m kvsluice.benchmarks.fault_runs --kills 50 --stalls 50
 	@$(BIN)/python -P -m kvsluice.tests.faults.soak --seconds 600 --json $(RESULTS)/soak.json
 	@$(BIN)/python -P -m kvsluice.tests.load.gateway_load --json $(RESULTS)/gateway_load.json
+	@PYTHON="$(PYTHON)" sh scripts/setup_peers.sh
+	@$(BIN)/python -P -m kvsluice.benchmarks.peer_guidellm --json $(RESULTS)/peer_guidellm.json
 
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py

@@ -139,13 +139,20 @@ class Intake:
             ticket.interrupt(RequestCancelled("the request was cancelled"))
         return ticket is not None
 
-    async def generate(self, request: pb.GenerateRequest, write: Write, allowed_s: float | None = None) -> None:
+    async def generate(
+        self,
+        request: pb.GenerateRequest,
+        write: Write,
+        allowed_s: float | None = None,
+        counted: Callable[[int], None] | None = None,
+    ) -> None:
         """Run a request in the current task; to cancel that is to cancel the request.
 
         Args:
             write: takes the request's messages, in order; `complete` is the last one. What it waits for holds the
                 request back, and so its choices.
             allowed_s: seconds until its deadline; None = as configured.
+            counted: is told the input's tokens before anything is written.
 
         Raises:
             KvsluiceError: what the request ended with, if `complete` was not written.
@@ -157,7 +164,7 @@ class Intake:
         try:
             with spanning("kvsluice.request", incoming_trace.get(), "server"):
                 async with asyncio.timeout(allowed_s):
-                    await self._generate(request, write, accepted_s, accepted_s + allowed_s)
+                    await self._generate(request, write, counted, accepted_s, accepted_s + allowed_s)
         except TimeoutError:
             late = DeadlineExceeded(f"not finished within {allowed_s:.3g} s")
             self.metrics.failed(late)
@@ -193,7 +200,14 @@ class Intake:
             raise InvalidRequest("session_id", "is empty", "the id of a session")
         return await self.sessions.delete(_tenant(current_caller.get(), tenant), session_id)
 
-    async def _generate(self, request: pb.GenerateRequest, write: Write, accepted_s: float, deadline_s: float) -> None:
+    async def _generate(
+        self,
+        request: pb.GenerateRequest,
+        write: Write,
+        counted: Callable[[int], None] | None,
+        accepted_s: float,
+        deadline_s: float,
+    ) -> None:
         current_request_id.set(request.request_id)
         served = self._served(self.pool.model or await self._first_model())
         checked = check_request(request, served, self._draw_seed)
@@ -217,6 +231,8 @@ class Intake:
                 async with self.admission.slot(self._ask(tenant, checked, deadline_s)) as held:
                     held.used_tokens = 0
                     job = await self._job(request_id, checked, served, accepted_s, deadline_s)
+                    if counted is not None:
+                        counted(job.num_input_tokens)
                     await self._run(job, write, held)
         finally:
             del self._tickets[tenant, request_id]

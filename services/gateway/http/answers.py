@@ -113,7 +113,8 @@ class Answer(Response):
             else:
                 await tell.chunk(index, response.chunk)
 
-        await self._intake.generate(request, write, self._ask.timeout_s)
+        counted = None if tell is None else tell.add_prompt
+        await self._intake.generate(request, write, self._ask.timeout_s, counted)
 
     def _done(self) -> list[Completion]:
         return [collector.completion for collector in self._collectors]
@@ -143,6 +144,7 @@ class _Stream:
         self._ask, self._intake, self._send = ask, intake, send
         self._reply_headers = [*_EVENT_STREAM, *((k.encode(), v.encode()) for k, v in headers.items())]
         self._shape = ChunkShape(ask, intake.tokenizer.token_bytes, fingerprint)
+        self.add_prompt = self._shape.add_prompt
         self._lock = asyncio.Lock()
         self._echoes: dict[int, str] = {}
 

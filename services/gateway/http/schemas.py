@@ -46,9 +46,10 @@ class _Fields(BaseModel):
 class StreamOptions(_Fields):
     """How a stream is told."""
 
-    NEUTRAL = {"continuous_usage_stats": _NOTHING, "include_obfuscation": _NOTHING}
+    NEUTRAL = {"include_obfuscation": _NOTHING}
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's, which load testers ask for
 
 
 class Message(_Fields):

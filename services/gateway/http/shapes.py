@@ -68,12 +68,12 @@ def usage(done: Sequence[Completion]) -> Json:
     """Token counts of all prompts together."""
     prompt = sum(one.usage.prompt_tokens for one in done)
     answer = sum(one.usage.completion_tokens for one in done)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": sum(one.usage.cached_tokens for one in done)},
-    }
+    details = {"cached_tokens": sum(one.usage.cached_tokens for one in done)}
+    return _usage(prompt, answer) | {"prompt_tokens_details": details}
+
+
+def _usage(prompt: int, answer: int) -> Json:
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def reports(done: Sequence[Completion]) -> list[Json]:
@@ -136,11 +136,16 @@ class ChunkShape:
     def __init__(self, ask: Ask, token_bytes: TokenBytes, fingerprint: str | None) -> None:
         self._ask, self._token_bytes = ask, token_bytes
         self._begun: set[int] = set()
+        self._prompt_tokens = self._answer_tokens = 0
         self._offsets: dict[int, int] = {}
         head = json.dumps(_head(ask, "chat.completion.chunk" if ask.chat else "text_completion", fingerprint))
         # all chunks of an answer begin and end alike, and one is made for every token
         self._before = head[:-1] + ', "choices": ['
         self._after = '], "usage": null}' if ask.include_usage else "]}"
+
+    def add_prompt(self, num_tokens: int) -> None:
+        """Count the tokens of a prompt, once they are known."""
+        self._prompt_tokens += num_tokens
 
     def chunk(self, prompt: int, chunk: pb.Chunk, echo: str) -> str | None:
         """A chunk as JSON; None where it tells nothing.
@@ -151,6 +156,7 @@ class ChunkShape:
         """
         ask, index = self._ask, prompt * self._ask.num_choices + chunk.index
         first = index not in self._begun
+        self._answer_tokens += len(chunk.token_ids)
         if not (chunk.text or chunk.finish_reason or ask.logprobs or first):
             return None
         choice: Json = {"index": index}
@@ -162,7 +168,10 @@ class ChunkShape:
             choice["logprobs"] = self._logprobs(index, chunk) if ask.logprobs else None
         choice["finish_reason"] = chunk.finish_reason or None
         self._begun.add(index)
-        return f"{self._before}{json.dumps(choice)}{self._after}"
+        after = self._after
+        if ask.continuous_usage:
+            after = f'], "usage": {json.dumps(_usage(self._prompt_tokens, self._answer_tokens))}}}'
+        return f"{self._before}{json.dumps(choice)}{after}"
 
     def last(self, done: Sequence[Completion]) -> str:
         """The chunk without choices, with the usage."""

@@ -45,7 +45,7 @@ class Ask:
         requests: one a prompt.
         num_choices: of each of them.
         echoes: the prompts, where answers begin with theirs; empty = they do not.
-        stream, include_usage: as asked for.
+        stream, include_usage, continuous_usage: as asked for.
         logprobs: whether they are told.
         timeout_s: until the deadline; None = the server's.
         names: the client's names of fields that are spelled otherwise inside, beside those of `_NAMES`.
@@ -59,6 +59,7 @@ class Ask:
     echoes: tuple[Prompt, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
     logprobs: bool = False
     timeout_s: float | None = None
     names: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +133,7 @@ def _ask(
 ) -> Ask:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "is given without stream", "only where stream is true")
+    told = body.stream_options
     return Ask(
         answer_id,
         body.model,
@@ -139,7 +141,8 @@ def _ask(
         requests,
         num_choices=body.n or 1,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=bool(told and told.include_usage),
+        continuous_usage=bool(told and told.continuous_usage_stats),
         logprobs=logprobs,
         timeout_s=body.timeout_s,
         **more,

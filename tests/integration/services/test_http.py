@@ -100,6 +100,14 @@ async def test_both_endpoints_answer_whole_and_streamed(client):
     assert "".join(chunk.choices[0].text for chunk in streamed) == "ABHello, worl"
     assert streamed[-1].choices[0].finish_reason == "stop"
     assert all(chunk.usage is None for chunk in streamed)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [
+        (c.usage.prompt_tokens, c.usage.completion_tokens)
+        async for c in await completions.create(**HELLO, stream=True, stream_options=options)
+    ]
+    assert counts == sorted(counts)
+    assert {prompt for prompt, _ in counts} == {3}
+    assert counts[0][1] < counts[-1][1] == 12
 
 
 async def test_models_sessions_and_figures(fleet, client, http):
