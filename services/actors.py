@@ -25,7 +25,6 @@ from ray.exceptions import RayError
 
 from .. import __version__
 from ..errors import ConfigError, InternalError, KvsluiceError, StoreUnavailable
-from ..protos import worker_pb2 as wpb
 from .config import ServeConfig
 from .fleet.report import GatewaySight, Load, Report
 from .gateway.membership import Role, View
@@ -115,7 +114,7 @@ class Host:
         configure_tracing(self._config, self._worker_id)
         self._loop = LoopThread(f"{self._worker_id}-loop")
         self._status = {"pid": str(os.getpid())}
-        self._node = ray.util.get_node_ip_address()
+        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._report = Report(
             worker_id=self._worker_id,
             incarnation=uuid.uuid4().hex,
@@ -247,7 +246,7 @@ class Worker(Host):
     async def _account(self) -> Report:
         load: dict[str, int] = {}
         for service in self._serving:
-            info = await service.Info(wpb.InfoRequest(), None)
+            info = service.account()
             for name in Load.__dataclass_fields__:
                 load[name] = load.get(name, 0) + getattr(info, name)
         return replace(self._report, load=Load(**load))
@@ -269,7 +268,7 @@ class Worker(Host):
             shape=shape,
             profile=load_profile(config.model, shape),
         )
-        makers: dict[Role, Callable[..., WorkerService]] = {
+        makers: dict[Role, Callable[..., Any]] = {
             "prefill": make_prefill_service,
             "decode": partial(make_decode_service, store=None if store is None else self._metrics.measured(store)),
         }

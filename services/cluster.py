@@ -215,7 +215,8 @@ class RayRuntime:
             raise WorkerLost(f"Ray does not do what it is told: {type(exc).__name__}") from exc
 
     def _start(self, worker_id: str, group: WantedGroup, fleet: WantedFleet) -> None:
-        bundle, remote = dict(group.bundle), ray.remote
+        remote: Any = ray.remote
+        bundle = dict(group.bundle)
         # a worker that takes several bundles later has them on one node
         room = placement_group([bundle], strategy="STRICT_PACK", name=_room(worker_id), lifetime="detached")
         options: dict[str, Any] = {
@@ -232,7 +233,7 @@ class RayRuntime:
         if fleet.env:
             options["runtime_env"] = {"env_vars": dict(fleet.env)}
         spec = HostSpec(worker_id, self._namespace, fleet.lease_s, group.own_host)
-        remote(HOSTS[group.role]).options(**options).remote(group.config_json, spec)  # type: ignore[attr-defined]
+        remote(HOSTS[group.role]).options(**options).remote(group.config_json, spec)
 
     def _end(self, worker_id: str) -> None:
         actor = find_actor(worker_id, self._namespace)

@@ -17,7 +17,7 @@ from .fleet.wanted import read_cluster, wanted_fleet
 from .status_table import status_table
 
 if TYPE_CHECKING:
-    from .cluster import Actor
+    from .actors import Actor
 
 EXIT_OK, EXIT_FAILED = 0, 1
 POLL_S = 0.5
@@ -157,7 +157,8 @@ def _connected(address: str, name: str) -> Iterator[None]:
 
 
 def _controller(name: str) -> Actor:
-    from .cluster import CONTROLLER, find_actor
+    from .actors import CONTROLLER
+    from .cluster import find_actor
 
     controller = find_actor(CONTROLLER, name)
     if controller is None:

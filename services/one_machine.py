@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import ConfigError, InternalError, KvsluiceError
 from . import cluster
+from .actors import Actor
 from .config import ServeConfig
 from .fleet.wanted import cluster_of
 from .processes import Process, descendants, kill, remove_folder, wait_gone
@@ -41,8 +42,8 @@ class Fleet:
         self._temp_dir = tempfile.mkdtemp(prefix="kvsluice-")
         self._core: list[Process] = []
         self._namespace = ""
-        self._controller: cluster.Actor | None = None
-        self._actors: dict[str, cluster.Actor] = {}
+        self._controller: Actor | None = None
+        self._actors: dict[str, Actor] = {}
         self._status: dict[str, dict[str, str]] = {}
         self.address = self.http_address = ""
 

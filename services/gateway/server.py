@@ -97,7 +97,7 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
     @property
     def admission_wait_s(self) -> float:
         """How long a request that comes now would wait until it may go to a worker, as far as that is known."""
-        return self.intake.admission.wait_s(1)
+        return self.intake.admission.wait_s()
 
     async def drain(self, grace_s: float) -> bool:
         """Take no more requests, let the running ones finish. Returns whether all did within the time."""

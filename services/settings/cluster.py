@@ -71,7 +71,7 @@ class Group(Settings):
 
     name: Name
     model: str | None = Field(None, min_length=1, max_length=4096, description="default: that of the common settings")
-    resources: Resources = Field(default_factory=Resources)
+    resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     settings: dict[str, Any] = Field(default_factory=dict, description="keys of `kvsluice serve`, for this group")
 
 
@@ -87,7 +87,7 @@ class WorkerGroup(Group):
 
     role: Literal["prefill", "decode", "both"]
     replicas: Count | ReplicaRange = 1
-    scaling: ScalingTargets = Field(default_factory=ScalingTargets)
+    scaling: ScalingTargets = Field(default_factory=lambda: ScalingTargets.model_validate({}))
     max_surge: Count = Field(1, description="workers beyond the wanted number while an upgrade runs")
     max_unavailable: Count = Field(0, description="workers that may be missing meanwhile")
 
@@ -110,7 +110,7 @@ class ClusterConfig(Settings):
     name: Name = Field("kvsluice", description="several fleets on one cluster are told apart by it")
     settings: dict[str, Any] = Field(default_factory=dict, description="keys of `kvsluice serve`, for everything")
     gateways: Annotated[list[GatewayGroup], Field(min_length=1, max_length=64)] = Field(
-        default_factory=lambda: [GatewayGroup()]
+        default_factory=lambda: [GatewayGroup.model_validate({})]
     )
     groups: Annotated[list[WorkerGroup], Field(min_length=1, max_length=256)]
     drain_s: Seconds = Field(300.0, description="how long sequences of a worker that is taken away may go on there")
