@@ -214,6 +214,29 @@ class RecipeCache:
             self.seal(begin + done)
         self.note_moved()
 
+    @property
+    def end(self) -> int:
+        """See `SequenceCache`."""
+        return self._layers[0].tail.end
+
+    def truncate(self, end: int) -> bool:
+        """See `SequenceCache`."""
+        tails, num_prompt = [layer.tail for layer in self.layers()], self._kit.num_prompt_tokens
+        count = tails[0].end - end
+        if count <= 0:
+            return count == 0
+        every, last = self.recipe.retrieval.select_every, tails[0].end - 1
+        was_chosen = end % every == 0 or end // every == last // every
+        was_sealed = sealed_end(self.recipe, num_prompt, last) > sealed_end(self.recipe, num_prompt, end)
+        if was_sealed or not was_chosen or any(tail.num_rows < count for tail in tails):
+            return False
+        if self.recipe.window.seal_block and tails[0].num_rows - count < self.recipe.block:
+            return False  # a block may have been packed ahead of rows that go
+        for tail in tails:
+            tail.num_rows -= count
+        self.note_moved()
+        return True
+
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """See `SequenceCache`."""
         recipe, num_tokens = self.recipe, self._kit.num_prompt_tokens

@@ -217,6 +217,16 @@ class SequenceCache(Protocol):
         """
         ...
 
+    @property
+    def end(self) -> int:
+        """Position of the next row."""
+        ...
+
+    def truncate(self, end: int) -> bool:
+        """Forget the rows from position `end` on. False, and nothing is forgotten, where the cache would not be what it
+        was before they came, as for rows that something was sealed or chosen after."""
+        ...
+
     def prepare_seal(self, next_position: int, most_layers: int) -> int:
         """Pack ahead what `seal` will, where the rows are all here and sealing is due before `next_position`; in so
         many layers at most. Returns in how many. Changes nothing that attention sees; `seal` then has less to do."""

@@ -54,9 +54,9 @@ class StoredSequence:
         return [] if self.continuation is None else self.continuation.rows_of(choice)
 
 
-async def claim_sequence(store: Store, ident: FrameIdent, ttl_s: float) -> bool:
-    """Become the owner of a sequence of an earlier epoch, so that it no longer changes under whoever reads it. False
-    where there is none.
+async def claim_sequence(store: Store, ident: FrameIdent, ttl_s: float) -> Head | None:
+    """Become the owner of a sequence of an earlier epoch, so that it no longer changes under whoever reads it. Returns
+    its head before that; None where there is none.
 
     Raises:
         StoreUnavailable: the store cannot be reached.
@@ -66,10 +66,10 @@ async def claim_sequence(store: Store, ident: FrameIdent, ttl_s: float) -> bool:
     while (head := await store.read_head(key)) is not None:
         result = await store.compare_and_set_head(key, head, Head(ident.epoch, head.manifest), ttl_s)
         if result is HeadWrite.WRITTEN:
-            return True
+            return head
         if result is HeadWrite.FENCED:
             raise Fenced(FENCED)
-    return False
+    return None
 
 
 async def find_sequence(store: Store, ident: FrameIdent) -> StoredSequence | None:

@@ -32,6 +32,7 @@ from ..staging import Event as DeviceEvent
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, TokensEvent
 from .host_pages import HostPages
 from .integrity import check_memory
+from .kept_sessions import KeptSession, KeptSessions, SessionTurn
 from .launch import LaunchedStep, Turn, launch
 from .load import EngineLoad
 from .offload import StoreTier
@@ -76,6 +77,7 @@ class DecodeEngine(EngineLoad):
         mark: a point behind all that the calling thread has given the device, for rows that are to be kept.
         lookahead: whether a step is launched before the one under way is settled; what it says then comes a call of
             `step` later. Tokens are the same. None = on a CUDA device; elsewhere nothing is gained.
+        session_bytes: what ended turns of sessions may leave for the next ones; 0 = nothing.
         tiers: how more requests take turns than the device holds, the others parked in `host`; None = they do not.
 
     Attributes:
@@ -93,6 +95,7 @@ class DecodeEngine(EngineLoad):
         lookahead: bool | None = None,
         mark: Callable[[], DeviceEvent | None] = lambda: None,
         tiers: TierPolicy | None = None,
+        session_bytes: int = 0,
     ) -> None:
         self.model, self._mark = model, mark
         self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
@@ -100,6 +103,8 @@ class DecodeEngine(EngineLoad):
         self.host = host
         on_host = None if host is None else PagePool(host.capacity_bytes)
         self.scheduler = Scheduler(PagePool(capacity_bytes), max_num_seqs, max_waiting, on_host)
+        self._sessions = KeptSessions(session_bytes, self.scheduler.pool, on_host)
+        self.scheduler.sessions = self._sessions
         self.runner = StepRunner(model, self.shape, max_num_seqs)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
@@ -166,6 +171,20 @@ class DecodeEngine(EngineLoad):
             raise self._fail(request_id, exc) from exc
 
     @torch.inference_mode()
+    def adopt(self, request_id: str, turn: SessionTurn, epoch: int | None = None) -> bool:
+        """Give a request the cache that its session's last turn has left, if it is here and of use: `commit` follows,
+        and no layers. False = it is to be restored.
+
+        Raises:
+            RequestCancelled: there is no such request (any more).
+        """
+        run = self._receiving(request_id, epoch)
+        run.adopted = self._sessions.take(request_id, turn)
+        if run.adopted is not None:
+            run.cache, run.layers = run.adopted.cache, set(range(self.model.config.num_layers))
+        return run.adopted is not None
+
+    @torch.inference_mode()
     def commit(
         self,
         request_id: str,
@@ -186,7 +205,7 @@ class DecodeEngine(EngineLoad):
             FrameMismatch, InvalidRequest: see `start.check_start`.
         """
         run = self._receiving(request_id, epoch)
-        config = self.model.config
+        config, run.prompt_ids = self.model.config, prompt_ids
         try:
             check_start(run, prompt_ids, emitted, config.num_layers, config.vocab_size)
             return self._start(run, prompt_ids, emitted)
@@ -258,7 +277,7 @@ class DecodeEngine(EngineLoad):
 
     def check_integrity(self) -> None:
         """Assert that states, ledger and the memory really held agree, whatever is under way."""
-        check_memory(self.scheduler, self._runs, self.host, self._parking)
+        check_memory(self.scheduler, self._runs, self.host, self._parking, self._sessions)
 
     def _rope(self, num_prompt_tokens: int) -> Rope:
         model = self.model  # not the engine, which holds the caches that hold this
@@ -303,7 +322,7 @@ class DecodeEngine(EngineLoad):
         assert cache is not None, "made when the request was let in"
         choices, turns = start_choices(run, cache, prompt_ids, emitted, config, self.runner.like)
         run.resident_bytes = cache.nbytes()
-        run.cache, run.choices = None, choices
+        run.cache, run.choices, run.adopted = None, choices, None
         replayed = sum(turn.replays for turn in turns.values())
         self.scheduler.start(request.request_id, turns)
         if not choices:
@@ -344,9 +363,13 @@ class DecodeEngine(EngineLoad):
             self._end_choice(run, index)
 
     def _end_choice(self, run: RequestRun, index: int) -> None:
+        request, state = run.request, run.choices[index]
+        is_here = self.scheduler.is_settled(request.request_id)
         run.drop_choice(index)
-        if self.scheduler.end_choice(Choice(run.request.request_id, index)):
+        if self.scheduler.end_choice(Choice(request.request_id, index)):
             self._finish(run)
+            if request.in_session and is_here and (kept := KeptSession.of(run, state)) is not None:
+                self._sessions.keep(request.request_id, kept)
 
     def _finish(self, run: RequestRun) -> None:
         request = run.request
@@ -369,7 +392,7 @@ class DecodeEngine(EngineLoad):
         self.figures.failed(exc)
         if self.scheduler.phase(request_id) is not None:  # a fault may have come while it was ending
             self.scheduler.end_request(request_id)
-        run.cache = None
+        run.cache = run.adopted = None
         run.choices.clear()
         self._events.append(FailedEvent(request_id, run.request.epoch, error))
         return error

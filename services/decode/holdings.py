@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from ...errors import InvalidRequest
 from .pages import Demand, PagePool, Region
 
 
@@ -21,6 +22,29 @@ class Holdings:
 
     def __init__(self, pool: PagePool, host: PagePool | None) -> None:
         self._pool, self._host = pool, host
+
+    def check_fits(self, demand: Demand) -> None:
+        """Raises `InvalidRequest` for a request that the empty memories do not hold either."""
+        if demand.total_bytes > self._pool.capacity_bytes:
+            raise InvalidRequest(
+                "num_prompt_tokens",
+                f"the caches may take {demand.total_bytes} bytes ({demand.prompt_bytes} for the prompt, "
+                f"{demand.num_choices} x {demand.tail_bytes} for the answers)",
+                f"at most {self._pool.capacity_bytes} bytes; less with a shorter prompt, fewer tokens or choices",
+            )
+        if self._host is not None and demand.host_bytes > self._host.capacity_bytes:
+            raise InvalidRequest(
+                "num_prompt_tokens",
+                f"the prompt's values may take {demand.host_bytes} bytes of host memory",
+                f"at most {self._host.capacity_bytes} bytes; less with a shorter prompt",
+            )
+
+    def shortage(self, demand: Demand) -> str:
+        """What a request needs, and what there is."""
+        needs = _shortage(demand.total_bytes, self._pool)
+        return (
+            needs if self._host is None else f"{needs}, and of host memory {_shortage(demand.host_bytes, self._host)}"
+        )
 
     def has_room(self, demand: Demand) -> bool:
         """Whether both memories have what a request needs."""
@@ -88,3 +112,7 @@ class Holdings:
     def _pools(self, demand: Demand) -> list[PagePool]:
         """The ledgers that have a region of the prompt."""
         return [self._pool, self._host] if self._host is not None and demand.host_bytes else [self._pool]
+
+
+def _shortage(wanted: int, pool: PagePool) -> str:
+    return f"{wanted} bytes, {pool.free_bytes} of {pool.capacity_bytes} are free"

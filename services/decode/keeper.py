@@ -101,8 +101,7 @@ class Keeper:
     async def take_over(self, restored: Restored) -> None:
         """Go on keeping what was restored. Rows of which only a part is of use are stored as what they are now."""
         self._begin([choice.token_ids for choice in restored.emitted])
-        ends = {i: choice.kept[-1].end for i, choice in enumerate(restored.emitted) if choice.kept}
-        parts = self._writer.take_over(restored.found, ends)
+        parts = self._writer.take_over(restored.found, restored.ends)
         again = [(i, restored.emitted[i].kept[-1]) for i in parts]
         try:
             if again:

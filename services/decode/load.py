@@ -27,7 +27,9 @@ class EngineLoad:
 
     @property
     def free_bytes(self) -> int:
-        return self.scheduler.pool.free_bytes
+        """Of its caches' memory, for whoever comes: what ended turns have left makes room."""
+        kept = self.scheduler.sessions
+        return self.scheduler.pool.free_bytes + (0 if kept is None else kept.device_bytes)
 
     @property
     def host_capacity_bytes(self) -> int:
@@ -36,7 +38,9 @@ class EngineLoad:
 
     @property
     def host_free_bytes(self) -> int:
-        return 0 if self.scheduler.host is None else self.scheduler.host.free_bytes
+        """The same of host memory."""
+        host, kept = self.scheduler.host, self.scheduler.sessions
+        return 0 if host is None else host.free_bytes + (0 if kept is None else kept.host_bytes)
 
     def tier_snapshot(self) -> TierSnapshot:
         """What the tiers hold and have moved; any thread may ask."""

@@ -31,4 +31,8 @@ def make_engine(
     if config.kv_time_slice_steps and ranks is None:
         tiers = TierPolicy(config.kv_time_slice_steps, overflow=OverflowPolicy(config.store_offloading_bytes))
     capacity = config.kv_cache_bytes // size
-    return make(model, capacity, config.max_num_seqs, config.max_queue, host, mark=mark, tiers=tiers)
+    # nor does any keep what a session's turn has left, which another has to keep as well
+    kept = config.session_cache_bytes if ranks is None else 0
+    return make(
+        model, capacity, config.max_num_seqs, config.max_queue, host, mark=mark, tiers=tiers, session_bytes=kept
+    )

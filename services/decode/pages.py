@@ -9,6 +9,9 @@
     tail of a        admission of the        the choice alone                 the choice ends, or at the start if it
     choice           request                                                  had ended by then
 
+A turn of a session that ends may leave its cache for the next one (`kept_sessions`), in a region of its own, which is
+freed as soon as anybody needs the room.
+
 While layers arrive, their exact rows at the end of the prompt, which every choice copies, lie in the tails.
 
 A region's size is the upper bound of what its tensors may ever take, so a running sequence never waits for memory.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from ...errors import ConfigError
 
@@ -30,11 +34,13 @@ class Region:
         request_id: whose it is.
         choice: index of the choice whose tail it is; None = the prompt that all choices share.
         parked: it is what a whole request lies in that is parked, in host memory.
+        kept: it is what an ended turn of a session has left, for the next one.
     """
 
     request_id: str
     choice: int | None = None
     parked: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,26 @@ class Demand:
         return {Region(request_id): self.prompt_bytes} | tails
 
 
+class Evictable(Protocol):
+    """What lies in the memories of nobody's use but a later one's.
+
+    Attributes:
+        hits, misses: uses that found it, and that did not.
+    """
+
+    hits: int
+    misses: int
+
+    def __len__(self) -> int: ...
+    @property
+    def device_bytes(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+    def make_room(self, request_id: str, device_bytes: int, host_bytes: int = 0) -> None:
+        """Give back what keeps a request from having so many bytes, as far as it can."""
+        ...
+
+
 class PagePool:
     """A bounded, refcounted ledger of bytes.
 
@@ -93,9 +119,14 @@ class PagePool:
     def free_bytes(self) -> int:
         return self.capacity_bytes - self._used_bytes
 
-    def regions(self) -> Mapping[Region, int]:
-        """Every region that is held, with its bytes."""
-        return dict(self._sizes)
+    def regions(self, kept: bool | None = None) -> Mapping[Region, int]:
+        """Every region that is held, with its bytes; any thread may ask.
+
+        Args:
+            kept: only those of ended turns, or only the others.
+        """
+        sizes = dict(self._sizes)
+        return sizes if kept is None else {region: size for region, size in sizes.items() if region.kept is kept}
 
     def reserve(self, wanted: Mapping[Region, int]) -> bool:
         """Reserve all of the regions, each with one holder, or none of them. False when there is no room now."""

@@ -15,6 +15,7 @@ from ...protos import worker_pb2 as wpb
 from ..framing import LayerAssembler
 from ..telemetry import Recorder
 from .engine import EmittedChoice
+from .kept_sessions import SessionTurn
 
 
 class Target(Protocol):
@@ -22,6 +23,9 @@ class Target(Protocol):
 
     async def add_layer(self, encoded: EncodedLayer) -> None: ...
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None: ...
+    async def adopt(self, turn: SessionTurn) -> bool:
+        """Go on with the cache that the turn before has left, if it is here; no layers are wanted then."""
+        ...
 
 
 class Keeping(Protocol):

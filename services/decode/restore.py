@@ -1,6 +1,7 @@
 """Goes on with a sequence that another worker has left in a store.
 
     claim ──> manifest, continuation ──> frames of the prompt ──> layers ──> kept rows ──> the caller commits
+                                     └──> its cache is still here (`kept_sessions`) ────────────^
 
 The claim comes first: from then on the sequence does not change under whoever reads it, and its earlier owner is
 fenced. Whatever is missing, broken or does not fit ends in `SequenceLost`; nothing of it is used then.
@@ -21,6 +22,7 @@ from ...kvstore.identity import FrameIdent, epoch_of
 from ...kvstore.sequences import StoredSequence, claim_sequence, find_sequence, read_frames
 from ...kvstore.store import Store
 from ..framing import LayerAssembler
+from .kept_sessions import SessionTurn
 from .receiver import Target
 from .sequence import EmittedChoice, KeptRows
 from .start import usable_rows
@@ -59,10 +61,19 @@ class Restored:
         found: names of all of it.
         emitted: every choice with those of its rows that are of use; the last of them may be a part of what was kept
             together.
+        adopted_end: position up to which rows are stored of the one choice, whose cache was here; None = it was read.
     """
 
     found: StoredSequence
     emitted: list[EmittedChoice]
+    adopted_end: int | None = None
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """Choice -> position up to which its stored rows are of use."""
+        if self.adopted_end is not None:
+            return {0: self.adopted_end}
+        return {i: choice.kept[-1].end for i, choice in enumerate(self.emitted) if choice.kept}
 
 
 async def restore(store: Store, wanted: Restoring, target: Target) -> Restored:
@@ -73,18 +84,35 @@ async def restore(store: Store, wanted: Restoring, target: Target) -> Restored:
         StoreUnavailable: the store cannot be reached.
         Fenced: a later attempt has claimed it.
     """
-    if not await claim_sequence(store, wanted.ident, wanted.ttl_s):
+    before = await claim_sequence(store, wanted.ident, wanted.ttl_s)
+    if before is None:
         raise SequenceLost("the store holds nothing of the sequence")
     found = await find_sequence(store, wanted.ident)
     if found is None:
         raise SequenceLost("the store does not hold the whole sequence")
     _check(found, wanted)
+    if wanted.history_tokens:
+        turn = _turn(found, wanted, before.epoch)
+        if await target.adopt(turn):
+            return Restored(found, list(wanted.emitted), turn.stored_end)
     try:
         await _restore_prompt(store, found, wanted, target)
         emitted = [await _with_rows(store, found, index, wanted) for index in range(len(wanted.emitted))]
     except (CorruptFrame, FrameMismatch) as exc:
         raise SequenceLost(f"what was stored of the sequence cannot be used: {exc.message}") from exc
     return Restored(found, emitted)
+
+
+def _turn(found: StoredSequence, wanted: Restoring, last_epoch: int) -> SessionTurn:
+    """What a session's turn goes on with. Sessions have one choice."""
+    rows, size = found.rows_of(0), wanted.num_prompt_tokens
+    return SessionTurn(
+        last_epoch,
+        wanted.recipe.fingerprint,
+        found.manifest.prompt_ids,
+        rows[-1].tokens[1] if rows else size,
+        wanted.emitted[0],
+    )
 
 
 def _check(found: StoredSequence, wanted: Restoring) -> None:

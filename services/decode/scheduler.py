@@ -23,15 +23,16 @@ eligible choice runs at least once in ceil(E / max_num_seqs) steps, E = the most
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...errors import ConfigError, DuplicateRequest, InvalidRequest, Overloaded
+from ...errors import ConfigError, DuplicateRequest, Overloaded
 from .holdings import Holdings
 from .pages import Demand as Demand
-from .pages import PagePool, Region
+from .pages import Evictable, PagePool, Region
 from .tiers import Place, Room, Tiers
 from .turns import Turns
 
@@ -72,6 +73,7 @@ class Scheduler:
 
     Attributes:
         tiers: who is parked there; None = nobody is. Set before the first request comes.
+        sessions: what ended turns have left, which makes room for everybody; None = nothing is left.
     """
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_waiting: int, host: PagePool | None = None) -> None:
@@ -82,6 +84,7 @@ class Scheduler:
         self.pool = pool
         self.host = host
         self.tiers: Tiers | None = None
+        self.sessions: Evictable | None = None
         self._holdings = Holdings(pool, host)
         self.max_num_seqs = max_num_seqs
         self.max_waiting = max_waiting
@@ -126,25 +129,12 @@ class Scheduler:
         """
         if request_id in self._requests:
             raise DuplicateRequest(f"request {request_id} is already running")
-        if demand.total_bytes > self.pool.capacity_bytes:
-            raise InvalidRequest(
-                "num_prompt_tokens",
-                f"the caches may take {demand.total_bytes} bytes ({demand.prompt_bytes} for the prompt, "
-                f"{demand.num_choices} x {demand.tail_bytes} for the answers)",
-                f"at most {self.pool.capacity_bytes} bytes; less with a shorter prompt, fewer tokens or choices",
-            )
-        if self.host is not None and demand.host_bytes > self.host.capacity_bytes:
-            raise InvalidRequest(
-                "num_prompt_tokens",
-                f"the prompt's values may take {demand.host_bytes} bytes of host memory",
-                f"at most {self.host.capacity_bytes} bytes; less with a shorter prompt",
-            )
-        must_wait = bool(self._queue) or not self._holdings.has_room(demand)
+        self._holdings.check_fits(demand)
+        must_wait = bool(self._queue) or not self._has_room(request_id, demand)
         if must_wait and len(self._queue) >= self.max_waiting:
             raise Overloaded(
                 f"{len(self._queue)} requests wait for cache memory, at most {self.max_waiting} may; this one needs "
-                f"{_shortage(demand.total_bytes, self.pool)}"
-                + ("" if self.host is None else f", and of host memory {_shortage(demand.host_bytes, self.host)}")
+                f"{self._holdings.shortage(demand)}"
             )
         since = 0 if self.tiers is None else self.tiers.stays.stamp()
         self._requests[request_id] = _Request(demand, credits, since)
@@ -156,7 +146,7 @@ class Scheduler:
         if self.tiers is not None:
             return self._admit_in_line(self.tiers)
         admitted = []
-        while self._queue and self._holdings.has_room(self._requests[self._queue[0]].demand):
+        while self._queue and self._has_room(self._queue[0], self._requests[self._queue[0]].demand):
             admitted.append(self._let_in(self._queue[0]))
         return admitted
 
@@ -172,9 +162,10 @@ class Scheduler:
             demand, is_new = self._requests[request_id].demand, request_id not in parked
             need = demand.total_bytes if is_new else self._device_bytes(request_id)
             if is_new:  # it may wait for host memory, which those that are parked need not
-                takes_new = takes_new and self._takes(tiers, demand)
+                takes_new = takes_new and self._takes(tiers, request_id, demand)
                 if not takes_new:
                     continue
+            self._make_way(request_id, claimed + need)
             if not claimed and need <= self.pool.free_bytes:
                 if is_new:
                     admitted.append(self._let_in(request_id))
@@ -183,18 +174,30 @@ class Scheduler:
                 continue
             shortage = claimed + need - self.pool.free_bytes
             room = tiers.make_room(shortage, self._device_bytes, self._is_paused)
-            if is_new and room is Room.HOST_IS_FULL:
-                takes_new = False
-                continue
+            if room is Room.HOST_IS_FULL:
+                self._make_way(request_id, 0, sys.maxsize)
+                if is_new:
+                    takes_new = False
+                    continue
             claimed += need
             num_claims += 1
             if room is not Room.MADE or num_claims == tiers.policy.ahead:
                 break
         return admitted
 
-    def _takes(self, tiers: Tiers, demand: Demand) -> bool:
+    def _has_room(self, request_id: str, demand: Demand) -> bool:
+        self._make_way(request_id, demand.total_bytes, demand.host_bytes)
+        return self._holdings.has_room(demand)
+
+    def _make_way(self, request_id: str, device_bytes: int, host_bytes: int = 0) -> None:
+        if self.sessions is not None:
+            self.sessions.make_room(request_id, device_bytes, host_bytes)
+
+    def _takes(self, tiers: Tiers, request_id: str, demand: Demand) -> bool:
         """Whether host memory, and the store behind it, have room for one more request."""
+        self._make_way(request_id, 0, demand.host_bytes)
         if not tiers.takes_more(demand.total_bytes, self._admitted_bytes()):
+            self._make_way(request_id, 0, sys.maxsize)
             return False
         if not self._holdings.has_host_room(demand):
             tiers.overflow.want(demand.host_bytes)
@@ -324,7 +327,7 @@ class Scheduler:
             demand = self._requests[choice.request_id].demand
             held[Region(choice.request_id)] = demand.prompt_bytes
             held[Region(choice.request_id, choice.index)] = demand.tail_bytes
-        assert held == self.pool.regions(), "every region belongs to an admitted request"
+        assert held == self.pool.regions(kept=False), "every region belongs to an admitted request"
         if self.host is not None:
             self.host.check_integrity()
             stored = [] if self.tiers is None else self.tiers.at(Place.STORED)
@@ -333,7 +336,7 @@ class Scheduler:
             }
             on_host = {Region(r): demand.host_bytes for r, demand in demands.items() if demand.host_bytes}
             on_host |= {} if self.tiers is None else self.tiers.regions()
-            assert on_host == self.host.regions(), "host memory belongs to admitted requests"
+            assert on_host == self.host.regions(kept=False), "host memory belongs to admitted requests"
             if self.tiers is not None:
                 self.tiers.overflow.check_integrity()
 
@@ -346,6 +349,10 @@ class Scheduler:
         """What all requests that were let in would reserve if they were on the device."""
         running = sum(self._device_bytes(r) for r, q in self._requests.items() if q.phase is Phase.RUNNING)
         return running + sum(q.demand.total_bytes for q in self._requests.values() if q.phase is Phase.RECEIVING)
+
+    def is_settled(self, request_id: str) -> bool:
+        """Whether a running request is on the device, and not on its way."""
+        return self.tiers is None or self.tiers.place(request_id) is Place.DEVICE
 
     def _is_on_device(self, request_id: str) -> bool:
         """Whether a request that was let in has memory reserved there."""
@@ -388,7 +395,3 @@ class Scheduler:
         if not is_replay and request.credits is not None:
             request.credits -= 1
         return True
-
-
-def _shortage(wanted: int, pool: PagePool) -> str:
-    return f"{wanted} bytes, {pool.free_bytes} of {pool.capacity_bytes} are free"

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import about, where
 from .scheduler import Demand
 from .step import StepRow, sampled_by
+
+if TYPE_CHECKING:
+    from .kept_sessions import KeptSession
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class DecodeRequest:
         history_tokens: of the tokens that every choice begins with, how many are no answer: those of a conversation's
             earlier turns, and of its newest question. They are run behind the prompt like replayed tokens, and are
             prompt to sampling.
+        in_session: a later turn may go on with what it leaves.
     """
 
     request_id: str
@@ -59,6 +63,7 @@ class DecodeRequest:
     credits: int | None = None
     keep_every: int | None = None
     history_tokens: int = 0
+    in_session: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,11 @@ class ChoiceRun:
         num_run: how many of them the cache has rows of.
         history_tokens: how many of them were not emitted.
         keep_every: see `DecodeRequest`.
+        stored_end: position up to which rows were told before; None = all that the cache has.
 
     Attributes:
         num_emitted: tokens that were told.
+        token_ids: behind the prompt, those that were told included.
         num_steps, bytes_read: steps that are settled, and what attention read in them; the cache may be a step ahead.
     """
 
@@ -169,17 +176,20 @@ class ChoiceRun:
         num_run: int = 0,
         keep_every: int | None = None,
         history_tokens: int = 0,
+        stored_end: int | None = None,
     ) -> None:
         self.cache = cache
         self.sampler = sampler
         self.num_prompt_tokens = num_prompt_tokens
         self.num_emitted = len(begun) - history_tokens
+        self.token_ids = list(begun)
         self.num_steps = 0
         self.bytes_read = 0
         self.guarded = GuardedCache(cache)
         first = num_prompt_tokens + history_tokens
         self._last_position = first + sampler.params.max_tokens - 2  # the last token is not run
-        self._position = self._kept_until = num_prompt_tokens + num_run
+        self._position = num_prompt_tokens + num_run
+        self._kept_until = self._position if stored_end is None else stored_end
         self._keep_every = keep_every
         self._ahead = deque(begun[num_run:])  # known, not yet run; the last one is sampled from
         self._in_blocks = len(self._ahead) > MOST_ALONE
@@ -188,6 +198,16 @@ class ChoiceRun:
         self._rows_left = cache.rows_until_seal(self._position)
         for token_id in begun[history_tokens:]:
             sampler.force(token_id)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows behind the prompt that the cache has, or will once the step under way is done."""
+        return self._position - self.num_prompt_tokens
+
+    @property
+    def stored_end(self) -> int:
+        """Position up to which rows were told, to be kept."""
+        return self._kept_until
 
     @property
     def samples_next(self) -> bool:
@@ -252,6 +272,7 @@ class ChoiceRun:
     def emit(self, token_id: int) -> None:
         """A new token is told. It runs in the next step, unless that is under way already."""
         self.num_emitted += 1
+        self.token_ids.append(token_id)
         if self._has_run:
             self._has_run = False
         else:
@@ -268,6 +289,8 @@ class RequestRun:
         layers: those that have arrived.
         cancelled: choices that were cancelled before the start.
         choices: index -> running choice.
+        prompt_ids: once it has started.
+        adopted: `cache` is that of the turn before; see `kept_sessions`.
     """
 
     request: DecodeRequest
@@ -276,6 +299,8 @@ class RequestRun:
     layers: set[int] = field(default_factory=set)
     cancelled: set[int] = field(default_factory=set)
     choices: dict[int, ChoiceRun] = field(default_factory=dict)
+    prompt_ids: Sequence[int] = ()
+    adopted: KeptSession | None = None
     resident_bytes: int = 0
     bytes_read: int = 0
     num_steps: int = 0

@@ -68,6 +68,15 @@ def snapshot_of(scheduler: Scheduler) -> TierSnapshot:
         host_capacity_bytes=0 if host is None else host.capacity_bytes,
         host_used_bytes=0 if host is None else host.used_bytes,
     )
+    kept = scheduler.sessions
+    if kept is not None:
+        counted = replace(
+            counted,
+            kept_sessions=len(kept),
+            kept_session_bytes=kept.device_bytes + kept.host_bytes,
+            session_hits=kept.hits,
+            session_misses=kept.misses,
+        )
     if tiers is None:
         return counted
     counts, overflow = tiers.counts, tiers.overflow

@@ -114,11 +114,14 @@ def start_choices(
     for index, own in zip(live, caches, strict=False):
         sampler = SamplerState(sampling, index, prompt, config.vocab_size, config.eos_token_ids)
         ids = emitted[index].token_ids
-        num_run = put_kept(own, emitted[index], num_tokens, like)
+        adopted = run.adopted
+        num_run = put_kept(own, emitted[index], num_tokens, like) if adopted is None else adopted.num_rows
         if not own.recipe.window.seal_block:
             # it is reserved anyway, and a tail that grows moves: tables are made anew then, and a longer step captured
             own.reserve(history + sampling.max_tokens - 1 - num_run, like)
-        choices[index] = ChoiceRun(own, sampler, num_tokens, ids, num_run, every, history)
+        choices[index] = ChoiceRun(
+            own, sampler, num_tokens, ids, num_run, every, history, None if adopted is None else adopted.stored_end
+        )
         replays, left = len(ids) - 1 - num_run, history + sampling.max_tokens - 1 - num_run
         turns[index] = Turns(replays, left, *leash_of(every, replays))
     return choices, turns

@@ -9,6 +9,7 @@ from ...compression.interfaces import EncodedLayer
 from ..lifecycle import EngineThread
 from ..uploads import Uploads
 from .engine import DecodeEngine, EmittedChoice
+from .kept_sessions import SessionTurn
 from .messages import resumed_message
 from .requests import OpenRequest
 
@@ -28,6 +29,10 @@ class EngineTarget:
         # the engine's thread goes on with its steps meanwhile
         layer, wait = await asyncio.to_thread(self._uploads.upload, encoded)
         await self._thread.call(lambda: self._engine.add_layer(self._request_id, layer, self._epoch, wait))
+
+    async def adopt(self, turn: SessionTurn) -> bool:
+        """Go on with a cache that is still here. Raises what `DecodeEngine.adopt` does."""
+        return await self._thread.call(lambda: self._engine.adopt(self._request_id, turn, self._epoch))
 
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
         """Start the request. Raises what `DecodeEngine.commit` does."""

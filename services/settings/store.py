@@ -61,6 +61,13 @@ class StoreSettings(Settings):
         description="what parked requests of each decode worker may take of the store, once kv_offloading_bytes is "
         "nearly full; 0 = nothing",
     )
+    session_cache_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        le=64 * TIB,
+        description="what caches of sessions may take on their decode worker between two turns, of memory that nobody "
+        "else needs; 0 = nothing",
+    )
     store_ttl_s: Seconds = Field(
         900.0, description="how long what a lost worker has kept lives; renewed while a request runs"
     )

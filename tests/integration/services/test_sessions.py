@@ -26,6 +26,7 @@ THIRD = [7, 8, 9]
 GREEDY = {"temperature": 0.0}
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "presence_penalty": 0.5}
 LONG = {"max_tokens": 40, "ignore_eos": True}
+NOT_KEPT = {"store_keep_every": 4, "session_cache_bytes": 0}
 
 
 class SharedStore(MemoryStore):
@@ -101,8 +102,8 @@ async def test_a_conversation_stays_where_its_cache_is(make_real_fleet, store):
 
 @pytest.mark.parametrize("room", [0, 20_000])
 async def test_what_is_not_in_memory_is_read_from_the_store(make_real_fleet, store, room):
-    fleet = await make_real_fleet(store=store, store_keep_every=4, store_cache_bytes=room)
-    plain = await make_real_fleet(store=SharedStore(1 << 30), store_keep_every=4)
+    fleet = await make_real_fleet(store=store, store_cache_bytes=room, **NOT_KEPT)
+    plain = await make_real_fleet(store=SharedStore(1 << 30), **NOT_KEPT)
     wanted = [done.token_ids for done in await talk(plain, **SEEDED)]
     tiers = await tiers_of(plain)
     assert tiers.store_cache_hits > 0 == tiers.store_cache_misses
