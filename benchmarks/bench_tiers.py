@@ -26,6 +26,7 @@ from ..compression.recipe import Recipe
 from ..errors import InternalError, Overloaded
 from ..models.sampling import SamplingParams
 from ..services.decode.engine import DecodeEngine, DecodeRequest, EmittedChoice, OpenedEvent, TokensEvent
+from ..services.decode.overflow import OverflowPolicy
 from ..services.decode.scheduler import Demand
 from ..services.decode.tiers import TierPolicy, Tiers
 from .bench_results import Row
@@ -171,7 +172,7 @@ def _check_memory(bench: Bench, load: _Load, side: str, capacity: int) -> None:
     page, demand = host.page_nbytes, load.demand
     away = 0 if side == WHOLE else load.count - load.in_pool
     on_host = load.count * demand.host_bytes + away * -(-demand.total_bytes // page) * page
-    most = host.capacity_bytes * (TierPolicy().high if away else 1.0)
+    most = host.capacity_bytes * (OverflowPolicy().high if away else 1.0)
     if on_host > most:
         raise Overloaded(f"{load.count} sequences may take {on_host} bytes of host memory; --kv-offloading-gib leaves "
                          f"{int(most)}")  # fmt: skip

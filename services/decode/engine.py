@@ -179,7 +179,8 @@ class DecodeEngine(EngineLoad):
             RequestCancelled: there is no such request (any more).
         """
         run = self._receiving(request_id, epoch)
-        run.adopted = self._sessions.take(request_id, turn)
+        key = run.request.session_key
+        run.adopted = None if key is None else self._sessions.take(key, turn)
         if run.adopted is not None:
             run.cache, run.layers = run.adopted.cache, set(range(self.model.config.num_layers))
         return run.adopted is not None
@@ -368,8 +369,8 @@ class DecodeEngine(EngineLoad):
         run.drop_choice(index)
         if self.scheduler.end_choice(Choice(request.request_id, index)):
             self._finish(run)
-            if request.in_session and is_here and (kept := KeptSession.of(run, state)) is not None:
-                self._sessions.keep(request.request_id, kept)
+            if request.session_key is not None and is_here:
+                self._sessions.keep(request.session_key, KeptSession.of(run, state))
 
     def _finish(self, run: RequestRun) -> None:
         request = run.request

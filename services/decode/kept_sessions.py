@@ -3,10 +3,10 @@
     a turn ends ──> kept, while nobody needs the room ──> the next turn goes on with the very cache
                         └──> dropped, the one used longest ago first: the store has the session
 
-What is kept is a copy of what the store holds, and is used only where it is that very state: of the same prompt and
-recipe, written by the epoch that owned the sequence until now, with the rows that the store knows, and of tokens that
-the turn goes on behind. Anything else is dropped, and the turn restored from the store. Whoever is let in, or comes
-back to the device, has its room before any of this does.
+What is kept is a copy of what the store holds, and is used only where it is that very state: of the same tenant, model,
+recipe and prompt, written by the epoch that owned the sequence until now, with the rows that the store knows, and of
+tokens that the turn goes on behind. Anything else is dropped, and the turn restored from the store. Whoever is let in,
+or comes back to the device, has its room before any of this does.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class KeptSession:
     """What an ended turn has left.
 
     Attributes:
+        request_id: of the turn, and of the next ones.
         epoch: of the attempt that ran it.
-        recipe_fingerprint: of its recipe.
         prompt_ids: what was prefilled.
         token_ids: behind the prompt, of the rows that the cache holds.
         stored_end: position up to which rows were told, to be stored.
     """
 
     cache: SequenceCache
+    request_id: str
     epoch: int
-    recipe_fingerprint: str
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     stored_end: int
@@ -48,8 +48,8 @@ class KeptSession:
         request = run.request
         return cls(
             state.cache,
+            request.request_id,
             request.epoch,
-            request.recipe.fingerprint,
             run.prompt_ids,
             state.token_ids[:num_rows],
             state.stored_end,
@@ -63,9 +63,9 @@ class KeptSession:
     def goes_on(self, wanted: SessionTurn) -> bool:
         """Whether a turn goes on from this very state. Rows behind what it goes on with are forgotten then, where they
         can be; the last of its tokens is sampled from, and has no row yet."""
-        if (self.epoch, self.recipe_fingerprint) != (wanted.last_epoch, wanted.recipe_fingerprint):
+        if (self.epoch, self.stored_end) != (wanted.last_epoch, wanted.stored_end):
             return False
-        if tuple(self.prompt_ids) != tuple(wanted.prompt_ids) or self.stored_end != wanted.stored_end:
+        if tuple(self.prompt_ids) != tuple(wanted.prompt_ids):
             return False
         known = wanted.emitted.token_ids[:-1]
         common = next(
@@ -85,21 +85,19 @@ class SessionTurn:
 
     Attributes:
         last_epoch: who owned the sequence until now.
-        recipe_fingerprint: of its recipe.
         prompt_ids: what was prefilled.
         stored_end: position up to which rows are stored.
         emitted: what goes before the turn's answer, and its answer as far as it was told.
     """
 
     last_epoch: int
-    recipe_fingerprint: str
     prompt_ids: Sequence[int]
     stored_end: int
     emitted: EmittedChoice
 
 
 class KeptSessions:
-    """What is kept, by the name of its sequence, those used longest ago first.
+    """What is kept, by the name of its sequence, which holds tenant, model and recipe; those used longest ago first.
 
     Args:
         capacity_bytes: of both memories together; 0 = nothing is kept.
@@ -128,48 +126,50 @@ class KeptSessions:
         """The same in host memory."""
         return 0 if self._host is None else _kept_bytes(self._host)
 
-    def keep(self, request_id: str, kept: KeptSession) -> None:
+    def keep(self, key: str, kept: KeptSession | None) -> None:
         """Keep what a turn has left, whose own reservations are freed by now, if there is room for it."""
-        self.drop(request_id)
+        self.drop(key)
+        if kept is None:
+            return
         on_device, on_host = kept.cache.nbytes(), kept.cache.host_nbytes()
         while self._kept and self.device_bytes + self.host_bytes + on_device + on_host > self.capacity_bytes:
             self.drop(next(iter(self._kept)))
         if on_device + on_host > self.capacity_bytes:
             return
-        region = Region(request_id, kept=True)
+        region = Region(key, kept=True)
         if not self._pool.reserve({region: on_device}):
             return
         if self._host is not None and on_host and not self._host.reserve({region: on_host}):
             self._pool.release(region)
             return
-        self._kept[request_id] = kept
+        self._kept[key] = kept
 
-    def take(self, request_id: str, wanted: SessionTurn) -> KeptSession | None:
+    def take(self, key: str, wanted: SessionTurn) -> KeptSession | None:
         """Hand what is kept of a session to its next turn, whose own reservations cover it from now on; None where that
         turn is to be restored. Nothing of the session is kept afterwards."""
-        kept = self._kept.get(request_id)
-        self.drop(request_id)
+        kept = self._kept.get(key)
+        self.drop(key)
         if kept is None or not kept.goes_on(wanted):
             self.misses += 1
             return None
         self.hits += 1
         return kept
 
-    def drop(self, request_id: str) -> None:
+    def drop(self, key: str) -> None:
         """Forget a session, if it is kept."""
-        kept = self._kept.pop(request_id, None)
+        kept = self._kept.pop(key, None)
         if kept is not None:
-            self._pool.release(Region(request_id, kept=True))
+            self._pool.release(Region(key, kept=True))
             if self._host is not None and kept.cache.host_nbytes():
-                self._host.release(Region(request_id, kept=True))
+                self._host.release(Region(key, kept=True))
 
     def make_room(self, request_id: str, device_bytes: int, host_bytes: int = 0) -> None:
         """Drop what keeps a request from having so many bytes; its own session's cache goes last."""
         while True:
             lacks_device = device_bytes > self._pool.free_bytes
             lacks_host = self._host is not None and host_bytes > self._host.free_bytes
-            names = sorted(self._kept, key=lambda name: name == request_id)
-            of_use = (name for name in names if lacks_device or (lacks_host and self._kept[name].cache.host_nbytes()))
+            keys = sorted(self._kept, key=lambda key: self._kept[key].request_id == request_id)
+            of_use = (key for key in keys if lacks_device or (lacks_host and self._kept[key].cache.host_nbytes()))
             victim = next(of_use, None)
             if victim is None:
                 return

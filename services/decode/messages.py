@@ -36,7 +36,6 @@ def decode_request(message: wpb.Open) -> DecodeRequest:
         credits=message.credits,
         keep_every=message.keeping.keep_every or None,
         history_tokens=message.history_tokens,
-        in_session=message.keeping.end_ttl_s > 0,
     )
 
 

@@ -108,7 +108,6 @@ def _turn(found: StoredSequence, wanted: Restoring, last_epoch: int) -> SessionT
     rows, size = found.rows_of(0), wanted.num_prompt_tokens
     return SessionTurn(
         last_epoch,
-        wanted.recipe.fingerprint,
         found.manifest.prompt_ids,
         rows[-1].tokens[1] if rows else size,
         wanted.emitted[0],

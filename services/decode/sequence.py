@@ -52,7 +52,8 @@ class DecodeRequest:
         history_tokens: of the tokens that every choice begins with, how many are no answer: those of a conversation's
             earlier turns, and of its newest question. They are run behind the prompt like replayed tokens, and are
             prompt to sampling.
-        in_session: a later turn may go on with what it leaves.
+        session_key: name of the sequence that a later turn may go on with, which holds tenant, model and recipe; None =
+            there is no such turn.
     """
 
     request_id: str
@@ -63,7 +64,7 @@ class DecodeRequest:
     credits: int | None = None
     keep_every: int | None = None
     history_tokens: int = 0
-    in_session: bool = False
+    session_key: str | None = None
 
 
 @dataclass(frozen=True)

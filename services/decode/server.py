@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -12,7 +13,7 @@ import grpc.aio
 from ...errors import DuplicateRequest, FrameMismatch, KvsluiceError, RequestCancelled, SequenceLost
 from ...kvstore.cached import CachedStore
 from ...kvstore.frame import decode_frame
-from ...kvstore.identity import FrameIdent
+from ...kvstore.identity import FrameIdent, sequence_key
 from ...kvstore.manifest import decode_manifest
 from ...kvstore.store import Store
 from ...models.model import Model
@@ -221,6 +222,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             stream.send(failed_message(message.request_id, message.epoch, typed(exc, message.request_id)))
             return
         ident = self._identity.frame_ident(message, request.recipe)
+        if message.keeping.end_ttl_s:
+            request = replace(request, session_key=sequence_key(ident))
         keeper = self._keeper(ident) if self._store is not None and message.HasField("keeping") else None
         opened = OpenRequest(
             stream,
