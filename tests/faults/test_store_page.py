@@ -83,7 +83,7 @@ def test_every_setting_and_key_that_the_page_names_is_there():
     fields = {name for name in ServeConfig.model_fields if name.startswith("store_")}
     assert named == fields
     kinds = re.findall(r"^kvsluice:([a-z]+):", PAGE, re.MULTILINE)
-    assert kinds == ["head", "manifest", "continuation", "frame", "session", "record", "probe"]
+    assert kinds == ["head", "manifest", "continuation", "frame", "session", "record", "image", "probe"]
 
 
 async def test_a_server_with_the_settings_of_the_page_is_taken(tmp_path):
