@@ -165,6 +165,7 @@ class ChoiceRun:
     Attributes:
         num_emitted: tokens that were told.
         token_ids: behind the prompt, those that were told included.
+        stored_end: position up to which rows were told, to be kept.
         num_steps, bytes_read: steps that are settled, and what attention read in them; the cache may be a step ahead.
     """
 
@@ -190,7 +191,7 @@ class ChoiceRun:
         first = num_prompt_tokens + history_tokens
         self._last_position = first + sampler.params.max_tokens - 2  # the last token is not run
         self._position = num_prompt_tokens + num_run
-        self._kept_until = self._position if stored_end is None else stored_end
+        self.stored_end = self._position if stored_end is None else stored_end
         self._keep_every = keep_every
         self._ahead = deque(begun[num_run:])  # known, not yet run; the last one is sampled from
         self._in_blocks = len(self._ahead) > MOST_ALONE
@@ -204,11 +205,6 @@ class ChoiceRun:
     def num_rows(self) -> int:
         """Rows behind the prompt that the cache has, or will once the step under way is done."""
         return self._position - self.num_prompt_tokens
-
-    @property
-    def stored_end(self) -> int:
-        """Position up to which rows were told, to be kept."""
-        return self._kept_until
 
     @property
     def samples_next(self) -> bool:
@@ -235,7 +231,7 @@ class ChoiceRun:
         token_id = self._ahead[0] if self._ahead else sampled_by(self._row)
         most = min(len(self._ahead) - 2, self._rows_left - 1) if self._in_blocks else 0
         if self._keep_every is not None:  # what the leash is for: no more than this is run before it is told
-            most = min(most, self._rows_to_tell - 1 - (self._position - self._kept_until))
+            most = min(most, self._rows_to_tell - 1 - (self._position - self.stored_end))
         more_ids = tuple(islice(self._ahead, 1, 1 + more(most))) if most > 0 else ()
         return StepRow(
             token_id, self._position, self.num_prompt_tokens, self._last_position, self.cache, self.guarded, more_ids
@@ -244,14 +240,14 @@ class ChoiceRun:
     def rows_to_keep(self) -> KeptRows | None:
         """Rows that are to be kept before the next row is run, because there are enough or because sealing would take
         them; call it before `next_row`."""
-        if self._keep_every is None or self._position == self._kept_until:
+        if self._keep_every is None or self._position == self.stored_end:
             return None
-        begin, end, recipe = self._kept_until, self._position, self.cache.recipe
+        begin, end, recipe = self.stored_end, self._position, self.cache.recipe
         is_taken = self._rows_left == 0 and sealed_end(recipe, self.num_prompt_tokens, end) > begin
         if end - begin < self._rows_to_tell and not is_taken:
             return None
         kept = KeptRows(begin, self.cache.rows(begin, end))
-        self._kept_until = end
+        self.stored_end = end
         return kept
 
     def launched(self, row: int, num_rows: int = 1) -> None:
