@@ -1,13 +1,14 @@
-"""Commands in the pages are run by a test, or say what they need."""
+"""Commands in the pages are run by a test, or say what they need; links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from kvsluice.tests.command_line import refusal
-from kvsluice.tests.pages import NEEDS, ROOT, RUN, Command, commands
+from kvsluice.tests.pages import NEEDS, ROOT, RUN, Command, commands, pages
 
 COVERED = {  # beginning of a command -> a test that does the same
     "kvsluice serve": "integration/services/test_service.py::test_the_command_line_generates",
@@ -64,6 +65,26 @@ def test_make_has_every_target_that_a_page_names():
 def test_a_test_that_covers_is_there(test):
     path, _, name = test.partition("::")
     assert re.search(rf"^\s*(async )?def {name}\(", (ROOT / "tests" / path).read_text(), re.M)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
 
 
 def test_the_readme_lists_every_page():
