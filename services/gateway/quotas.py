@@ -1,4 +1,4 @@
-"""What a tenant may use: tokens over time, choices at once, bytes in the store. Pure: times are given."""
+"""What a tenant may use: tokens over time, choices at once. Pure: times are given."""
 
 from __future__ import annotations
 

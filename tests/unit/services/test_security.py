@@ -31,7 +31,7 @@ keys:
   - {{tenant: ops, sha256: {sha256(SCRAPER)}, role: monitor}}
   - {{tenant: ops, sha256: {sha256(CHIEF)}, role: admin}}
 tenants:
-  alice: {{priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8, stored_bytes: 1000}}
+  alice: {{priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8}}
 """
 
 
@@ -104,9 +104,7 @@ def test_a_worker_lets_in_who_has_a_token(header):
 def test_a_keys_tenant_and_its_limits(keys):
     caller = keys.authorize(security.GENERATE, f"Bearer {KEY}")
     assert (caller.tenant, caller.role) == ("alice", Role.CLIENT)
-    assert keys.limits(caller.tenant) == TenantLimits(
-        priority="high", weight=2, tokens_per_s=500, max_num_seqs=8, stored_bytes=1000
-    )
+    assert keys.limits(caller.tenant) == TenantLimits(priority="high", weight=2, tokens_per_s=500, max_num_seqs=8)
     assert keys.limits(keys.authorize(security.GENERATE, f"Bearer {OTHER}").tenant) == TenantLimits()
     assert KEY not in repr(vars(keys))
 
