@@ -24,7 +24,6 @@ from typing import Any
 from ..client import AsyncClient
 from ..errors import KvsluiceError, Overloaded
 from ..evals.report import environment
-from ..services.keys import TenantLimits
 from .overload_simulated import Engine, Shape, Tenant, capacity, measure
 
 LOADS = [0.5, 0.8, 1.0, 2.0, 5.0, 10.0]
@@ -40,7 +39,7 @@ DEADLINE_S = 30.0
 def simulated(measured_s: float, seed: int) -> list[dict[str, Any]]:
     """The scenarios of the simulated engine."""
     prefill, decode = Engine(3000.0, 0.03, 64), Engine(30_000.0, 0.03, 16)
-    heavy = [Tenant("flood", 0.9), Tenant("modest", 0.1, TenantLimits(weight=1.0))]
+    heavy = [Tenant("flood", 0.9), Tenant("modest", 0.1)]
     cases = (
         ("prompts are the bottleneck", prefill, ONE),
         ("decode is the bottleneck", decode, ONE),
@@ -133,7 +132,7 @@ def _quantile(values: list[float], share: float) -> float | None:
 
 async def real(warm_up_s: float, measured_s: float, seed: int) -> dict[str, Any]:
     """The gateway's process at each load."""
-    most, rows = capacity(REAL, REAL_SHAPE), []
+    most, rows = capacity(REAL, REAL_SHAPE), list[dict[str, Any]]()
     async with running_gateway() as address:
         await _offer(address, most * 0.8, 0.0, warm_up_s, seed)  # it learns how long things take
         for load in LOADS:

@@ -52,6 +52,9 @@ class _Tokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
 
 class _Worker:
     def __init__(self, worker_id: str, role: str) -> None:
@@ -119,7 +122,7 @@ class _Decode(_Worker, worker_pb2_grpc.DecodeWorkerServicer):
                 task.cancel()
 
     async def _run(self, body: wpb.Open, write: Any) -> None:
-        key, ident = (body.request_id, body.epoch), {"request_id": body.request_id, "epoch": body.epoch}
+        key, ident = (body.request_id, body.epoch), dict[str, Any](request_id=body.request_id, epoch=body.epoch)
         try:
             await self._begun.setdefault(key, asyncio.Event()).wait()
         finally:

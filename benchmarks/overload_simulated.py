@@ -20,7 +20,7 @@ from ..kvstore.identity import TenantId
 from ..services.gateway.admission import AdmissionPolicy, Ask
 from ..services.gateway.fair_queue import Place
 from ..services.gateway.waits import Backlog, Throughput
-from ..services.keys import TenantLimits
+from ..services.keys import UNLIMITED, TenantLimits
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tenant:
 
     name: str
     share: float
-    limits: TenantLimits = field(default_factory=TenantLimits)
+    limits: TenantLimits = UNLIMITED
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def measure(
     measured_s: float = 600.0, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Goodput at each multiple of the capacity, as rows of a JSON file."""
-    most, rows = capacity(engine, shape), []
+    most, rows = capacity(engine, shape), list[dict[str, Any]]()
     for load in loads:
         run = Simulation(engine, shape, tenants, load * most, slo_s, max_ttft_s, seed=seed)
         outcome = run.run(60.0, measured_s)

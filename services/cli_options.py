@@ -48,6 +48,7 @@ def _parameter(option: Listed) -> inspect.Parameter:
     )
 
 
+_NOTHING: Connecting = {}
 DEFAULT_ADDRESS = "127.0.0.1:8033"  # `connection` has it, too, which costs too much to import for `--help`
 
 
@@ -60,7 +61,7 @@ class Service:
     """
 
     address: str
-    connecting: Connecting = field(default_factory=dict, repr=False)
+    connecting: Connecting = field(default_factory=lambda: _NOTHING, repr=False)
 
 
 _CONNECTION: dict[str, Any] = {

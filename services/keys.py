@@ -62,9 +62,9 @@ class TenantLimits(_Entry):
     """
 
     priority: Literal["high", "normal", "low"] = "normal"
-    weight: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
-    tokens_per_s: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
-    max_num_seqs: int | None = Field(None, ge=1, le=2**20)
+    weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
+    tokens_per_s: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
+    max_num_seqs: int | None = Field(default=None, ge=1, le=2**20)
 
 
 UNLIMITED = TenantLimits()

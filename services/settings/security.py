@@ -23,7 +23,7 @@ SECURITY_FILES = (
 
 
 def _file(description: str) -> str | None:
-    return Field(None, min_length=1, max_length=4096, description=f"{description}; default: none")  # type: ignore[no-any-return]
+    return Field(None, min_length=1, max_length=4096, description=f"{description}; default: none")
 
 
 class SecuritySettings(Settings):
