@@ -22,6 +22,7 @@ from ..services.telemetry import NullRecorder
 from .timing import synchronize
 
 if TYPE_CHECKING:
+    from ..services.decode.kept_sessions import SessionTurn
     from .bench_handoff import Handoff
 
 HOST = "127.0.0.1"
@@ -41,6 +42,9 @@ class _EngineTarget:
 
     async def commit(self, prompt_ids: Sequence[int], emitted: Sequence[EmittedChoice]) -> None:
         self._engine.commit(self._request_id, prompt_ids, emitted)
+
+    async def adopt(self, turn: SessionTurn) -> bool:
+        return False  # all that is measured comes by frames
 
 
 class _Servicer(DecodeWorkerServicer):
