@@ -14,6 +14,7 @@ from .host_values import HostValues
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache, Summed
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
+from .redone import RedoneRow
 from .saved_rows import check_rows, put_saved_rows, saved_rows
 from .sealing import Sealing, own_angles, pack_blocks
 from .segment import Kit, Tail
@@ -119,6 +120,10 @@ class RecipeCache:
     def shift(self) -> Shift | None:
         """See `SequenceCache`."""
         return None if self._fixed is None else self._fixed.shift(self._layers[0], self._sealing)
+
+    def redone(self) -> RedoneRow:
+        """See `SequenceCache`."""
+        return RedoneRow(self.layers())
 
     def layers(self) -> list[LayerCache]:
         """Of all layers, in order."""

@@ -13,6 +13,7 @@ from .layout import Part as Part
 from .spec import Recipe
 
 if TYPE_CHECKING:
+    from .redone import RedoneRow
     from .sealing import Sealing
     from .segment import Tail
 
@@ -193,6 +194,11 @@ class SequenceCache(Protocol):
     def withdraw(self, position: int) -> None:
         """Forget the rows from `position` on, which no block has sealed: they came of a pass that failed, and some
         layers may have none. Appending them again gives what it would have given."""
+        ...
+
+    def redone(self) -> RedoneRow:
+        """The cache as its last row sees it that attends to everything in it; to be used before anything is appended or
+        sealed. Changes nothing."""
         ...
 
     def rows_until_seal(self, position: int) -> int:

@@ -22,6 +22,8 @@ from .spec import Tier
 
 Partial = tuple[Tensor, Tensor]
 
+ROWS_AT_ONCE = 4096  # that are decoded together where a row attends to all
+
 
 def packings(kit: Kit, basis: Mapping[str, Tensor], layer: int) -> list[Packing]:
     """How each tier of a layer is packed, the best first."""
@@ -172,6 +174,26 @@ class LayerCache:
             parts.append(self._tail_rows(q, positions, counter))
         return merge_partials(parts).to(q.dtype)
 
+    def attend_to_all(self, q: Tensor, positions: Tensor, last: Partial) -> Tensor:
+        """`attend` of the tail's last row, as if it had chosen every chunk. Reads, and changes nothing.
+
+        Args:
+            q: [1, H, d] at positions int64 [1].
+            last: key and value [1, Hkv, d] that stand for the tail's last row.
+        """
+        counter, parts = ReadCounter(), []
+        if self.sinks is not None:
+            parts.append(self._sink_rows(q, positions, *self.sinks, counter))
+        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+        if self.kit.retrieval is None:
+            parts += [self._all_rows(q, positions, segment, counter) for segment in segments]
+        elif segments:
+            parts += self._every_chunk(q, positions, segments)
+            if self.outliers:
+                parts.append(self._outlier_rows(q, positions, counter))
+        parts.append(self._tail_rows(q, positions, counter, last))
+        return merge_partials(parts).to(q.dtype)
+
     def read_nbytes(self) -> int:
         """Bytes that one query reads, but for those of the tail."""
         count: int = sum(t.nbytes for t in (*(self.sinks or ()), *self.outliers.values()))
@@ -267,8 +289,10 @@ class LayerCache:
             k = self.kit.rope(k.to(q.dtype), at)
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
-    def _tail_rows(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> Partial:
+    def _tail_rows(self, q: Tensor, positions: Tensor, counter: ReadCounter, last: Partial | None = None) -> Partial:
         k, v = self.tail.rows()
+        if last is not None:
+            k, v = (torch.cat((rows[:-1], row.to(rows.dtype))) for rows, row in zip((k, v), last, strict=True))
         at = torch.arange(self.tail.begin, self.tail.end, device=q.device)
         counter.bytes_read += k.nbytes + v.nbytes
         if self.tail_is_unrotated:
@@ -312,6 +336,20 @@ class LayerCache:
             counter.bytes_read += 0 if segment.index is None else segment.index.nbytes
         chunked = [segment.chunked() for segment in segments]
         return sparse_attention(q, positions, chosen, valid, chunked, chunk, self.window)
+
+    def _every_chunk(self, q: Tensor, positions: Tensor, segments: list[Segment]) -> list[Partial]:
+        """Attention to all chunks, some at a time, so that few are decoded at once."""
+        chunk, heads = self.kit.recipe.retrieval.chunk, self.kit.shape.num_kv_heads
+        hidden = self._hidden_chunks(positions, segments)
+        chunked = [segment.chunked() for segment in segments]
+        num_chunks, at_once = sum(segment.num_chunks for segment in segments), max(1, ROWS_AT_ONCE // chunk)
+        parts = []
+        for begin in range(0, num_chunks, at_once):
+            every = torch.arange(begin, min(begin + at_once, num_chunks), device=q.device)
+            valid = None if hidden is None else ~hidden[..., begin : begin + at_once]
+            chosen = every.expand(len(q), heads, -1).contiguous()
+            parts.append(sparse_attention(q, positions, chosen, valid, chunked, chunk, self.window))
+        return parts
 
     def _hidden_chunks(self, positions: Tensor, segments: list[Segment]) -> Tensor | None:
         """bool [Q, Hkv, n]: chunks without a row that the query may see, and outliers, which it sees anyway.

@@ -21,8 +21,10 @@ class RetrievalFilling(Filling):
         chunk: rows a chunk.
         outliers: chunks a KV head that stay exact.
         select_every: positions that share a choice, the first one's.
+        chooses: a step attends to some of the rows that are held, and could attend to all.
     """
 
+    chooses: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     chunk: int = 1
     outliers: int = 0
@@ -68,6 +70,7 @@ class ChunkLandmarks(RetrievalFilling):
 
     slot = ("retrieval",)
     kind = "chunks"
+    chooses: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     chunk: int = 8

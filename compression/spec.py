@@ -101,6 +101,15 @@ class Recipe:
         blocks = [codec.append_block for tier in self.tiers() for codec in (tier.key_codec, tier.value_codec)]
         return math.lcm(self.window.seal_block or 1, self.retrieval.chunk, *blocks)
 
+    @property
+    def why_not_redone(self) -> str | None:
+        """Why a decode step cannot be redone with attention to more rows than it chose: there are no others, because
+        the rest was dropped, or because it chose all. None = it can be."""
+        if self.retrieval.chooses:
+            return None
+        drops = self.propagation.selects or (self.budget.evicts and not self.evicted.keeps)
+        return "rows_dropped" if drops else "attends_to_all"
+
     def check_resolved(self) -> None:
         """Check that no number is open, as every engine needs it.
 

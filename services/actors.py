@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import RayError
@@ -29,7 +29,7 @@ from .config import ServeConfig
 from .fleet.report import GatewaySight, Load, Report
 from .gateway.membership import Role, View
 from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
-from .metrics.worker import WorkerMetrics
+from .metrics.worker import Watched, WorkerMetrics
 from .model_shape import model_shape
 from .processes import forget_source_tree
 from .ranks import load_parallel_model
@@ -277,7 +277,7 @@ class Worker(Host):
             makers[role](model, config, identity, on_crash=end_process, recorder=recorder) for role in self.roles
         ]
         for service in services:
-            self._metrics.watch(service)
+            self._metrics.watch(cast(Watched, service))
         return services
 
 

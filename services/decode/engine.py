@@ -38,6 +38,7 @@ from .load import EngineLoad
 from .offload import StoreTier
 from .pages import PagePool
 from .parking import Parking
+from .quality import QualityProbe
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import (
     ChoiceRun,
@@ -79,6 +80,7 @@ class DecodeEngine(EngineLoad):
             `step` later. Tokens are the same. None = on a CUDA device; elsewhere nothing is gained.
         session_bytes: what ended turns of sessions may leave for the next ones; 0 = nothing.
         tiers: how more requests take turns than the device holds, the others parked in `host`; None = they do not.
+        quality_sample_rate: share of the steps of which a row is redone with full attention, to compare (`quality`).
 
     Attributes:
         runner: runs the steps.
@@ -96,6 +98,7 @@ class DecodeEngine(EngineLoad):
         mark: Callable[[], DeviceEvent | None] = lambda: None,
         tiers: TierPolicy | None = None,
         session_bytes: int = 0,
+        quality_sample_rate: float = 0.0,
     ) -> None:
         self.model, self._mark = model, mark
         self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
@@ -109,6 +112,9 @@ class DecodeEngine(EngineLoad):
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
         self.figures = DecodeFigures()
+        if quality_sample_rate:
+            known = self.runner.computation.known
+            self.runner.probe = QualityProbe(model, quality_sample_rate, known, self.figures.quality)
         self._under_way: LaunchedStep | None = None
         self._broken: Exception | None = None
         self._parking: Parking | None = None

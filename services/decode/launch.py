@@ -265,9 +265,11 @@ def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep, is_last
         else:
             short.append(part)
     drawing = [parts[place] for place in places]
-    drawn = None
+    drawn = sampled = None
     if drawing:
         own = logits if len(places) == len(parts) else logits[sent(torch.tensor(places), logits.device)]
+        if runner.probe is not None:
+            sampled = runner.probe.pick([part.row for part in drawing], own)
         drawn = draw_rows([part.state.sampler for part in drawing], own)
     for part in short:
         part.withdraw()
@@ -278,6 +280,8 @@ def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep, is_last
         for row, part in enumerate(drawing):
             part.state.sampler.force_drawn(drawn.ids, row)
         step.drawn.append((drawn, [part.number for part in drawing]))
+    if runner.probe is not None and sampled is not None:
+        runner.probe.redo(sampled)
     return short
 
 

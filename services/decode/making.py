@@ -34,5 +34,14 @@ def make_engine(
     # nor does any keep what a session's turn has left, which another has to keep as well
     kept = config.session_cache_bytes if ranks is None else 0
     return make(
-        model, capacity, config.max_num_seqs, config.max_queue, host, mark=mark, tiers=tiers, session_bytes=kept
+        model,
+        capacity,
+        config.max_num_seqs,
+        config.max_queue,
+        host,
+        mark=mark,
+        tiers=tiers,
+        session_bytes=kept,
+        # a rank that finds its device busy would leave the others waiting in the middle of a comparison
+        quality_sample_rate=config.quality_sample_rate if ranks is None else 0.0,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,6 +42,13 @@ class Guarded(AttendCache, Protocol):
     """
 
     error: Exception | None
+
+
+class Probe(Protocol):
+    """See `quality.QualityProbe`."""
+
+    def pick(self, rows: Sequence[StepRow], logits: Tensor) -> Any: ...
+    def redo(self, sampled: Any) -> None: ...
 
 
 class StepRow(NamedTuple):
@@ -124,6 +131,7 @@ class StepRunner:
     Attributes:
         computation: of the batched steps.
         like: one row of keys, [1, Hkv, d].
+        probe: compares steps with full attention; None = nobody does.
         hot_counts: what those of `computation` were some steps ago.
     """
 
@@ -141,6 +149,7 @@ class StepRunner:
         self.hot_counts = (0, 0)
         self._hot_counts = torch.zeros(2, dtype=torch.int64, pin_memory=self._side is not None)
         self._steps_run = 0
+        self.probe: Probe | None = None
         self.like = torch.empty(like, dtype=model.dtype, device=model.device)
 
     def logits(self, rows: Sequence[StepRow]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .figures import BATCH, ROWS, WORK_S
+from .figures import BATCH, NATS, ROWS, WORK_S
 
 PREFIX = "kvsluice_"
 
@@ -133,6 +133,12 @@ WORKER = (
     _gauge("worker_decode_waiting", "Requests that wait for memory"),
     _counter("worker_hot_set_lookups", "Chunks of values in host memory that attention wanted"),
     _counter("worker_hot_set_misses", "Those of them that had to be fetched"),
+    _histogram(
+        "worker_quality_kl_divergence", "KL of a step's next token from full attention's, in nats", NATS, "recipe"
+    ),
+    _counter("worker_quality_steps", "Steps that were compared with full attention", "recipe"),
+    _counter("worker_quality_top1_agreements", "Those of them whose best token was the same", "recipe"),
+    _counter("worker_quality_skipped_steps", "Sampled steps that were not compared", "recipe", "reason"),
     *_tiers("worker_"),
     _counter("worker_failures", "Requests that ended by an error of an engine", "engine", "error_type"),
     _counter("worker_out_of_memory", "Those of them that found no memory", "engine"),

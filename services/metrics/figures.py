@@ -16,6 +16,7 @@ from ...errors import RequestCancelled
 BATCH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 WORK_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+NATS = (1e-6, 1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 MEMORY_ERRORS = ("OutOfMemoryError", "MemoryError")
 
 
@@ -83,6 +84,28 @@ class PrefillFigures(Figures):
         self.prompt_tokens += prompt_tokens
 
 
+class QualityFigures:
+    """What comparing steps with full attention gave, by recipe.
+
+    Attributes:
+        divergence: KL of the next token's distributions, in nats; one value a comparison.
+        agreements: comparisons in which the best token was the same.
+        skipped: (recipe, reason) -> steps that were to be compared and were not.
+    """
+
+    def __init__(self) -> None:
+        self.divergence: dict[str, Distribution] = {}
+        self.agreements: Counter[str] = Counter()
+        self.skipped: Counter[tuple[str, str]] = Counter()
+
+    def compared(self, recipe: str, divergence: float, agrees: bool) -> None:
+        """A step was compared."""
+        if recipe not in self.divergence:
+            self.divergence[recipe] = Distribution(NATS)
+        self.divergence[recipe].add(divergence)
+        self.agreements[recipe] += agrees
+
+
 @dataclass
 class DecodeFigures(Figures):
     """A decode engine's work.
@@ -91,6 +114,7 @@ class DecodeFigures(Figures):
         batch: choices in each step that ran; one value a step.
         step_seconds: of the engine's thread, for each; on a GPU the work goes on beside it.
         tokens: that were drawn and told.
+        quality: of steps that were compared with full attention.
         hot_lookups, hot_misses: chunks of values in host memory that attention wanted, and those of them that had to be
             fetched; up to some steps ago.
     """
@@ -98,6 +122,7 @@ class DecodeFigures(Figures):
     batch: Distribution = field(default_factory=lambda: Distribution(BATCH))
     step_seconds: Distribution = field(default_factory=lambda: Distribution(WORK_S))
     tokens: int = 0
+    quality: QualityFigures = field(default_factory=QualityFigures)
     hot_lookups: int = 0
     hot_misses: int = 0
 

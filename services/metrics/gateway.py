@@ -10,6 +10,8 @@ from .catalog import GATEWAY
 from .registry import Registry, Sample
 from .tiers import tier_samples
 
+ASKED = "kv_cache_usage_perc"  # when metrics are read
+
 
 class GatewayMetrics:
     """Prometheus metrics of a gateway. Each instance has its own registry.
@@ -22,7 +24,7 @@ class GatewayMetrics:
         self._all = Registry(GATEWAY, {"model_name": model_name})
         self.registry = self._all.prometheus
         for metric in GATEWAY:  # rates of what has not happened yet are 0, and not absent
-            if not metric.labels and metric.name != "kv_cache_usage_perc":
+            if not metric.labels and metric.name != ASKED:
                 self._all[metric.name]
 
     def render(self) -> bytes:

@@ -38,7 +38,7 @@ def gpu_samples(device: Any) -> Callable[[], Iterator[Sample]]:
 def _handle(uuid: str) -> Any:
     """The library's name of a GPU; None where the library or its driver is not there."""
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-untyped]
 
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")

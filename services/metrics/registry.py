@@ -112,7 +112,7 @@ class _Asked:
         for name, labels, seen in self._buckets():
             # copied once: the engine's thread goes on counting
             cumulative = list(accumulate(list(seen.counts)))
-            bounds = [floatToGoString(bound) for bound in (*seen.bounds, inf)]
+            bounds = [floatToGoString(bound) for bound in (*seen.bounds, inf)]  # type: ignore[no-untyped-call]
             family(name).add_metric(self._values(name, labels), list(zip(bounds, cumulative, strict=True)), seen.total)
         yield from families.values()
 

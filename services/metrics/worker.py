@@ -151,12 +151,20 @@ def _decode_samples(figures: DecodeFigures, info: wpb.WorkerInfo) -> Iterator[Sa
     yield "worker_hot_set_lookups", {}, figures.hot_lookups
     yield "worker_hot_set_misses", {}, figures.hot_misses
     yield from tier_samples("worker_", {}, info.tiers)
+    quality = figures.quality
+    for recipe, seen in list(quality.divergence.items()):
+        yield "worker_quality_steps", {"recipe": recipe}, sum(seen.counts)
+        yield "worker_quality_top1_agreements", {"recipe": recipe}, quality.agreements[recipe]
+    for (recipe, reason), count in list(quality.skipped.items()):
+        yield "worker_quality_skipped_steps", {"recipe": recipe, "reason": reason}, count
     yield from _failures("decode", figures.failures)
 
 
 def _decode_buckets(figures: DecodeFigures) -> Iterator[Buckets]:
     yield "worker_decode_batch_size", {}, figures.batch
     yield "worker_decode_step_seconds", {}, figures.step_seconds
+    for recipe, seen in list(figures.quality.divergence.items()):
+        yield "worker_quality_kl_divergence", {"recipe": recipe}, seen
 
 
 def _failures(engine: str, failures: Counter[str]) -> Iterator[Sample]:

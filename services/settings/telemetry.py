@@ -23,6 +23,9 @@ class TelemetrySettings(Settings):
     trace_sample_rate: float = Field(
         1.0, ge=0, le=1, description="share of requests that are traced, of those whose client does not decide it"
     )
+    quality_sample_rate: float = Field(
+        0.0, ge=0, le=1, description="share of decode steps of which a row is redone with full attention, to compare"
+    )
     worker_metrics_port: int | None = Field(
         None,
         ge=0,

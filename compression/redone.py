@@ -1,0 +1,31 @@
+"""A decode step's last row once more, attending to all that its cache holds instead of what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .layer_cache import LayerCache
+
+
+class RedoneRow:
+    """What a forward pass asks of a cache, for a row that has been appended and attended from. The pass gives the row's
+    keys and values anew; the cache is read, and nothing in it changes, counts of what was read included.
+
+    Args:
+        layers: of all layers, in order.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        self._layers = layers
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Take the row [1, Hkv, d] in place of the one that is there."""
+        self._last = (k_pre if self._layers[layer].tail_is_unrotated else k, v)
+
+    def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
+        """q [1, H, d] -> [1, H, d]."""
+        assert self._last is not None, "a row comes before its attention"
+        return self._layers[layer].attend_to_all(q, positions, self._last)
