@@ -38,7 +38,7 @@ from .load import EngineLoad
 from .offload import StoreTier
 from .pages import PagePool
 from .parking import Parking
-from .quality import QualityProbe
+from .quality import probe_steps
 from .scheduler import Choice, Demand, Phase, Scheduler
 from .sequence import (
     ChoiceRun,
@@ -83,8 +83,7 @@ class DecodeEngine(EngineLoad):
         quality_sample_rate: share of the steps of which a row is redone with full attention, to compare (`quality`).
 
     Attributes:
-        runner: runs the steps.
-        figures: what has been done so far.
+        runner, figures: runs the steps; what has been done so far.
     """
 
     def __init__(
@@ -111,10 +110,7 @@ class DecodeEngine(EngineLoad):
         self.runner = StepRunner(model, self.shape, max_num_seqs)
         self._runs: dict[str, RequestRun] = {}
         self._events: list[Event] = []
-        self.figures = DecodeFigures()
-        if quality_sample_rate:
-            known = self.runner.computation.known
-            self.runner.probe = QualityProbe(model, quality_sample_rate, known, self.figures.quality)
+        self.figures = probe_steps(self.runner, quality_sample_rate, DecodeFigures())
         self._under_way: LaunchedStep | None = None
         self._broken: Exception | None = None
         self._parking: Parking | None = None
@@ -276,9 +272,8 @@ class DecodeEngine(EngineLoad):
             self._under_way = None
             self._settle(launched)
         self._admit()  # what ended may have made room, and the caller may wait until there is work
-        if launched is not None:
-            self.figures.ran(len(turns), perf_counter() - begun_s)
-            self.figures.hot_lookups, self.figures.hot_misses = self.runner.hot_counts
+        if turns:
+            self.figures.ran(len(turns), perf_counter() - begun_s, self.runner.hot_counts)
         events, self._events = self._events, []
         return events
 

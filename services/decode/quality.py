@@ -18,9 +18,9 @@ from torch import Tensor
 from ...models.forward import Rows, forward_rows
 from ...models.model import Model
 from ...models.transfers import sent
-from ..metrics.figures import QualityFigures
+from ..metrics.figures import DecodeFigures, QualityFigures
 from ..telemetry import where
-from .step import StepRow
+from .step import StepRow, StepRunner
 
 MAX_PENDING = 8  # comparisons that the device has not finished
 
@@ -114,6 +114,13 @@ class QualityProbe:
             recipe, result, _ = self._pending.popleft()
             divergence, agrees = result.tolist()
             self._figures.compared(recipe, divergence, agrees > 0)
+
+
+def probe_steps(runner: StepRunner, rate: float, figures: DecodeFigures) -> DecodeFigures:
+    """Have a share of a runner's steps compared, 0 = none. Returns the figures that count them."""
+    if rate:
+        runner.probe = QualityProbe(runner.model, rate, runner.computation.known, figures.quality)
+    return figures
 
 
 def _is_done(event: torch.cuda.Event | None) -> bool:

@@ -126,8 +126,9 @@ class DecodeFigures(Figures):
     hot_lookups: int = 0
     hot_misses: int = 0
 
-    def ran(self, choices: int, seconds: float) -> None:
-        """A step has run."""
+    def ran(self, choices: int, seconds: float, hot_counts: tuple[int, int]) -> None:
+        """A step has run; `hot_counts` are lookups and misses up to some steps ago."""
+        self.hot_lookups, self.hot_misses = hot_counts
         self.batch.add(choices)
         self.step_seconds.add(seconds)
 
