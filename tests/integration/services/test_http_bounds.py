@@ -12,15 +12,20 @@ from typing import Any
 import httpx
 import pytest
 
+from kvsluice.errors import DeadlineExceeded
+
 HELLO = {"model": "chars", "prompt": "abc"}
 LIMIT = 65536
 
 
 @pytest.fixture
 async def fleet(make_fleet):
-    return await make_fleet(
-        max_message_bytes=LIMIT, http_max_header_bytes=4096, http_max_connections=4, http_read_timeout_s=0.5
-    )
+    return await make_fleet(max_message_bytes=LIMIT, http_max_header_bytes=4096, http_max_connections=4)
+
+
+@pytest.fixture
+async def hasty(make_fleet):
+    return await make_fleet(http_read_timeout_s=0.2)
 
 
 async def dial(fleet) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -62,8 +67,8 @@ async def test_bodies_are_bounded_however_they_come(fleet):
         assert (await http.post("/v1/completions", json=HELLO)).status_code == 200
 
 
-async def test_a_body_that_does_not_come_ends_with_408(fleet):
-    reply = await told(fleet, head("Content-Length: 100"), b"{")
+async def test_a_body_that_does_not_come_ends_with_408(hasty):
+    reply = await told(hasty, head("Content-Length: 100"), b"{")
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in reply
 
@@ -73,12 +78,15 @@ async def test_a_body_that_is_only_announced_is_refused_before_it_is_sent(fleet)
     assert reply.startswith(b"HTTP/1.1 413 ")
 
 
-async def test_headers_are_bounded_in_size_and_time(fleet):
-    many = head("X: " + "x" * 8192, "Content-Length: 0")
+async def test_heads_that_do_not_come_are_waited_for_no_longer(hasty):
+    assert await told(hasty, b"POST /v1/comple") == b""  # closed without a word: there was no request
+    assert await told(hasty) == b""
+
+
+async def test_headers_are_bounded(fleet):
+    many = head("X: " + "x" * 8192, "Content-Length: 0", "Connection: close")
     assert (await told(fleet, many)).startswith(b"HTTP/1.1 431 ")
     assert (await told(fleet, many[:-4])).startswith(b"HTTP/1.1 400 ")  # as soon as they are too large
-    assert await told(fleet, b"POST /v1/comple") == b""  # closed without a word: there was no request
-    assert await told(fleet) == b""
 
 
 async def test_connections_above_the_bound_are_refused(fleet):
@@ -107,12 +115,7 @@ async def test_a_client_that_does_not_read_holds_up_its_own_choices_alone(make_f
     body = json.dumps(HELLO | {"stream": True, "n": 8, "max_tokens": 500, "logprobs": 20}).encode()
     reader, writer = await dial(fleet)
     writer.write(head(f"Content-Length: {len(body)}") + body)
-    sent, quiet = -1, 0
-    async with asyncio.timeout(60):
-        while quiet < 10:  # until decode has sent nothing more for a while
-            await asyncio.sleep(0.05)
-            quiet = quiet + 1 if script.sent_tokens == sent > 0 else 0
-            sent = script.sent_tokens
+    sent = await until_quiet(script)
     assert sent < 8 * 499, "decode ran to the end though nobody read"
     other = await fleet.client.generate("abc", max_tokens=100)
     assert other.usage.completion_tokens == 100
@@ -120,6 +123,17 @@ async def test_a_client_that_does_not_read_holds_up_its_own_choices_alone(make_f
     writer.close()
     tokens = [t for event in answer for c in event["choices"] for t in c["logprobs"]["tokens"]]
     assert len(tokens) == 8 * 500
+
+
+async def until_quiet(script) -> int:
+    """Wait until decode has sent nothing more for a while. Returns how many tokens it has sent."""
+    sent, quiet = -1, 0
+    async with asyncio.timeout(60):
+        while quiet < 10:
+            await asyncio.sleep(0.05)
+            quiet = quiet + 1 if script.sent_tokens == sent > 0 else 0
+            sent = script.sent_tokens
+    return sent
 
 
 async def told_to_the_end(reader: asyncio.StreamReader) -> list[dict[str, Any]]:
@@ -132,18 +146,18 @@ async def told_to_the_end(reader: asyncio.StreamReader) -> list[dict[str, Any]]:
     return events
 
 
-async def test_a_client_that_never_reads_is_cut_off_at_its_deadline(make_fleet, until, monkeypatch):
+async def test_a_client_that_never_reads_is_cut_off_with_its_request(make_fleet, until, monkeypatch):
     from kvsluice.services.gateway.http import answers
 
     monkeypatch.setattr(answers, "LAST_WORD_S", 0.1)
     fleet = await make_fleet()
     fleet.script.eos, fleet.script.num_top = False, 20
-    more = {"stream": True, "n": 8, "max_tokens": 500, "logprobs": 20, "timeout_s": 2.0}
+    more = {"stream": True, "n": 8, "max_tokens": 500, "logprobs": 20}
     body = json.dumps(HELLO | more).encode()
     _, writer = await dial(fleet)
     writer.write(head(f"Content-Length: {len(body)}") + body)
     server = fleet.gateway._http._server
-    await until(lambda: fleet.gateway.num_requests == 1)
-    await until(lambda: fleet.gateway.num_requests == 0)
+    await until_quiet(fleet.script)
+    fleet.gateway.intake.interrupt_all(DeadlineExceeded("late"))
     await until(lambda: not server.server_state.connections and not server.server_state.tasks)
     writer.close()
