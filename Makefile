@@ -36,6 +36,7 @@ acceptance: setup
 	@$(BIN)/python -P -m kvsluice.evals.acceptance $(ARGS)
 	@$(BIN)/python -P -m kvsluice.tests.faults.attacks --seconds 10 --json $(RESULTS)/attacks.json
 	@$(BIN)/python -P -m kvsluice.benchmarks.fault_runs --kills 50 --stalls 50
+	@$(BIN)/python -P -m kvsluice.benchmarks.overload --out $(RESULTS)/overload.json
 	@$(BIN)/python -P -m kvsluice.tests.faults.soak --seconds 600 --json $(RESULTS)/soak.json
 	@$(BIN)/python -P -m kvsluice.tests.load.gateway_load --json $(RESULTS)/gateway_load.json
 	@PYTHON="$(PYTHON)" sh scripts/setup_peers.sh
