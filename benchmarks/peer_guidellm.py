@@ -61,8 +61,14 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
         served = metrics[name]["successful"]
         return {"mean": served["mean"], "median": served["median"], "p95": served["percentiles"]["p95"]}
 
-    names = ("prompt_token_count", "output_token_count", "request_latency", "time_to_first_token_ms")
-    names += ("inter_token_latency_ms", "output_tokens_per_second")
+    names = (
+        "prompt_token_count",
+        "output_token_count",
+        "request_latency",
+        "time_to_first_token_ms",
+        "inter_token_latency_ms",
+        "output_tokens_per_second",
+    )
     return {"requests": metrics["request_totals"], **{name: of_served(name) for name in names}}
 
 
