@@ -94,7 +94,7 @@ class AdmissionPolicy:
         return self._start_waiting()
 
     def go_on(self) -> list[Place]:
-        """A prompt has run. Returns who starts."""
+        """There may be room for more prompts. Returns who starts."""
         return self._start_waiting()
 
     def wait_s(self, ask: Ask) -> float:
@@ -130,8 +130,11 @@ class AdmissionPolicy:
         self._quotas.begin(ask.tenant, ask.num_choices)
         self._quotas.use(ask.tenant, ask.limits, place.tokens, now_s)
         self._queue.add(place)
-        self._start_waiting()  # nobody else: who could start has
-        return place, self.runs(place)
+        # it alone: room may have come that nobody was told of, and whom this lets start has to be woken
+        starts = self._queue.first() is place and self._fits(place)
+        if starts:
+            self._start(place)
+        return place, starts
 
     def runs(self, place: Place) -> bool:
         """Whether a request has started, and not ended."""

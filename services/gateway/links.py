@@ -147,9 +147,9 @@ class Link:
         self.draining = False
         self.users: set[tuple[str, int]] = set()  # attempts that may still want something of the worker
         self._said = ""
-        self._settings = settings
-        self._lease_s = settings.lease_s
+        self._settings, self._lease_s = settings, settings.lease_s
         self._on_change = on_change
+        self.on_prefilled: Callable[[], None] = lambda: None  # called when fewer prompts may wait than before
         self._task: Task[None] | None = None
         self._is_left_out = False
 
@@ -227,6 +227,7 @@ class Link:
         while True:
             await asyncio.sleep(min(INFO_PERIOD_S, self._lease_s / 4))
             self.info = await stub.Info(wpb.InfoRequest(), timeout=self._lease_s)
+            self.on_prefilled()  # those of other gateways, too
 
     async def _session(self, channel: grpc.aio.Channel) -> None:
         raise NotImplementedError
@@ -243,7 +244,6 @@ class PrefillLink(Link):
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
         self._throughput = Throughput()
-        self.on_prefilled: Callable[[], None] = lambda: None
 
     def load(self) -> PrefillLoad:
         return PrefillLoad(self.member.worker_id, max(sum(self._ours.values()), self.info.pending_tokens))

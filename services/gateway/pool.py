@@ -46,7 +46,7 @@ class WorkerPool:
         self._task: Task[None] | None = None
         self._changed = Event()
         self.generation = 0  # of the membership that routes go by
-        self.on_prefilled: Callable[[], None] = lambda: None  # called when a prompt has run, or was given up
+        self.on_prefilled: Callable[[], None] = lambda: None  # called when fewer prompts may wait than before
         self.model: WorkerModel | None = None  # of the workers picked last; kept while none is there
 
     def start(self) -> None:

@@ -142,6 +142,23 @@ def test_prompts_wait_where_turns_are_fair():
     assert policy.go_on() == [long, short], "a prompt has run"
 
 
+async def test_who_waits_is_told_when_room_came_without_a_word_and_another_asks():
+    running, entered, release = [], [], asyncio.Event()
+    admission = Admission(AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.01)))
+    tasks = [asyncio.create_task(hold(admission, Ask(1), entered, release))]
+    await settle()
+    running[:] = [1000, 1000]
+    tasks.append(asyncio.create_task(hold(admission, Ask(2, prompt_tokens=500), entered, release)))
+    await settle()
+    running.clear()  # as when a worker tells that another gateway's prompts have run
+    tasks.append(asyncio.create_task(hold(admission, Ask(3), entered, release)))
+    await settle()
+    release.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    assert entered == [1, 2, 3]
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
 def test_a_wrong_guess_keeps_nobody_out_for_ever():
     clock = Clock()
     policy = AdmissionPolicy(1, 50, clock, max_ttft_s=1.0)
