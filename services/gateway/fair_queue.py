@@ -160,8 +160,9 @@ class FairQueue:
         """Drop tenants whose counters would be lifted anyway when they came back."""
         if self._tenants[name].is_busy:
             return
+        least = [self._least(rank) for rank in range(len(CLASSES))]  # once: there may be thousands of tenants
         for other, one in list(self._tenants.items()):
-            if not one.is_busy and one.used <= self._least(one.rank):
+            if not one.is_busy and one.used <= least[one.rank]:
                 del self._tenants[other]
         if not any(one.is_busy for one in self._tenants.values()):
             self._tenants.clear()

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsluice.errors import Overloaded
+from kvsluice.services.gateway import fair_queue
 from kvsluice.services.gateway.admission import Admission, AdmissionPolicy, Ask
+from kvsluice.services.gateway.fair_queue import FairQueue, Place
 from kvsluice.services.gateway.waits import Backlog
 from kvsluice.services.keys import TenantLimits
 
@@ -290,6 +292,26 @@ def test_who_was_away_begins_where_the_others_are():
     turns = engine.order[21:]
     assert turns.count("back") == turns.count("busy") == 10
     assert all(a != b for a, b in pairwise(turns)), "in turns, not ten in a row"
+
+
+def test_an_end_looks_at_each_tenant_a_few_times(monkeypatch):
+    """And not at each for each: thousands of tenants would hold the event loop up."""
+    queue, places, looks = FairQueue(), [Place(f"t{i}", TenantLimits(), 1, 0, 1000.0) for i in range(200)], 0
+    for place in places:
+        queue.add(place)
+    for place in places:
+        queue.start(place)
+    for place in places[:100]:
+        queue.end(place, 5000)
+
+    def is_busy(tenant):
+        nonlocal looks
+        looks += 1
+        return bool(tenant.waiting or tenant.running)
+
+    monkeypatch.setattr(fair_queue._Tenant, "is_busy", property(is_busy))
+    queue.end(places[100], 5000)
+    assert looks < 10 * len(places)
 
 
 def test_what_a_request_really_took_is_settled():
