@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Annotated, Literal
 
 import yaml
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import ConfigError, KvsluiceError, Unauthenticated
 from ..kvstore.identity import TenantId
 from .security import Caller, Role, access_of, bearer, check_role
+from .telemetry import where
 
 log = logging.getLogger("kvsluice.keys")
 
@@ -142,7 +144,7 @@ def _parse_lines(text: str, name: str) -> Keys:
 def _parse_yaml(text: str, name: str) -> Keys:
     try:
         parsed = _File.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as exc:
+    except Exception as exc:  # the library lets KeyError, AttributeError and others out, too
         if not isinstance(exc, ValidationError):
             raise ConfigError(f"api_keys_file: {name} is no YAML file") from None
         first = exc.errors(include_input=False, include_context=False)[0]
@@ -161,20 +163,32 @@ def _parse_yaml(text: str, name: str) -> Keys:
     return Keys(callers, {TenantId(tenant): limits for tenant, limits in parsed.tenants.items()})
 
 
+def on_a_thread(job: Callable[[], None]) -> None:
+    """Run a job beside what else the process does."""
+    Thread(target=job, name="keys", daemon=True).start()
+
+
 class KeysFile:
     """Lets in who shows a key of a file, which is looked at again when it has changed. A file that has become unusable
-    changes nothing, and is said so once. Not for several threads.
+    changes nothing, and is said so once. For any thread.
 
     Args:
         path: of the file; its name says of which kind it is.
         clock: monotonic seconds.
+        aside: runs what reads a changed file: with many keys that takes seconds, which an event loop has not.
 
     Raises:
         ConfigError: the file cannot be read, or is none.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._clock = Path(path), clock
+    def __init__(
+        self,
+        path: str,
+        clock: Callable[[], float] = time.monotonic,
+        aside: Callable[[Callable[[], None]], None] = on_a_thread,
+    ) -> None:
+        self._path, self._clock, self._aside = Path(path), clock, aside
+        self._reading = Lock()
         self._secret = secrets.token_bytes(32)
         self._state = self._look()
         self._next_look_s = clock() + LOOK_PERIOD_S
@@ -207,14 +221,20 @@ class KeysFile:
             return
         self._next_look_s = now_s + LOOK_PERIOD_S
         state = self._look()
-        if state == self._state:
-            return
-        self._state = state
+        if state != self._state and self._reading.acquire(blocking=False):
+            self._state = state
+            self._aside(self._take_over)
+
+    def _take_over(self) -> None:
         try:
             self._use(self._read())
             log.info("%s has changed: %d keys", self._path.name, len(self._callers))
         except KvsluiceError as exc:
             log.error("the keys stay as they were: %s", exc.message)
+        except Exception as exc:
+            log.error("the keys stay as they were: %s", where(exc))
+        finally:
+            self._reading.release()
 
     def _look(self) -> tuple[int, ...]:
         """What changes when the file does."""

@@ -121,7 +121,7 @@ def test_lines_are_keys_each_its_own_tenant(tmp_path):
 def test_a_changed_file_counts_without_a_restart(tmp_path, caplog):
     file, now = tmp_path / "keys", [0.0]
     file.write_text(f"{KEY}\n")
-    keys = KeysFile(str(file), lambda: now[0])
+    keys = KeysFile(str(file), lambda: now[0], aside=lambda job: job())
 
     def replace(text):
         (tmp_path / "new").write_text(text)
@@ -143,10 +143,31 @@ def test_a_changed_file_counts_without_a_restart(tmp_path, caplog):
     assert OTHER not in caplog.text
 
 
+def test_a_changed_file_is_read_aside_once_at_a_time(tmp_path):
+    """Thousands of keys take seconds, in which an event loop would hold everybody up."""
+    file, now, jobs = tmp_path / "keys", [0.0], []
+    file.write_text(f"{KEY}\n")
+    keys = KeysFile(str(file), lambda: now[0], aside=jobs.append)
+    file.write_text(f"{OTHER}\n")
+    now[0] += 2
+    keys.authorize(security.GENERATE, f"Bearer {KEY}")
+    file.write_text(f"{KEY}\n{OTHER}\n")
+    now[0] += 2
+    keys.authorize(security.GENERATE, f"Bearer {KEY}")
+    assert len(jobs) == 1, "the first one is not done"
+    jobs.pop()()
+    now[0] += 2
+    for key in (KEY, OTHER):
+        keys.authorize(security.GENERATE, f"Bearer {key}")
+    assert len(jobs) <= 1
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("", "keys"),
+        ("keys: !!bool x", "YAML"),
+        ("keys: !!timestamp x", "YAML"),
         ("keys: []", "keys"),
         ("- a", "keys"),
         ("keys: [{tenant: a}]", "keys.0.sha256"),
