@@ -75,7 +75,8 @@ def connect(address: str, namespace: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
         raise ConfigError(
             f"address: no Ray cluster is to be had at {address} ({type(exc).__name__}: {_first_line(exc)}); "
-            "allowed: auto or HOST:PORT on a node of the cluster, ray://HOST:PORT from elsewhere"
+            "allowed: auto or HOST:PORT on a node of the cluster, ray://HOST:PORT from elsewhere, with the cluster's "
+            "token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from exc
 
 

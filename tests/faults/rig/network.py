@@ -24,6 +24,7 @@ class Network:
 
     Attributes:
         near, far: addresses of this side and of the namespace's.
+        near_link: name of this side's end of the cable.
         launcher: what a command begins with that runs inside.
     """
 
@@ -31,20 +32,20 @@ class Network:
         self.name = name
         self.near, self.far = f"10.213.{subnet}.1", f"10.213.{subnet}.2"
         self.launcher = ("ip", "netns", "exec", name)
-        self._near_link, self._far_link = f"{name}a", f"{name}b"
+        self.near_link, self._far_link = f"{name}a", f"{name}b"
 
     def make(self) -> None:
         _run("ip", "netns", "add", self.name)
-        _run("ip", "link", "add", self._near_link, "type", "veth", "peer", "name", self._far_link, "netns", self.name)
-        _run("ip", "addr", "add", f"{self.near}/24", "dev", self._near_link)
-        _run("ip", "link", "set", self._near_link, "up")
+        _run("ip", "link", "add", self.near_link, "type", "veth", "peer", "name", self._far_link, "netns", self.name)
+        _run("ip", "addr", "add", f"{self.near}/24", "dev", self.near_link)
+        _run("ip", "link", "set", self.near_link, "up")
         _run("ip", "-n", self.name, "addr", "add", f"{self.far}/24", "dev", self._far_link)
         _run("ip", "-n", self.name, "link", "set", self._far_link, "up")
         _run("ip", "-n", self.name, "link", "set", "lo", "up")
 
     def remove(self) -> None:
         """Take it away; the cable goes with the namespace."""
-        for command in (("ip", "link", "del", self._near_link), ("ip", "netns", "del", self.name)):
+        for command in (("ip", "link", "del", self.near_link), ("ip", "netns", "del", self.name)):
             subprocess.run(command, capture_output=True, check=False)
 
     def cut(self) -> None:
@@ -57,7 +58,7 @@ class Network:
     def limit(self, kbit_per_s: int) -> None:
         """Let the cable carry so much each way; needs `tc`."""
         shape = ("root", "tbf", "rate", f"{kbit_per_s}kbit", "burst", "16kb", "latency", "400ms")
-        _run("tc", "qdisc", "add", "dev", self._near_link, *shape)
+        _run("tc", "qdisc", "add", "dev", self.near_link, *shape)
         _run("tc", "-n", self.name, "qdisc", "add", "dev", self._far_link, *shape)
 
 
