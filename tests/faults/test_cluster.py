@@ -3,6 +3,8 @@ that is lost and comes back."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import textwrap
 import threading
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from kvsluice.client import Client, Completion
+from kvsluice.tests.faults.rig.fleet import command_line
 from kvsluice.tests.faults.rig.processes import wait_until
 from kvsluice.tests.faults.rig.ray_cluster import TwoNodes, two_nodes
 
@@ -182,7 +185,7 @@ def test_streams_of_a_lost_node_go_on_and_a_node_that_joins_gets_its_workers(run
 
         def waits() -> bool:
             (one,) = [one for one in running.nodes.head.status()["workers"] if one["worker"] == far]
-            return one["waits_for"] == "no node has room for 1 CPU, 1 back"
+            return str(one["waits_for"]).startswith("no node has room for ")
 
         wait_until(waits, "the lost worker waits for a node", PATIENCE_S)
         assert not running.nodes.head.status()["converged"]
@@ -197,10 +200,9 @@ def test_a_lost_controller_comes_back_and_nobody_notices(running):
     load = Streams(running, 4)
     load.start()
     wait_until(lambda: load.done, "requests are answered", PATIENCE_S)
-    (controller,) = [
-        p for p in head.processes() if "ray::Controller" in Path(f"/proc/{p.pid}/cmdline").read_text(errors="replace")
-    ]
-    assert head.run("kill", "-9", str(controller.pid)).returncode == 0
+    everybody = [*head.processes(), *running.nodes.node.processes()]
+    (controller,) = [process for process in everybody if "ray::Controller" in command_line(process)]
+    os.kill(controller.pid, signal.SIGKILL)
     wait_until(lambda: not controller.alive, "the controller is gone")
     wait_until(lambda: head.kvsluice("status", "--json").returncode == 0, "another one answers", PATIENCE_S)
     wait_until(lambda: head.status()["converged"], "it knows everybody", PATIENCE_S)
@@ -216,7 +218,6 @@ def test_a_lost_head_is_an_outage_after_which_up_begins_anew(running):
     workers = nodes.node.processes()
     wait_until(lambda: not any(p.alive for p in workers), "the node ends without its head", PATIENCE_S)
     nodes.node.stop()
-    nodes.head.folder = str(running.file.parent)
     nodes.head.start()
     assert "there is no fleet kvsluice" in nodes.head.kvsluice("status").stderr
     alone = FLEET | {"groups": [group for group in FLEET["groups"] if group["name"] != "far"]}
@@ -225,5 +226,5 @@ def test_a_lost_head_is_an_outage_after_which_up_begins_anew(running):
         assert len(client.generate(PROMPT, max_tokens=8, ignore_eos=True).token_ids) == 8
     done = nodes.head.kvsluice("down", "--grace-s", "5")
     assert done.returncode == 0, done.stderr
-    left = [Path(f"/proc/{p.pid}/cmdline").read_text(errors="replace") for p in nodes.head.processes()]
+    left = [command_line(process) for process in nodes.head.processes()]
     assert not [line for line in left if "ray::Decode" in line or "ray::Prefill" in line or "ray::Gateway" in line]
