@@ -60,6 +60,9 @@ class _Worker:
     def __init__(self, worker_id: str, role: str) -> None:
         self._identity = WorkerIdentity(worker_id, role, "made-up", "f" * 32, VOCAB_SIZE, _SHAPE, {})
 
+    def add_to(self, server: Any) -> None:
+        raise NotImplementedError
+
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
 
