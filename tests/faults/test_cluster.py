@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from kvsluice.client import Client, Completion
+from kvsluice.services.processes import remove_folder
 from kvsluice.tests.faults.rig.fleet import command_line
 from kvsluice.tests.faults.rig.processes import wait_until
 from kvsluice.tests.faults.rig.ray_cluster import TwoNodes, two_nodes
@@ -209,3 +210,24 @@ def test_a_lost_controller_comes_back_and_nobody_notices(running):
     load.end()
     assert load.error is None
     assert {one["worker"]: one["pid"] for one in head.status()["workers"]} == before
+
+
+def test_a_lost_head_is_an_outage_after_which_up_begins_anew(running, tmp_path):
+    """Declared: without a Ray head that outlives itself, the fleet ends with it, wherever its processes run."""
+    nodes = running.nodes
+    nodes.head.kill()
+    workers = nodes.node.processes()
+    wait_until(lambda: not any(p.alive for p in workers), "the node ends without its head", PATIENCE_S)
+    nodes.node.stop()
+    remove_folder(nodes.head.folder)
+    nodes.head.folder = str(tmp_path)
+    nodes.head.start()
+    assert "there is no fleet kvsluice" in nodes.head.kvsluice("status").stderr
+    alone = FLEET | {"groups": [group for group in FLEET["groups"] if group["name"] != "far"]}
+    running.address = running.up(alone).rpartition("serves on ")[2].strip()
+    with running.client() as client:
+        assert len(client.generate(PROMPT, max_tokens=8, ignore_eos=True).token_ids) == 8
+    done = nodes.head.kvsluice("down", "--grace-s", "5")
+    assert done.returncode == 0, done.stderr
+    left = [command_line(process) for process in nodes.head.processes()]
+    assert not [line for line in left if "ray::Decode" in line or "ray::Prefill" in line or "ray::Gateway" in line]
