@@ -197,7 +197,8 @@ class ChoiceRun:
         self._in_blocks = len(self._ahead) > MOST_ALONE
         self._row = 0  # of the last step that was launched
         self._has_run = False  # the token that is emitted next
-        self._rows_left = cache.rows_until_seal(self._position)
+        # a cache that was run here may have come to where a block is due; rows that were put into it are sealed as far
+        self._rows_left = cache.rows_until_seal(self._position) if stored_end is None else 0
         for token_id in begun[history_tokens:]:
             sampler.force(token_id)
 
