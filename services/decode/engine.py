@@ -182,7 +182,7 @@ class DecodeEngine(EngineLoad):
         """
         run = self._receiving(request_id, epoch)
         key = run.request.session_key
-        run.adopted = None if key is None else self._sessions.take(key, turn)
+        run.adopted = None if key is None else self._sessions.take(key, turn, run.demand.total_bytes)
         if run.adopted is not None:
             run.cache, run.layers = run.adopted.cache, set(range(self.model.config.num_layers))
         return run.adopted is not None

@@ -30,6 +30,7 @@ class KeptSession:
         prompt_ids: what was prefilled.
         token_ids: behind the prompt, of the rows that the cache holds.
         stored_end: position up to which rows were told, to be stored.
+        most_bytes: of the device, that the turn had reserved.
     """
 
     cache: SequenceCache
@@ -38,6 +39,7 @@ class KeptSession:
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     stored_end: int
+    most_bytes: int
 
     @classmethod
     def of(cls, run: RequestRun, state: ChoiceRun) -> KeptSession | None:
@@ -53,6 +55,7 @@ class KeptSession:
             run.prompt_ids,
             state.token_ids[:num_rows],
             state.stored_end,
+            run.demand.total_bytes,
         )
 
     @property
@@ -60,11 +63,17 @@ class KeptSession:
         """Behind the prompt, that the cache holds."""
         return self.cache.end - len(self.prompt_ids)
 
-    def goes_on(self, wanted: SessionTurn) -> bool:
+    def goes_on(self, wanted: SessionTurn, most_bytes: int) -> bool:
         """Whether a turn goes on from this very state. Rows behind what it goes on with are forgotten then, where they
-        can be; the last of its tokens is sampled from, and has no row yet."""
+        can be; the last of its tokens is sampled from, and has no row yet.
+
+        Args:
+            most_bytes: of the device, that the turn has reserved.
+        """
         if (self.epoch, self.stored_end) != (wanted.last_epoch, wanted.stored_end):
             return False
+        if self.most_bytes > most_bytes:
+            return False  # there may be room in it for an answer that is longer than the turn has reserved
         if tuple(self.prompt_ids) != tuple(wanted.prompt_ids):
             return False
         known = wanted.emitted.token_ids[:-1]
@@ -144,12 +153,16 @@ class KeptSessions:
             return
         self._kept[key] = kept
 
-    def take(self, key: str, wanted: SessionTurn) -> KeptSession | None:
+    def take(self, key: str, wanted: SessionTurn, most_bytes: int) -> KeptSession | None:
         """Hand what is kept of a session to its next turn, whose own reservations cover it from now on; None where that
-        turn is to be restored. Nothing of the session is kept afterwards."""
+        turn is to be restored. Nothing of the session is kept afterwards.
+
+        Args:
+            most_bytes: of the device, that the turn has reserved.
+        """
         kept = self._kept.get(key)
         self.drop(key)
-        if kept is None or not kept.goes_on(wanted):
+        if kept is None or not kept.goes_on(wanted, most_bytes):
             self.misses += 1
             return None
         self.hits += 1

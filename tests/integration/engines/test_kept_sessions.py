@@ -1,4 +1,4 @@
-"""A turn that goes on with the cache that the one before has left says what it says from kept rows, wherever it ended."""
+"""A turn that goes on with the cache that the one before has left says what it says from kept rows."""
 
 from __future__ import annotations
 
@@ -69,3 +69,14 @@ def test_a_turn_may_end_where_a_block_is_due(bench, encode, prompt, sampling, re
     history = (*answer, *prompt(20, seed=9))
     wanted = next_turn(bench(), encoded, sampling.drawn(12, seed=5), history, kept)
     assert next_turn(b, encoded, sampling.drawn(12, seed=5), history, kept, adopts=True) == wanted
+
+
+def test_a_turn_does_not_hold_the_room_of_a_longer_one(bench, encode, prompt, sampling) -> None:
+    """One that ended early leaves a cache with room for all that it might have said, which the next did not reserve."""
+    encoded = encode(prompt(100), sampling.drawn(1500, seed=3))
+    b = bench(session_bytes=1 << 30)
+    answer, kept = first_turn(b, encoded, num_steps=12)
+    history = (*answer, *prompt(5, seed=9))
+    wanted = next_turn(bench(), encoded, sampling.drawn(8, seed=5), history, kept)
+    assert next_turn(b, encoded, sampling.drawn(8, seed=5), history, kept, adopts=False) == wanted
+    assert b.engine.tier_snapshot().session_misses == 1
