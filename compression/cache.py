@@ -12,6 +12,7 @@ from ..kernels.step_attention import Shift, View
 from .codecs import compact
 from .host_values import HostValues
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache, Summed
+from .kept_choice import KeptChoice
 from .layer_cache import LayerCache
 from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
 from .redone import RedoneRow
@@ -152,10 +153,18 @@ class RecipeCache:
         whole, of_row = self._read_nbytes
         self.counter.bytes_read += whole + of_row * self._layers[0].tail.num_rows
 
-    def withdraw(self, position: int) -> None:
+    def chosen(self) -> list[KeptChoice]:
+        """See `SequenceCache`."""
+        return [layer.kept.copy() for layer in self.layers() if layer.kept is not None]
+
+    def withdraw(self, position: int, chosen: Sequence[KeptChoice] = ()) -> None:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.withdraw(position)
+        if chosen:
+            kept = [layer.kept for layer in self.layers() if layer.kept is not None]
+            for one, before in zip(kept, chosen, strict=True):
+                one.put_back(before)
         self.note_moved()
 
     def rows_until_seal(self, position: int) -> int:

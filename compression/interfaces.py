@@ -13,6 +13,7 @@ from .layout import Part as Part
 from .spec import Recipe
 
 if TYPE_CHECKING:
+    from .kept_choice import KeptChoice
     from .redone import RedoneRow
     from .sealing import Sealing
     from .segment import Tail
@@ -191,9 +192,17 @@ class SequenceCache(Protocol):
         """Count rows that kernels have appended, and attended from, in every layer."""
         ...
 
-    def withdraw(self, position: int) -> None:
+    def chosen(self) -> Sequence[KeptChoice]:
+        """Copies of what positions share that were chosen for (`select_every`), for `withdraw`."""
+        ...
+
+    def withdraw(self, position: int, chosen: Sequence[KeptChoice] = ()) -> None:
         """Forget the rows from `position` on, which no block has sealed: they came of a pass that failed, and some
-        layers may have none. Appending them again gives what it would have given."""
+        layers may have none. Appending them again gives what it would have given.
+
+        Args:
+            chosen: what `chosen` gave before that pass, where it had several rows; a single one chooses the same again.
+        """
         ...
 
     def redone(self) -> RedoneRow:

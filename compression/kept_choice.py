@@ -54,6 +54,11 @@ class KeptChoice:
         """As kernels read and change it."""
         return Kept(self._chunks, self._state, self.every)
 
+    def put_back(self, before: KeptChoice) -> None:
+        """Be what `copy` gave."""
+        self._chunks.copy_(before._chunks)
+        self._state.copy_(before._state)
+
     def copy(self) -> KeptChoice:
         """An independent one with the same chunks."""
         twin = object.__new__(KeptChoice)

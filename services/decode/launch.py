@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...compression.kept_choice import KeptChoice
 from ...models.drawing import Drawn, DrawnToken, draw_rows
 from ...models.parallel import Ranks, RanksBroken
 from ...models.transfers import sent
@@ -65,6 +66,7 @@ class _Part(NamedTuple):
     Attributes:
         number: the turn's in the step, and where the next step finds the token.
         bytes_read: by the choice's attention before.
+        chosen: see `SequenceCache.withdraw`.
     """
 
     number: int
@@ -72,10 +74,15 @@ class _Part(NamedTuple):
     state: ChoiceRun
     row: StepRow
     bytes_read: int
+    chosen: Sequence[KeptChoice] = ()
+
+    def noted(self) -> _Part:
+        """The same with what `withdraw` has to know, before an attempt."""
+        return self._replace(chosen=self.row.cache.chosen()) if self.row.more_ids else self
 
     def withdraw(self) -> None:
         """Undo what an attempt has done that was not committed."""
-        self.row.cache.withdraw(self.row.position)
+        self.row.cache.withdraw(self.row.position, self.chosen)
         self.row.cache.counter.bytes_read = self.bytes_read
         self.state.guarded.error = None
 
@@ -226,12 +233,13 @@ def _halves(parts: list[_Part]) -> list[list[_Part]]:
     middle = len(ids) // 2
     first = row._replace(more_ids=ids[1:middle])
     second = row._replace(token_id=ids[middle], position=row.position + middle, more_ids=ids[middle + 1 :])
-    return [[parts[0]._replace(row=one)] for one in (first, second)]
+    return [[parts[0]._replace(row=one, chosen=())] for one in (first, second)]
 
 
 def _try(runner: StepRunner, parts: list[_Part], step: LaunchedStep, is_last_try: bool) -> list[_Part]:
     """Run rows together. Returns those that did not run and may be tried again; an error that counts is in its turn."""
     try:
+        parts = [part.noted() for part in parts]
         short = _run(runner, parts, step, is_last_try)
     except Exception as exc:
         step.check_alone(exc)

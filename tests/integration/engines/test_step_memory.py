@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvsluice.compression.kept_choice import KeptChoice
 from kvsluice.compression.layer_cache import LayerCache
 from kvsluice.compression.recipe import get_recipe
 from kvsluice.errors import OutOfMemory
@@ -160,22 +161,46 @@ def test_a_sequence_that_has_no_room_alone_ends_so_that_others_may_go_on(bench, 
     assert all(isinstance(b.ended(name), FinishedEvent) for name in requests if name != "2")
 
 
-def test_a_long_append_that_is_too_large_runs_in_shorter_ones(bench, encode, prompt, room) -> None:
+EVERY = """{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 0, "budget_tokens": 32, "budget_rate": 0.05,
+    "landmark_bits": 8, "select_every": 16}, "window": {"kind": "ends", "sinks": 4, "local": 16}}"""
+
+
+@pytest.fixture
+def attended(monkeypatch) -> dict[int, set]:
+    """Position -> chunks that its row attended to in some layer, of recipes whose rows share them."""
+    seen: dict[int, set] = {}
+    settle = KeptChoice.settle
+
+    def watched(self, positions, chosen, valid):
+        out = settle(self, positions, chosen, valid)
+        for position, chunks in zip(positions.tolist(), out[0].tolist(), strict=True):
+            seen.setdefault(position, set()).add(str(chunks))
+        return out
+
+    monkeypatch.setattr(KeptChoice, "settle", watched)
+    return seen
+
+
+@pytest.mark.parametrize("recipe", ["exact", get_recipe("sluice-full", EVERY)], ids=["exact", "every-16"])
+def test_a_long_append_that_is_too_large_runs_in_shorter_ones(bench, encode, prompt, room, attended, recipe) -> None:
+    """Rows attend to the chunks that they would have, whatever later ones had chosen before they failed."""
     params = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
-    encoded, more = encode(prompt(60), params), prompt(200, 7)
+    encoded, more = encode(prompt(203), params, recipe), prompt(200, 7)
     begun = [EmittedChoice(more)]
 
-    def told() -> list[int]:
+    def told() -> tuple[list[int], dict[int, set]]:
+        attended.clear()
         b = bench()
-        b.engine.open(DecodeRequest("a", 1, 60, encoded.recipe, params, history_tokens=200))
+        b.engine.open(DecodeRequest("a", 1, 203, encoded.recipe, params, history_tokens=200))
         b.feed("a", encoded, begun)
         b.run()
         assert isinstance(b.ended("a"), FinishedEvent)
-        return b.tokens("a")
+        return b.tokens("a"), dict(attended)
 
-    wanted = told()
+    wanted, chunks = told()
+    assert bool(chunks) == (encoded.recipe.retrieval.select_every > 1)
     tried = room(lambda batch: sum(len(rows.ids) for rows in batch) <= 20)
-    assert told() == wanted
+    assert told() == (wanted, chunks)
     assert max(tried) > 64 and sum(size for size in tried if size <= 20) == 200 + 5
 
 
