@@ -27,6 +27,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from .hf_config import ModelConfig
 
+_Store: Any = dist.TCPStore  # type: ignore[attr-defined]
+Meeting = Any  # a `TCPStore`, which torch's stubs do not name
 SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
 MEETING_TIMEOUT = timedelta(seconds=300)
 IDLE = timedelta(days=365)  # a rank that follows waits for work as long as there is none
@@ -106,7 +108,7 @@ class Ranks:
         ConfigError: the others did not come.
     """
 
-    def __init__(self, rank: int, size: int, meeting: dist.TCPStore, device: torch.device) -> None:
+    def __init__(self, rank: int, size: int, meeting: Meeting, device: torch.device) -> None:
         self.rank, self.size, self._device = rank, size, device
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
@@ -185,7 +187,7 @@ class Ranks:
         dist.destroy_process_group()
 
 
-def host_meeting(host: str) -> tuple[dist.TCPStore, str]:
+def host_meeting(host: str) -> tuple[Meeting, str]:
     """Where ranks find each other: rank 0 listens on `host`, an address of this machine, and on nothing else.
 
     Returns:
@@ -194,13 +196,11 @@ def host_meeting(host: str) -> tuple[dist.TCPStore, str]:
     _use_interface(host)
     listening = socket.create_server((host, 0))
     port = listening.getsockname()[1]
-    store = dist.TCPStore(
-        host, port, None, True, MEETING_TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    store = _Store(host, port, None, True, MEETING_TIMEOUT, wait_for_workers=False, master_listen_fd=listening.detach())
     return store, f"{host}:{port}"
 
 
-def reach_meeting(address: str, own_host: str) -> dist.TCPStore:
+def reach_meeting(address: str, own_host: str) -> Meeting:
     """What `host_meeting` gave, from another process, whose own address is `own_host`.
 
     Raises:
@@ -209,7 +209,7 @@ def reach_meeting(address: str, own_host: str) -> dist.TCPStore:
     _use_interface(own_host)
     host, _, port = address.rpartition(":")
     try:
-        return dist.TCPStore(host, int(port), None, False, MEETING_TIMEOUT)
+        return _Store(host, int(port), None, False, MEETING_TIMEOUT)
     except (RuntimeError, dist.DistError) as exc:
         raise ConfigError(f"tensor_parallel_size: rank 0 is not at {address}") from exc
 
