@@ -41,6 +41,7 @@ acceptance: setup
 	@$(BIN)/python -P -m kvsluice.tests.load.gateway_load --json $(RESULTS)/gateway_load.json
 	@PYTHON="$(PYTHON)" sh scripts/setup_peers.sh
 	@$(BIN)/python -P -m kvsluice.benchmarks.peer_guidellm --json $(RESULTS)/peer_guidellm.json
+	@$(BIN)/python -P -m kvsluice.tests.faults.scaling --json $(RESULTS)/scaling.json
 
 readme: setup
 	@$(BIN)/python scripts/readme_tables.py

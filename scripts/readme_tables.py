@@ -1,6 +1,7 @@
-"""Puts what `make acceptance` measured into README.md; scripts/recipe_report.py does the same for the recipes.
+"""Puts what `make acceptance` measured into README.md and docs/cluster.md; scripts/recipe_report.py does the same for
+the recipes.
 
-With --check it only says whether README.md holds what the results say.
+With --check it only says whether the pages hold what the results say.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from kvsluice.evals import demo
 from kvsluice.evals.pages import filled
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "acceptance.json"
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE_WIDTH = 96
 
 
@@ -58,23 +58,39 @@ def origin(results: Mapping[str, Any]) -> str:
     )
 
 
-def blocks(results: Mapping[str, Any]) -> dict[str, str]:
-    """Every block by its name."""
-    return {"demo": demo_table(results), "parity": parity_lines(results)}
+def scaling_lines(results: Mapping[str, Any]) -> str:
+    """What came of scaling up and down under load."""
+    found, settings = results["results"], results["settings"]
+    few, many = settings["clients"]
+    return (
+        f"A run: {few} client, then {many}, then {few} again, each sending one request after another: from 1P1D to "
+        f"2P2D in {found['up_s']:.0f} s and back in {found['down_s']:.0f} s. {found['answered']} requests were "
+        f"answered, {found['failed']} failed, {found['wrong']} had other tokens than the same request before, and "
+        f"{found['migrated']} moved to other workers. The groups changed {len(found['course']) - 1} times in all: the run's "
+        f"times are short, with {settings['scaling']['down_after_s']} s of quiet before a group shrinks.\n\n{origin(results)}"
+    )
+
+
+PAGES: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, str]]]] = {
+    "README.md": ("acceptance.json", lambda results: {"demo": demo_table(results), "parity": parity_lines(results)}),
+    "docs/cluster.md": ("scaling.json", lambda results: {"scaling": scaling_lines(results)}),
+}
 
 
 def main() -> int:
-    if not RESULTS.exists():
-        print(f"{RESULTS.relative_to(ROOT)} is missing; `make acceptance` writes it")
-        return 1
-    readme = README.read_text()
-    wanted = filled(readme, blocks(json.loads(RESULTS.read_text())), README.name)
-    if "--check" in sys.argv[1:]:
-        if wanted != readme:
-            print("README.md does not hold the numbers of benchmarks/results; run `make readme`")
-        return int(wanted != readme)
-    README.write_text(wanted)
-    return 0
+    stale = 0
+    for page, (file, blocks) in PAGES.items():
+        if not (RESULTS / file).exists():
+            print(f"{(RESULTS / file).relative_to(ROOT)} is missing; `make acceptance` writes it")
+            return 1
+        text = (ROOT / page).read_text()
+        wanted = filled(text, blocks(json.loads((RESULTS / file).read_text())), page)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(wanted)
+        elif wanted != text:
+            print(f"{page} does not hold the numbers of benchmarks/results; run `make readme`")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

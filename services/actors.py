@@ -28,7 +28,7 @@ from ..errors import ConfigError, InternalError, KvsluiceError, StoreUnavailable
 from .config import ServeConfig
 from .fleet.report import GatewaySight, Load, Report
 from .gateway.membership import Role, View
-from .lifecycle import LoopThread, WorkerHost, WorkerService, end_later, end_process, persist
+from .lifecycle import AccountableService, LoopThread, WorkerHost, end_later, end_process, persist
 from .metrics.worker import Watched, WorkerMetrics
 from .model_shape import model_shape
 from .processes import forget_source_tree
@@ -251,7 +251,7 @@ class Worker(Host):
                 load[name] = load.get(name, 0) + getattr(info, name)
         return replace(self._report, load=Load(**load))
 
-    def _services(self, model: Model, store: Store | None) -> list[WorkerService]:
+    def _services(self, model: Model, store: Store | None) -> list[AccountableService]:
         from ..models.profiles import load_profile
         from .decode.server import make_decode_service
         from .prefill.server import make_prefill_service
