@@ -66,8 +66,9 @@ def scaling_lines(results: Mapping[str, Any]) -> str:
         f"A run: {few} client, then {many}, then {few} again, each sending one request after another: from 1P1D to "
         f"2P2D in {found['up_s']:.0f} s and back in {found['down_s']:.0f} s. {found['answered']} requests were "
         f"answered, {found['failed']} failed, {found['wrong']} had other tokens than the same request before, and "
-        f"{found['migrated']} moved to other workers. The groups changed {len(found['course']) - 1} times in all: the run's "
-        f"times are short, with {settings['scaling']['down_after_s']} s of quiet before a group shrinks.\n\n{origin(results)}"
+        f"{found['migrated']} moved to other workers. The groups changed {len(found['course']) - 1} times in all: the "
+        f"run's times are short, with {settings['scaling']['down_after_s']} s of quiet before a group shrinks."
+        f"\n\n{origin(results)}"
     )
 
 
