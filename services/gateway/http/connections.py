@@ -54,7 +54,8 @@ class BoundedProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        # the server forgets its own timer whenever something comes, such as bits of a body that was answered long ago
+        if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
             self._await_head()
         else:
             self._forget_head()

@@ -83,6 +83,18 @@ async def test_heads_that_do_not_come_are_waited_for_no_longer(hasty):
     assert await told(hasty) == b""
 
 
+async def test_a_body_that_goes_on_behind_its_answer_is_waited_for_no_longer(hasty):
+    reader, writer = await dial(hasty)
+    try:
+        writer.write(head("Content-Length: 1000", path="/v1/nothing"))
+        async with asyncio.timeout(20):
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 404 ")
+            writer.write(b"{")
+            await reader.read()  # to the end: the server closes
+    finally:
+        writer.close()
+
+
 async def test_headers_are_bounded(fleet):
     many = head("X: " + "x" * 8192, "Content-Length: 0", "Connection: close")
     assert (await told(fleet, many)).startswith(b"HTTP/1.1 431 ")
