@@ -25,6 +25,7 @@ from .shapes import ChunkShape, whole_answer
 from .translate import Ask, Prompt
 
 LAST_WORD_S = 5.0  # for the error that ends a stream: its client may not read any more
+END_S = 60.0  # for a client to take the end of its answer: the request's own deadline does not count any more
 
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -82,7 +83,7 @@ class Answer(Response):
             with contextlib.suppress(Gone):
                 await unless_gone(receive, self._run(tell))
                 if tell is not None:
-                    await tell.end(self._done())
+                    await _in_time(END_S, tell.end(self._done()), scope)
                 else:
                     await self._whole()(scope, receive, send)
         except Exception as exc:
@@ -90,7 +91,7 @@ class Answer(Response):
             if tell is None or not tell.begun:
                 await failure(error).response(self._reply_headers)(scope, receive, send)
             else:
-                await self._break(tell, error, scope)
+                await _in_time(LAST_WORD_S, tell.error(error), scope)
 
     async def _run(self, tell: _Stream | None) -> None:
         jobs = [self._one(i, request, tell) for i, request in enumerate(self._ask.requests)]
@@ -125,13 +126,14 @@ class Answer(Response):
         body = whole_answer(self._ask, self._done(), echoes, tokenizer.token_bytes, self._fingerprint)
         return JSONResponse(body, headers=self._reply_headers)
 
-    async def _break(self, tell: _Stream, error: Exception, scope: Scope) -> None:
-        """End a stream by an error; a client that does not read is cut off."""
-        try:
-            async with asyncio.timeout(LAST_WORD_S):
-                await tell.error(error)
-        except TimeoutError:
-            scope["state"]["connection"].abort()
+
+async def _in_time(seconds: float, work: Coroutine[Any, Any, None], scope: Scope) -> None:
+    """Tell how a stream ends; a client that does not read is cut off."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        scope["state"]["connection"].abort()
 
 
 class _Stream:

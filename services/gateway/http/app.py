@@ -120,13 +120,13 @@ class Routes:
         if self._intake.draining:
             raise WorkerLost("the service is shutting down")
         request_id = request.state.request_id
-        raw = await self._bodies.read(request)
         try:
-            if len(raw) > BIG_BODY_BYTES:
-                body = await asyncio.to_thread(parse_body, kind, raw)
-            else:
-                body = parse_body(kind, raw)
-            del raw
+            async with self._bodies.read(request) as raw:
+                if len(raw) > BIG_BODY_BYTES:
+                    body = await asyncio.to_thread(parse_body, kind, raw)
+                else:
+                    body = parse_body(kind, raw)
+                del raw
             ask = asked(body, self._name, request_id)
         except InvalidRequest as exc:
             raise translate.renamed(exc, {}) from None

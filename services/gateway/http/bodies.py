@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,8 +27,9 @@ class BodyReader:
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
         self._held_bytes = 0
 
-    async def read(self, request: Request) -> bytes:
-        """A request's body.
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """A request's body, which counts until the block has made something of it.
 
         Raises:
             HTTPException: 413 where it is too large, 408 where it does not come.
@@ -39,7 +41,7 @@ class BodyReader:
         parts: list[bytes] = []
         num_bytes = 0
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with self._in_time():
                 async for part in request.stream():
                     num_bytes += len(part)
                     self._held_bytes += len(part)
@@ -48,12 +50,20 @@ class BodyReader:
                     if self._held_bytes > MANY * self._max_bytes:
                         raise Overloaded("too many large requests come in at once")
                     parts.append(part)
-            return b"".join(parts)
+            whole = b"".join(parts)
+            parts.clear()
+            yield whole
+        finally:
+            self._held_bytes -= num_bytes
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
         except TimeoutError:
             detail = f"the body did not come within {self._timeout_s:g} s, the --http-read-timeout-s of the server"
             raise HTTPException(408, detail, {"connection": "close"}) from None
-        finally:
-            self._held_bytes -= num_bytes
 
     async def _too_large(self, request: Request) -> HTTPException:
         if "expect" not in request.headers:
