@@ -62,8 +62,10 @@ def take_down(address: str, name: str, grace_s: float) -> int:
         _say(f"running requests may take {grace_s:g} s more")
         try:
             _ask(controller, "shutdown", grace_s, timeout_s=grace_s + 2 * ANSWER_S)
-        finally:
-            end_controller(name)
+        except WorkerLost:
+            end_controller(name)  # it does not answer, or is gone; `up` has another one take over what there is
+            raise
+        end_controller(name)
         _say(f"the fleet {name} is gone")
         return EXIT_OK
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ...errors import ConfigError, KvsluiceError
+from ...errors import ConfigError, InternalError, KvsluiceError
 from ..config import ServeConfig
 from ..gateway.membership import MembershipTable, View
 from ..telemetry import where
@@ -28,6 +28,7 @@ log = logging.getLogger("kvsluice.fleet")
 
 TICK_S = 1.0
 MOST_PAUSE_S = 300.0
+AGAIN_S = 1.0  # before somebody who could not be ended is tried once more
 
 
 class Runtime(Protocol):
@@ -140,8 +141,11 @@ class Manager:
         Returns:
             Those that are drained. Raises `ConfigError` where there is no such worker or group.
         """
+        async with self._looking:  # whom a look starts can be ended once that is done
+            return await self._drain_all(set(worker_ids), groups, grace_s)
+
+    async def _drain_all(self, chosen: set[str], groups: Iterable[str], grace_s: float | None) -> list[str]:
         assert self.fleet is not None
-        chosen = set(worker_ids)
         for worker_id in sorted(chosen - self.replicas.keys()):
             raise ConfigError(f"worker: there is no {worker_id}; allowed: {_listed(self.replicas)}")
         for name in groups:
@@ -156,13 +160,24 @@ class Manager:
         return sorted(chosen)
 
     async def shutdown(self, grace_s: float) -> None:
-        """Let running requests finish for the time, then end everything."""
+        """Let running requests finish for the time, then end everything.
+
+        Raises:
+            InternalError: somebody cannot be ended; calling this again goes on.
+        """
         self._stopping = True
-        self.sizes.empty_all()
-        await self._save()
-        gateways = [one for one in self.replicas.values() if one.is_gateway]
-        await asyncio.gather(*(self._stop(one, grace_s) for one in gateways))
-        await asyncio.gather(*(self._stop(one, 0.0) for one in list(self.replicas.values())))
+        async with self._looking:  # whom the last look starts is there by then, and can be ended
+            self.sizes.empty_all()
+            await self._save()
+            gateways = [one for one in self.replicas.values() if one.is_gateway]
+            await asyncio.gather(*(self._stop(one, grace_s) for one in gateways))
+            for last in (False, False, True):
+                await asyncio.gather(*(self._stop(one, 0.0) for one in list(self.replicas.values())))
+                if not self.replicas:
+                    return
+                if not last:
+                    await asyncio.sleep(AGAIN_S)
+        raise InternalError(f"not ended: {_listed(self.replicas)}; allowed: `kvsluice down` once more")
 
     async def run(self) -> None:
         """Look after the fleet until cancelled."""
@@ -312,6 +327,8 @@ class Manager:
         except KvsluiceError as exc:
             log.error("%s is not ended yet: %s", replica.worker_id, exc.message)
             replica.ending = False  # the next look tries again
+            replica.gone.set()
+            replica.gone = asyncio.Event()
             return
         await self.table.remove(replica.worker_id)
         self.replicas.pop(replica.worker_id, None)

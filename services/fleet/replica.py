@@ -26,6 +26,7 @@ class Replica:
         waits_for: why it has no place on a node; None = it has one. `placed_s`: when it last had none.
         drain_generation: of the membership that first says that it is drained.
         retry_at_s: when one that cannot start is tried again.
+        gone: set once it has ended, or could not be.
     """
 
     worker_id: str

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvsluice.errors import ConfigError, WorkerLost
+from kvsluice.errors import ConfigError, InternalError, WorkerLost
 from kvsluice.services.config import ServeConfig
+from kvsluice.services.fleet import manager
 from kvsluice.services.fleet.manager import Manager
 from kvsluice.services.fleet.report import GatewaySight, Load, Report
 
@@ -332,6 +333,50 @@ async def test_load_makes_a_group_grow_between_its_bounds_and_shrink_again():
     for _ in range(20):
         await one.go()
     assert {name for name in one.states() if name.startswith("decode")} == {"decode-0"}
+
+
+class Stubborn(Runtime):
+    """Starts slowly; does not end whom it is told to the first few times."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures, self.asked, self.held = failures, asyncio.Event(), asyncio.Event()
+
+    async def start(self, worker_id, group, fleet):
+        self.asked.set()
+        await self.held.wait()
+        await super().start(worker_id, group, fleet)
+
+    async def stop(self, worker_id, grace_s):
+        if self.failures:
+            self.failures -= 1
+            raise WorkerLost("Ray does not do what it is told")
+        assert worker_id in self.started, "it is being started: nobody would end it any more"
+        await super().stop(worker_id, grace_s)
+
+
+async def test_who_cannot_be_ended_at_first_is_not_left_behind(monkeypatch):
+    monkeypatch.setattr(manager, "AGAIN_S", 0.0)
+    runtime = Stubborn(failures=3)
+    world = World(runtime=runtime)
+    applied = asyncio.create_task(world.manager.apply(cluster()))
+    await runtime.asked.wait()
+    down = asyncio.create_task(world.manager.shutdown(7.0))
+    await asyncio.sleep(0)
+    runtime.held.set()  # the processes come while the fleet is taken down
+    await asyncio.gather(applied, down)
+    assert world.states() == {}
+    assert {worker for worker, _ in runtime.stopped} == set(runtime.started)
+
+
+async def test_who_cannot_be_ended_at_all_is_named_and_can_be_ended_later(world, monkeypatch):
+    monkeypatch.setattr(manager, "AGAIN_S", 0.0)
+    monkeypatch.setattr(world.manager, "_runtime", broken := Stubborn(failures=100))
+    with pytest.raises(InternalError, match="decode-0, gateway-0, prefill-0"):
+        await world.manager.shutdown(0.0)
+    broken.failures, broken.started = 0, world.runtime.started
+    await world.manager.shutdown(0.0)
+    assert world.states() == {}
 
 
 async def test_nothing_is_left_when_it_is_taken_down(world):
