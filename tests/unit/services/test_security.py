@@ -183,6 +183,8 @@ def test_a_changed_file_is_read_aside_once_at_a_time(tmp_path):
         (YAML.replace("weight: 2", "weight: 0"), "tenants.alice.weight"),
         (YAML.replace("tokens_per_s: 500", "tokens_per_s: -1"), "tenants.alice.tokens_per_s"),
         (YAML.replace("high", "highest"), "tenants.alice.priority"),
+        # a limit that nothing keeps to is none
+        (YAML.replace("weight: 2", "stored_bytes: 1000"), "tenants.alice.stored_bytes"),
         ("a: [", "YAML"),
         ("!!python/object/apply:os.system ['touch /tmp/x']", "YAML"),
         ("[" * 5000, "YAML"),
