@@ -122,7 +122,7 @@ class AdmissionPolicy:
         """Take a request. Returns its place, and whether it starts now; it waits otherwise.
 
         Raises:
-            Overloaded: it is sent away; says why, and when there may be room.
+            Overloaded: it is sent away; says why, and when there may be room. InvalidRequest: there never is.
         """
         now_s, place = self._clock(), self._place(ask)
         self._quotas.check(ask.tenant, ask.limits, ask.num_choices, now_s)
@@ -257,7 +257,7 @@ class Admission:
         """Hold room for a request.
 
         Raises:
-            Overloaded: at once, when it is sent away.
+            Overloaded, InvalidRequest: at once, when it is sent away.
         """
         place, starts = self._policy.offer(ask)
         if not starts:

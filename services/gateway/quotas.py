@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import Overloaded
+from ...errors import InvalidRequest, Overloaded
 from ...kvstore.identity import TenantId
 from ..keys import TenantLimits
 
@@ -52,8 +52,11 @@ class Quotas:
         self._seqs: dict[TenantId, int] = {}
 
     def check(self, tenant: TenantId, limits: TenantLimits, num_choices: int, now_s: float) -> None:
-        """Raises `Overloaded` where a request of a tenant would be more than it may have."""
+        """Raises `Overloaded` where a request of a tenant would be more than it may have now, `InvalidRequest` where it
+        would always be."""
         seqs, most = self._seqs.get(tenant, 0), limits.max_num_seqs
+        if most is not None and num_choices > most:
+            raise InvalidRequest("sampling.n", f"got {num_choices}", f"at most {most}, as the key's tenant may run")
         if most is not None and seqs + num_choices > most:
             problem = f"{seqs} choices run or wait, and {num_choices} more are over the {most} of the key's tenant"
             raise Overloaded(problem, reason="tenant_seqs")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsluice.errors import Overloaded
+from kvsluice.errors import InvalidRequest, Overloaded
 from kvsluice.services.gateway import fair_queue
 from kvsluice.services.gateway.admission import Admission, AdmissionPolicy, Ask
 from kvsluice.services.gateway.fair_queue import FairQueue, Place
@@ -371,6 +371,8 @@ def test_choices_of_a_tenant_at_once():
     policy.leave(places[1], 3)
     fill(policy, 3, **bound)
     assert refusal(policy, **bound).reason == "tenant_seqs"
+    with pytest.raises(InvalidRequest, match=r"sampling\.n: got 7; allowed: at most 6"):  # coming again would not help
+        policy.offer(Ask(7, **bound))
 
 
 @settings(max_examples=200, deadline=None)
