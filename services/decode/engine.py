@@ -387,7 +387,7 @@ class DecodeEngine(EngineLoad):
 
     def _fail(self, request_id: str, exc: Exception) -> KvsluiceError:
         """End a request, free what it holds and tell, unless it has ended. Returns the error that `exc` stands for."""
-        error = typed(exc, request_id)
+        error = typed(exc, request_id, self.model.ranks)
         run = self._forget(request_id)
         if run is None:
             return error

@@ -14,6 +14,7 @@ and a fault ends the process rather than a request, since the others would wait 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from ...models.parallel import Ranks
 from ...models.sampling import SamplingParams
 from ..model_shape import model_shape
 from .engine import DecodeEngine, DecodeRequest, EmittedChoice, Event, KeptRows
-from .sequence import whole_rows
+from .sequence import typed, whole_rows
 
 __all__ = ["Follower", "LeadingEngine", "whole_rows"]
 
@@ -59,7 +60,7 @@ class LeadingEngine(DecodeEngine):
             check_tensors(encoded, run.request.recipe, model_shape(self.model.whole), run.request.num_prompt_tokens)
         except Exception as exc:
             self._ranks.tell("cancel", request_id=request_id, choice=None, epoch=epoch)
-            raise self._fail(request_id, exc) from exc
+            raise self._fail(request_id, typed(exc, request_id)) from exc  # the others end it, too
         self._ranks.tell("add_layer", request_id=request_id, epoch=epoch, layer=encoded.layer)
         of_ranks = [parts.of(encoded, rank) for rank in range(self._ranks.size)]
         self._ranks.hand_out([_flat(part) for part in of_ranks])
@@ -128,18 +129,20 @@ class Follower:
     def run(self) -> None:
         """Follow until there is no more to do. Raises `RanksBroken` when another rank is lost."""
         while (heard := self._ranks.hear())["word"] != "stop":
-            try:
+            request_id = heard.get("request_id")
+            # rank 0 has met the same, and tells it
+            with contextlib.suppress(KvsluiceError):
                 self._do(heard.pop("word"), heard)
-            except KvsluiceError:
-                continue  # rank 0 has met the same, and tells it
+            if request_id is not None and self._engine.scheduler.phase(request_id) is None:
+                self._requests.pop(request_id, None)
 
     def _do(self, word: str, heard: dict[str, Any]) -> None:
         if word == "step":
             self._engine.step()
         elif word == "open":
             request = _request(heard)
-            self._requests[request.request_id] = request
             self._engine.open(request)
+            self._requests[request.request_id] = request
         elif word == "add_layer":
             self._add_layer(heard["request_id"], heard["layer"], heard["epoch"])
         elif word == "commit":

@@ -21,7 +21,7 @@ from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
 from ...errors import FrameMismatch, InternalError, KvsluiceError, OutOfMemory
-from ...models.parallel import Ranks
+from ...models.parallel import Ranks, RanksBroken
 from ...models.sampling import SamplerState, SamplingParams
 from ..telemetry import about, where
 from .scheduler import Demand
@@ -372,10 +372,20 @@ def add_layer(
         )
 
 
-def typed(exc: Exception, request_id: str) -> KvsluiceError:
-    """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside."""
+def typed(exc: Exception, request_id: str, ranks: Ranks | None = None) -> KvsluiceError:
+    """The error of the tree that stands for `exc`; one that is not of the tree is logged, its text stays inside.
+
+    Args:
+        ranks: that hold the model together. All of them meet an error of the tree alike, any other perhaps one alone,
+            which would be without the request while the others go on with it.
+
+    Raises:
+        RanksBroken: there are others, and it is of that kind.
+    """
     if isinstance(exc, KvsluiceError):
         return exc
+    if ranks is not None:
+        raise RanksBroken(f"a rank of the model failed in a request: {where(exc)}") from exc
     logger.error("decoding of request %s failed: %s", request_id, where(exc), extra=about(request_id))
     if is_out_of_memory(exc):
         return OutOfMemory("the decode worker ran out of memory")
