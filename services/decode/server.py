@@ -51,6 +51,7 @@ from .messages import (
     token_entry,
 )
 from .offload import ImageId
+from .overflow import OverflowPolicy
 from .parallel import LeadingEngine
 from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
@@ -103,7 +104,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """From now on requests may be kept; those that run are not."""
         store = CachedStore(store, self._cache_bytes) if self._cache_bytes else store
         self._store = KeptRequests(store, self._ttl_s, self._copies, self._recorder)
-        tier = self._tier = StoreImages(store, self._ttl_s, self._ident_of, self._thread, self._on_loop, self._recorder)
+        tiers = self.engine.scheduler.tiers
+        policy = OverflowPolicy() if tiers is None else tiers.policy.overflow
+        tier = self._tier = StoreImages(
+            store, self._ttl_s, self._ident_of, self._thread, self._on_loop, self._recorder, policy
+        )
         self._thread.post(lambda: self.engine.use_store(tier))
 
     def add_to(self, server: grpc.aio.Server) -> None:

@@ -19,6 +19,7 @@ from ..lifecycle import EngineThread
 from ..telemetry import Recorder
 from .host_pages import Extent
 from .offload import ImageId
+from .overflow import OverflowPolicy
 from .sequence import typed
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class StoreImages:
         ident_of: whom a request's memory belongs to; None = it is not here any more. Called on the event loop.
         thread: the engine's.
         on_loop: has the event loop call something; any thread may ask.
+        policy: says for how long a store that has failed is left alone.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class StoreImages:
         thread: EngineThread,
         on_loop: Callable[[Callable[[], None]], None],
         recorder: Recorder,
+        policy: OverflowPolicy,
     ) -> None:
+        self._policy = policy
         self._store, self._ttl_s, self._ident_of = store, ttl_s, ident_of
         self._thread, self._on_loop, self._recorder = thread, on_loop, recorder
         self._images: dict[ImageId, StoredImage] = {}
@@ -88,7 +92,7 @@ class StoreImages:
         except Exception as exc:
             error = typed(exc, image.request_id)
             self._discard(image)
-        self._tell(image, "decode.stored", extent.num_bytes, error, done)
+        self._tell(image, "decode.stored", extent.num_bytes, error, done, self._policy.retry_s)
 
     async def _read(self, image: ImageId, place: Callable[[int, bytes | memoryview], None], done: Done) -> None:
         error: KvsluiceError | None = None
@@ -100,15 +104,27 @@ class StoreImages:
         except Exception as exc:
             error = typed(exc, image.request_id)
         self._discard(image)
-        self._tell(image, "decode.fetched", at, error, done)
+        self._tell(image, "decode.fetched", at, error, done, self._policy.loss_pause_s)
 
-    def _tell(self, image: ImageId, name: str, num_bytes: int, error: KvsluiceError | None, done: Done) -> None:
+    def _tell(
+        self, image: ImageId, name: str, num_bytes: int, error: KvsluiceError | None, done: Done, pause_s: float
+    ) -> None:
         self._moves.pop(image, None)
         if error is not None:
             logger.warning("moving request %s to the store or back failed: %s", image.request_id, error.type_name)
         outcome = "moved" if error is None else error.type_name
         self._recorder.record(name, request_id=image.request_id, epoch=image.epoch, nbytes=num_bytes, outcome=outcome)
-        self._thread.post(lambda: done(error))
+        self._thread.post(lambda: self._done(error, done, pause_s))
+
+    def _done(self, error: KvsluiceError | None, done: Done, pause_s: float) -> None:
+        """On the engine's thread, which is to look again once the store is used again: who waits for room that only the
+        store can make may be the only one that has something to do, and nothing else would wake it."""
+        done(error)
+        if error is not None:
+            self._on_loop(lambda: self._wake_after(pause_s))
+
+    def _wake_after(self, pause_s: float) -> None:
+        asyncio.get_running_loop().call_later(pause_s, self._thread.wake)
 
     def _forget(self, image: ImageId) -> None:
         move = self._moves.pop(image, None)
