@@ -89,6 +89,7 @@ class RanksBroken(BaseException):
 
 @contextmanager
 def _together(what: str) -> Iterator[None]:
+    """Memory that runs out here counts, too: what the others send for this would be taken for the next thing."""
     try:
         yield
     except (RuntimeError, dist.DistError) as exc:
@@ -132,11 +133,11 @@ class Ranks:
 
     def gather(self, x: Tensor, axis: int) -> Tensor | None:
         """The ranks' tensors side by side along an axis, on rank 0; None elsewhere."""
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.leads else None
         with _together("gather"):
+            x = x.contiguous()
+            parts = [torch.empty_like(x) for _ in range(self.size)] if self.leads else None
             dist.gather(x, parts, dst=0, group=self._sums)
-        return None if parts is None else torch.cat(parts, dim=axis)
+            return None if parts is None else torch.cat(parts, dim=axis)
 
     def tell(self, word: str, **fields: Any) -> None:
         """Have the others do what `word` means to them; JSON values only. Only rank 0 tells."""
@@ -159,8 +160,8 @@ class Ranks:
 
     def share(self, x: Tensor | None, shape: Sequence[int] = (), dtype: torch.dtype = torch.int64) -> Tensor:
         """A tensor of rank 0 on every rank's device; the others say its shape and dtype."""
-        out = torch.empty(*shape, dtype=dtype) if x is None else x.cpu().contiguous()
         with _together("share"):
+            out = torch.empty(*shape, dtype=dtype) if x is None else x.cpu().contiguous()
             dist.broadcast(out, src=0, group=self._words)
         return out.to(self._device) if x is None else x
 

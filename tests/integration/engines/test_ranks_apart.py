@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kvsluice.compression.cache import RecipeCache
 from kvsluice.errors import FrameMismatch
 from kvsluice.models.model import Model
-from kvsluice.models.parallel import RanksBroken
+from kvsluice.models.parallel import Ranks, RanksBroken
 from kvsluice.services.decode import parallel as parallel_module
 from kvsluice.services.decode.engine import DecodeEngine, DecodeRequest, FailedEvent
 from kvsluice.services.decode.parallel import Follower, LeadingEngine
@@ -108,3 +109,14 @@ def test_what_all_ranks_refuse_ends_a_request_and_leaves_nothing_of_it(
     for one in (lead, engine):
         assert one.free_bytes == one.capacity_bytes
     assert [type(event) for event in engine._events if isinstance(event, FailedEvent)] == [FailedEvent] * 3
+
+
+@pytest.mark.parametrize("fails", ["empty_like", "cat"])
+def test_a_rank_without_memory_for_what_it_gathers_does_not_take_it_for_the_next(monkeypatch, fails: str) -> None:
+    """The others have sent it, and would not know that nobody wanted it."""
+    rank = object.__new__(Ranks)
+    rank.rank, rank.size, rank._sums = 0, 2, None
+    monkeypatch.setattr(dist, "gather", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch, fails, lambda *args, **kwargs: out_of_memory(None, None))
+    with pytest.raises(RanksBroken):
+        rank.gather(torch.zeros(3, 2), 1)
