@@ -30,6 +30,7 @@ from ..metrics.figures import DecodeFigures
 from ..model_shape import model_shape
 from ..staging import Event as DeviceEvent
 from .events import Event, FailedEvent, FinishedEvent, OpenedEvent, RowsEvent, TokensEvent
+from .failures import typed
 from .host_pages import HostPages
 from .integrity import check_memory
 from .kept_sessions import KeptSession, KeptSessions, SessionTurn
@@ -47,7 +48,6 @@ from .sequence import (
     KeptRows,
     RequestRun,
     add_layer,
-    typed,
 )
 from .start import check_start, demand_of, start_choices
 from .step import StepRunner

@@ -34,8 +34,9 @@ from ...models.transfers import sent
 from ..staging import Event as DeviceEvent
 from ..telemetry import where
 from .events import RowsEvent
+from .failures import is_out_of_memory
 from .scheduler import Choice
-from .sequence import ChoiceRun, KeptRows, RequestRun, is_out_of_memory, whole_rows
+from .sequence import ChoiceRun, KeptRows, RequestRun, whole_rows
 from .step import StepRow, StepRunner
 
 logger = logging.getLogger(__name__)

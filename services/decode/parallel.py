@@ -31,7 +31,8 @@ from ...models.parallel import Ranks
 from ...models.sampling import SamplingParams
 from ..model_shape import model_shape
 from .engine import DecodeEngine, DecodeRequest, EmittedChoice, Event, KeptRows
-from .sequence import typed, whole_rows
+from .failures import typed
+from .sequence import whole_rows
 
 __all__ = ["Follower", "LeadingEngine", "whole_rows"]
 

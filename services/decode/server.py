@@ -37,6 +37,7 @@ from .engine import (
     RowsEvent,
     TokensEvent,
 )
+from .failures import typed
 from .keeper import Keeper
 from .keeping import KeptRequests
 from .making import make_engine
@@ -56,7 +57,6 @@ from .parallel import LeadingEngine
 from .receiver import Receiver
 from .requests import GatewayStream, OpenRequest
 from .restore import Restoring
-from .sequence import typed
 from .start import most_frame_bytes
 from .store_tier import StoreImages
 from .target import EngineTarget

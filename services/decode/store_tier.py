@@ -17,10 +17,10 @@ from ...kvstore.images import StoredImage
 from ...kvstore.store import Store
 from ..lifecycle import EngineThread
 from ..telemetry import Recorder
+from .failures import typed
 from .host_pages import Extent
 from .offload import ImageId
 from .overflow import OverflowPolicy
-from .sequence import typed
 
 logger = logging.getLogger(__name__)
 
