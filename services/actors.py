@@ -14,6 +14,7 @@ import asyncio
 import logging
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -158,9 +159,18 @@ class Host:
         return ray.get_actor(CONTROLLER, self._spec.namespace)
 
     def _predecessor(self) -> Report | None:
-        """The last report of the one before it, for an actor that was restarted."""
-        earlier: Report | None = ray.get(self._controller().predecessor.remote(self._worker_id))
-        return earlier
+        """The last report of the one before it, for an actor that was restarted. A node that is lost may take the
+        controller along, and Ray does not start an actor again that could not be made: its return is waited for."""
+        until_s = time.monotonic() + self._config.start_timeout_s
+        while True:
+            try:
+                earlier: Report | None = ray.get(self._controller().predecessor.remote(self._worker_id))
+                return earlier
+            except (RayError, ValueError) as exc:
+                if time.monotonic() > until_s:
+                    raise
+                log.warning("%s cannot ask the controller: %s", self._worker_id, type(exc).__name__)
+            time.sleep(CONTROLLER_PAUSE_S)
 
     async def _keep_reporting(self) -> None:
         """Give the controller signs of life, until it says that this process does not belong to the fleet."""

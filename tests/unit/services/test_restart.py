@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -25,10 +26,17 @@ class Broken(actors.Host):
 
 @pytest.fixture
 def start(monkeypatch):
-    """start(error, earlier): the status of a host that fails by `error`, and whether its process would have ended."""
+    """start(error, earlier, away): the status of a host that fails by `error`, and whether its process would have
+    ended; its controller is not there the first `away` times."""
 
-    def run(error: Exception, earlier: Report | None = None) -> tuple[dict[str, str], bool]:
+    def run(error: Exception, earlier: Report | None = None, away: int = 0) -> tuple[dict[str, str], bool]:
         ended, told = threading.Event(), threading.Event()
+        missing = iter([True] * away)
+
+        def find(*name: str) -> Any:
+            if next(missing, False):
+                raise ValueError("there is no such actor")
+            return controller
 
         async def take(report: Report) -> bool:
             assert report.error and report.error_type
@@ -39,7 +47,7 @@ def start(monkeypatch):
             predecessor=SimpleNamespace(remote=lambda worker_id: earlier), report=SimpleNamespace(remote=take)
         )
         fake = SimpleNamespace(
-            get_actor=lambda *name: controller,
+            get_actor=find,
             get=lambda value: value,
             util=SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"),
         )
@@ -47,6 +55,7 @@ def start(monkeypatch):
         monkeypatch.setattr(actors, "configure_logging", lambda *settings: None)
         monkeypatch.setattr(actors, "forget_source_tree", lambda: None)
         monkeypatch.setattr(lifecycle, "RETRY_PAUSE_S", 0.0)
+        monkeypatch.setattr(actors, "CONTROLLER_PAUSE_S", 0.0)
         monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
         config = with_fleet_tokens(load_config({"model": "tiny"}))
         spec = actors.HostSpec("decode-0", "kvsluice")
@@ -60,10 +69,12 @@ def start(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("away", [0, 3])
 @pytest.mark.parametrize("error", [BrokenCheckpoint("no weights"), OSError("secret")])
-def test_a_restarted_part_that_cannot_start_makes_room_for_the_next(start, error):
+def test_a_restarted_part_that_cannot_start_makes_room_for_the_next(start, error, away):
+    """Also where the controller was lost with it: an actor that raises while it is made would be gone for good."""
     earlier = Report("decode-0", "first", ("decode",), "127.0.0.1:1", "127.0.0.1", 1, "tiny", 1, "0")
-    status, ended = start(error, earlier)
+    status, ended = start(error, earlier, away)
     assert ended
     assert status["error_type"] in ("BrokenCheckpoint", "InternalError")
     assert "secret" not in status["message"]
