@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import PurePosixPath
 
 import pytest
 import yaml
+from helm_python.chart import Chart
 
 from kvsluice.services.keys import parse_keys
 
@@ -188,3 +191,25 @@ def test_generated_keys_are_a_file_of_keys():
         caller = keys.callers[hashlib.sha256(secret[name].encode()).digest()]
         assert caller.tenant == tenant
     assert len(render().one("Secret", "-ray")["stringData"]["auth_token"]) == 64
+
+
+def test_an_upgrade_keeps_what_was_edited_in_the_charts_own_secrets(tmp_path):
+    """As docs/operations.md has keys and tokens changed: nothing that was taken away comes back."""
+    edited = {
+        "client-key": "ks-client: of # odd characters",
+        "keys.yaml": f"keys:\n  - {{tenant: alice, sha256: {64 * 'a'}}}\n",
+        "fleet_token": 64 * "n" + "\n" + 64 * "o" + "\n",
+    }
+    data = " ".join(f'"{key}" "{base64.b64encode(text.encode()).decode()}"' for key, text in edited.items())
+    shutil.copytree(CHART, tmp_path / "chart")
+    template = tmp_path / "chart" / "templates" / "secrets.yaml"
+    text, count = re.subn(r'lookup "v1" "Secret" [^)]*\([^)]*\)', f'dict "data" (dict {data})', template.read_text())
+    assert count == 2, "the engine of the tests has no cluster to look at"
+    template.write_text(text)
+    found = {}
+    for path, rendered in Chart.load(tmp_path / "chart").render(values={}, name="r", namespace="n").items():
+        if path.endswith("secrets.yaml"):
+            for one in yaml.safe_load_all(rendered):
+                found |= (one or {}).get("stringData", {})
+    assert {key: found[key] for key in edited} == edited
+    assert len(found["auth_token"]) == 64

@@ -49,3 +49,9 @@
 - {name: {{ .volume }}, mountPath: /etc/kvsluice/{{ .path }}, readOnly: true}
 {{- end }}
 {{- end -}}
+
+{{/* What a Secret of the chart's own holds already, as whoever runs it has edited it, or else what is made for it.
+     Arguments: old (its data), key, new. */}}
+{{- define "kvsluice.kept" -}}
+{{- ternary (index .old .key | default "" | b64dec) .new (hasKey .old .key) | toJson -}}
+{{- end -}}
