@@ -13,7 +13,7 @@ POINTS = {
     "frame-stored": Point(SEQUENCES, "SequenceWriter.put_frame", "after"),
     "manifest-unnamed": Point(SEQUENCES, "SequenceWriter._point_to", "before"),
     "manifest-kept": Point(SEQUENCES, "SequenceWriter.commit", "after"),
-    "started": Point(f"{DECODE}.server", "_EngineTarget.commit", "after"),
+    "started": Point(f"{DECODE}.target", "EngineTarget.commit", "after"),
     # tokens are made
     "token-unsent": Point(f"{DECODE}.requests", "GatewayStream.add", "after"),
     "token-sent": Point(f"{DECODE}.requests", "GatewayStream.flush", "after"),
