@@ -34,6 +34,7 @@ soak: setup
 RESULTS := benchmarks/results
 acceptance: setup
 	@$(BIN)/python -P -m kvsluice.evals.acceptance $(ARGS)
+	@$(BIN)/pytest -m acceptance
 	@$(BIN)/python -P -m kvsluice.tests.faults.attacks --seconds 10 --json $(RESULTS)/attacks.json
 	@$(BIN)/python -P -m kvsluice.benchmarks.fault_runs --kills 50 --stalls 50
 	@$(BIN)/python -P -m kvsluice.benchmarks.overload --out $(RESULTS)/overload.json

@@ -145,6 +145,7 @@ def test_a_command_without_the_token_is_told_what_is_missing(running):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.acceptance
 def test_an_upgrade_and_a_drain_fail_no_request_and_change_no_token(running):
     loads = [Streams(running, seed) for seed in (1, 2, 3)]
     for load in loads:
@@ -212,6 +213,7 @@ def test_a_lost_controller_comes_back_and_nobody_notices(running):
     assert {one["worker"]: one["pid"] for one in head.status()["workers"]} == before
 
 
+@pytest.mark.acceptance
 def test_a_lost_head_is_an_outage_after_which_up_begins_anew(running, tmp_path):
     """Declared: without a Ray head that outlives itself, the fleet ends with it, wherever its processes run."""
     nodes = running.nodes

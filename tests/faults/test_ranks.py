@@ -28,7 +28,7 @@ def ranks_below(pid: int) -> list:
     return [p for p in found if b"kvsluice.services.ranks" in Path(f"/proc/{p.pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_ranks_say_what_one_process_says_and_end_and_begin_together(service, of_ranks) -> None:
     with Client(service.address) as one, Client(of_ranks.address, timeout_s=180.0) as several:
         # long enough for `sluice` to pack, choose and seal
