@@ -101,7 +101,7 @@ GATEWAY = (
     _histogram("migration_stall_seconds", "Last token before a loss to the next", LATENCY_S),
     _counter("handoff_bytes", "Bytes sent from prefill to decode", "recipe"),
     _counter("handoff_bf16_bytes", "Bytes that the same caches take in bf16", "recipe"),
-    _histogram("handoff_compression_ratio", "Bytes sent ÷ bytes in bf16, of each request", SHARE, "recipe"),
+    _histogram("handoff_compression_ratio", "Bytes sent over bytes in bf16, of each request", SHARE, "recipe"),
     _histogram("handoff_seconds", "First frame to the manifest's acknowledgement", LATENCY_S),
     _histogram("handoff_exposed_seconds", "The part of it behind the first token", LATENCY_S),
     _counter("handoff_failures", "Handoffs that began and did not end whole", "error_type"),

@@ -23,3 +23,8 @@ def test_histograms_have_ascending_buckets_and_others_none():
         for metric in metrics:
             assert bool(metric.buckets) == (metric.kind == "histogram"), metric.name
             assert list(metric.buckets) == sorted(set(metric.buckets)), metric.name
+
+
+def test_meanings_are_in_ascii_as_rays_monitoring_takes_nothing_else() -> None:
+    wrong = [metric.name for metrics in TABLES.values() for metric in metrics if not metric.text.isascii()]
+    assert not wrong
