@@ -34,6 +34,9 @@ NAME_OF_IMPORT = {
     "grpcio": "grpc",
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
+    "opentelemetry-sdk": "opentelemetry",
+    "opentelemetry-exporter-otlp-proto-grpc": "opentelemetry",
+    "nvidia-ml-py": "pynvml",
 }
 
 
