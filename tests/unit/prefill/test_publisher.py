@@ -69,7 +69,7 @@ class Call:
 
 class Stub:
     def __init__(self, call: Call) -> None:
-        self.PutFrames = lambda: call
+        self.PutFrames = lambda metadata=None: call
 
 
 def layer(index: int) -> EncodedLayer:
