@@ -32,9 +32,8 @@ from ...models.sampling import SamplingParams
 from ..model_shape import model_shape
 from .engine import DecodeEngine, DecodeRequest, EmittedChoice, Event, KeptRows
 from .failures import typed
-from .sequence import whole_rows
 
-__all__ = ["Follower", "LeadingEngine", "whole_rows"]
+__all__ = ["Follower", "LeadingEngine"]
 
 
 class LeadingEngine(DecodeEngine):
