@@ -81,7 +81,7 @@ class Outcome:
     Attributes:
         answers: that came; wrong: with other tokens; moved: that other workers went on with.
         left: requests that their client has cancelled.
-        differences: of wrong answers, which request it was and how many tokens were right.
+        differences: of wrong answers, which request it was, how many tokens were right, and what came after them.
         errors: requests that ended with an error, by its type.
     """
 
@@ -101,7 +101,16 @@ class Outcome:
         right = next((i for i, (one, other) in enumerate(zip(token_ids, wanted, strict=False)) if one != other), None)
         if right is not None or len(token_ids) > len(wanted):
             self.wrong += 1
-            self.differences.append({"request": index, "right_tokens": right})
+            here = len(wanted) if right is None else right
+            self.differences.append(
+                {
+                    "request": index,
+                    "right_tokens": here,
+                    "of_tokens": len(wanted),
+                    "came": list(token_ids[here : here + 4]),
+                    "wanted": list(wanted[here : here + 4]),
+                }
+            )
 
     def leave(self, index: int, token_ids: Sequence[int], wanted: Sequence[int]) -> None:
         with self.lock:
@@ -211,6 +220,11 @@ def undisturbed(address: str, asked: Sequence[Request]) -> tuple[list[Request], 
     return [asked[i] for i in firm], [alone[i] for i in firm], len(asked) - len(firm)
 
 
+def described(asked: Sequence[Request]) -> list[dict[str, Any]]:
+    """What was asked, for results; a difference names one by its place."""
+    return [{"prompt_tokens": len(request.prompt), **request.options} for request in asked]
+
+
 def kill(service: Service, draw: random.Random, number: int) -> None:
     """Kill a decode worker and wait for its successor."""
     os.kill(draw.choice(service.workers()), signal.SIGKILL)
@@ -234,6 +248,7 @@ def run(kills: int, stalls: int, seed: int, console: Console) -> dict[str, Any]:
     with running_redis() as redis, running_service(*arguments, "--store-url", f"redis://{redis}") as process:
         service, asked = Service(process), requests(draw)
         asked, wanted, found["set_aside"] = undisturbed(process.address, asked)
+        found["asked"] = described(asked)
         for name, fault, count in (("kills", kill, kills), ("stalls", stall, stalls)):
             load = Load(process.address, asked, wanted, seed)
             with console.status(f"{count} {name} at {STREAMS} streams") as status:

@@ -13,6 +13,9 @@ from .transfers import Fetched, sent
 if TYPE_CHECKING:
     from .sampling import SamplerState
 
+# SplitMix64's constants, as signed numbers
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 _FIELDS = 3  # of a row in `Drawn`: the token, whether it could be drawn, whether its logits are all finite
 
 
@@ -104,17 +107,21 @@ def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(states: Sequence[SamplerState], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of each row's cumulative distribution, in order of token ids, at the row's random number, and whether the
-    distribution is finite."""
+    """Of each row a draw from the softmax of what the filters leave, and whether there was anything to draw.
+
+    The largest of the scores plus Gumbel noise is such a draw (Maddison et al., arXiv 1411.0030, section 2). Unlike an
+    inverse of the cumulative distribution it hardly depends on rounding: other last bits of the logits change a token
+    only where the two best sums are that close, whatever the size of the vocabulary.
+    """
     if len(states) == 1 and scores.device.type != "cpu":
         # a single row may be summed in another order than one of many
         ids, is_valid = _drawn([states[0], states[0]], scores.expand(2, -1))
         return ids[:1], is_valid[:1]
     params = [state.params for state in states]
-    numbers = [
-        (one.temperature, one.min_p, one.top_p, state.random_number) for one, state in zip(params, states, strict=True)
-    ]
-    columns = sent(torch.tensor(numbers, dtype=torch.float64), scores.device)
+    numbers = torch.tensor([(one.temperature, one.min_p, one.top_p) for one in params], dtype=torch.float64)
+    # of the bits a float64 is as good a carrier as any, and one copy brings both
+    keys = torch.tensor([state.draw_key for state in states]).view(torch.float64)
+    columns = sent(torch.cat((numbers, keys[:, None]), dim=1), scores.device)
     temperature, min_p, top_p = columns[:, :3].float().T[:, :, None]
     scores = scores / temperature
     if any(one.min_p for one in params):
@@ -125,12 +132,30 @@ def _drawn(states: Sequence[SamplerState], scores: Tensor) -> tuple[Tensor, Tens
         scores = _keep_best(scores, [one.top_k for one in params])
     if any(one.top_p != 1 for one in params):
         scores = _keep_nucleus(scores, top_p)
-    cumulative = scores.double().softmax(-1).cumsum(-1)
-    # rounding may leave the sum beside 1, so the random number is scaled by it, and stays below it
-    totals = cumulative[:, -1:]
-    thresholds = torch.minimum(totals * columns[:, 3:], torch.nextafter(totals, torch.zeros_like(totals)))
-    found = torch.searchsorted(cumulative, thresholds, right=True)
-    return found[:, 0], totals[:, 0].isfinite()
+    return _largest(scores + gumbel_noise(columns[:, 3].contiguous().view(torch.int64), scores.shape[1]))
+
+
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise float32 [rows, V], a function of the row's key and the token id alone.
+
+    Integers are mixed as in SplitMix64 (Steele et al., OOPSLA 2014), so every device has the same bits up to the last
+    one of its logarithm.
+
+    Args:
+        keys: int64 [rows], of all 64 bits.
+    """
+    bits = keys[:, None] + torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN_GAMMA
+    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
+        bits = (bits ^ _shifted(bits, shift)) * factor
+    bits = _shifted(bits ^ _shifted(bits, 31), 11)
+    # float32 is fine near 0, where the rarest tokens win, and must not reach 1, where the noise would be -inf
+    uniform = ((bits.double() + 0.5) * 2.0**-53).float().clamp_max(1 - 2.0**-24)
+    return -(-torch.log1p(-uniform)).log()
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """int64 moved right by so many bits, zeros coming in."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
 def _reports(logits: Tensor, ids: Tensor, wanted: dict[int, int]) -> Tensor:

@@ -1,10 +1,11 @@
-"""From logits to tokens: penalties, filters, a counter-based random number, and when a choice ends.
+"""From logits to tokens: penalties, filters, counter-based noise, and when a choice ends.
 
 The order is vLLM's (v1 sampler): log-probabilities of the model's own distribution are read first; then min_tokens
 masks the ids that would end the choice, logit_bias is added, penalties are applied; greedy choices take the largest
 logit; others are divided by the temperature and filtered by min_p, top_k and top_p, each over what those before left.
 
-A random number is a hash of (seed, choice, position), so that every worker and every batch draws the same one.
+A token is drawn with noise that is a hash of (seed, choice, position) and its id, so that every worker and every batch
+draws the same one.
 """
 
 from __future__ import annotations
@@ -225,9 +226,9 @@ class SamplerState:
         return self._is_counted or bool(self.params.logit_bias)
 
     @property
-    def random_number(self) -> float:
-        """That of the next token, in [0, 1)."""
-        return uniform(self.params.seed, self.choice, self._start + self._num_sampled)
+    def draw_key(self) -> int:
+        """That of the next token's noise, see `drawing.gumbel_noise`."""
+        return draw_key(self.params.seed, self.choice, self._start + self._num_sampled)
 
     def sampled(self, drawn: DrawnToken, num_tokens: int) -> Sampled:
         """A token that was drawn, the choice's `num_tokens`-th, and whether it ends the choice."""
@@ -316,7 +317,7 @@ def sample_rows(states: Sequence[SamplerState], logits: Tensor) -> list[Sampled 
     return found
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number in [0, 1) of a position of a choice, 53 bits, alike on every machine."""
+def draw_key(seed: int, choice: int, position: int) -> int:
+    """64 bits, as a signed number, for a position of a choice: alike on every machine."""
     digest = hashlib.blake2b(struct.pack("<QQQ", seed % (1 << 64), choice, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(digest, "little", signed=True)

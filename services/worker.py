@@ -15,8 +15,8 @@ from ..protos import worker_pb2 as wpb
 from .config import ServeConfig
 
 # Of all that goes between a gateway and its workers, messages and frames. It is raised where an older process would
-# misread a newer one, and not for fields that it may pass over.
-PROTOCOL = 1
+# misread a newer one or would go on with its answers in other words, and not for fields that it may pass over.
+PROTOCOL = 2
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from kvsluice.benchmarks.fault_runs import STREAMS, Load, Manner, Outcome, Request, requests, undisturbed
+from kvsluice.benchmarks.fault_runs import STREAMS, Load, Manner, Outcome, Request, described, requests, undisturbed
 from kvsluice.client import Client
 from kvsluice.evals.report import write_results
 from kvsluice.services.processes import Process
@@ -174,6 +174,7 @@ def soak(fleet: Fleet, seconds: float, seed: int, console: Console, asked: Seque
         "workers": fleet.sizes,
         "faults": dict(done),
         "set_aside": set_aside,
+        "asked": described(asked),
         "load": outcome.results(),
         "before": {role: asdict(one) for role, one in before.items()},
         "after": {role: asdict(one) for role, one in footprints(fleet).items()},

@@ -223,7 +223,7 @@ class Signed(s.CodecFilling):
     def fit(self, rows: Tensor, query_peak: Tensor | None = None) -> dict[str, Tensor]:
         return {}
 
-    def encode(self, rows: Tensor, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, rows: Tensor, basis: Mapping[str, Tensor], summed: Any = None) -> dict[str, Tensor]:
         scale = rows.float().abs().amax(-1) / 127 + 1e-12
         return {"codes": (rows / scale[..., None]).round().to(torch.int8), "scale": scale}
 

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsluice.errors import InternalError, InvalidRequest
-from kvsluice.models.drawing import draw_rows
-from kvsluice.models.sampling import PromptIds, Sampled, SamplerState, SamplingParams, sample_rows, uniform
+from kvsluice.models import drawing
+from kvsluice.models.drawing import draw_rows, gumbel_noise
+from kvsluice.models.sampling import PromptIds, Sampled, SamplerState, SamplingParams, draw_key, sample_rows
 
 VOCAB = 50
 EOS = 3
 PROMPT = [7, 7, 11, 30]
-# uniform() of a few keys
-RANDOM = [0.156742553466, 0.337761341267, 0.463366746815, 0.626999913463, 0.114191478555]
+FEW_KEYS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 2, 1 << 40))
+# the first token's noise of each
+NOISE = [0.037813, 0.685626, -0.547451, -0.026356, 0.55808]
 
 
 def logits_of(seed: int, scale: float = 3.0, vocab: int = VOCAB) -> torch.Tensor:
@@ -230,23 +232,46 @@ def test_draws_follow_the_distribution() -> None:
     assert chi_square < 45
 
 
-def test_random_numbers_are_uniform_and_uncorrelated() -> None:
-    rows = torch.tensor(
-        [[uniform(seed, choice, 5) for choice in range(20)] for seed in range(500)], dtype=torch.float64
-    )
+def test_noise_is_gumbels_and_uncorrelated() -> None:
+    keys = torch.tensor([draw_key(seed, choice, 5) for choice in range(20) for seed in range(100)])
+    noise = gumbel_noise(keys, 50)
+    assert noise.isfinite().all()
 
-    assert float(rows.min()) >= 0 and float(rows.max()) < 1
-    counts = torch.histc(rows.float(), bins=20, min=0, max=1)
-    # 19 degrees of freedom
-    assert float(((counts - 500) ** 2 / 500).sum()) < 60
-    assert float(torch.corrcoef(rows.T).fill_diagonal_(0).abs().max()) < 0.25
+    # 19 degrees of freedom, over all and over one token's
+    for values in (noise.flatten(), noise[:, 7]):
+        uniform = (-(-values.double()).exp()).exp()
+        expected = len(uniform) / 20
+        assert float(((torch.histc(uniform, bins=20, min=0, max=1) - expected) ** 2 / expected).sum()) < 60
+    for rows in (noise.T, noise.view(20, -1)):  # of tokens, of choices
+        assert float(torch.corrcoef(rows).fill_diagonal_(0).abs().max()) < 0.25
 
 
-def test_random_numbers_are_alike_everywhere() -> None:
+def test_noise_is_alike_everywhere() -> None:
     # fixed values: another machine or version must draw the same
-    assert [
-        round(uniform(*key), 12) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 2, 1 << 40))
-    ] == RANDOM
+    noise = gumbel_noise(torch.tensor([draw_key(*key) for key in FEW_KEYS]), 1)
+    assert noise[:, 0].tolist() == pytest.approx(NOISE, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [0, -1])
+def test_noise_of_the_least_and_the_largest_bits_is_finite(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    shifted = drawing._shifted
+    monkeypatch.setattr(drawing, "_shifted", lambda mixed, by: shifted(torch.full_like(mixed, bits), by))
+    monkeypatch.setattr(drawing, "_MIX", (0, 0))
+    noise = gumbel_noise(torch.tensor([3]), 2)
+    assert noise.isfinite().all() and noise.unique().numel() == 1
+
+
+def test_other_roundings_of_the_logits_hardly_ever_change_a_draw() -> None:
+    # a flat distribution, where every token's part is as small as rounding
+    logits = logits_of(11, scale=0.3, vocab=50_000)
+    states = [SamplerState(SamplingParams(seed=seed), 0, [], 50_000, ()) for seed in range(100)]
+    generator, changed = torch.Generator().manual_seed(12), 0
+    for state in states:
+        rounded = logits + 1e-3 * torch.randn(50_000, generator=generator)
+        ids = [draw_rows([state], one[None]).read()[0].token_id for one in (logits, rounded)]
+        changed += ids[0] != ids[1]
+    # an inverse of the cumulative distribution changes about fifteen of them
+    assert changed <= 1
 
 
 def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
