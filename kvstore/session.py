@@ -42,6 +42,7 @@ class Session:
         prompt_ids: what was prefilled.
         history_ids: answers and later turns behind it.
         begun_unix_s, used_unix_s: when the first turn and the last one ended.
+        stored_bytes: what the turns have written of its cache.
     """
 
     session_id: str
@@ -56,6 +57,7 @@ class Session:
     history_ids: tuple[int, ...]
     begun_unix_s: float
     used_unix_s: float
+    stored_bytes: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,7 @@ def decode_session(data: bytes, limits: ManifestLimits = DEFAULT_MANIFEST_LIMITS
         history_ids=tuple(message.history_ids),
         begun_unix_s=message.begun_unix_s,
         used_unix_s=message.used_unix_s,
+        stored_bytes=message.stored_bytes,
     )
 
 

@@ -192,7 +192,7 @@ class ContinuedChoice(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("format_version", "session_id", "tenant", "model_fingerprint", "recipe_name", "recipe_json", "is_chat", "epoch", "num_turns", "prompt_ids", "history_ids", "begun_unix_s", "used_unix_s")
+    __slots__ = ("format_version", "session_id", "tenant", "model_fingerprint", "recipe_name", "recipe_json", "is_chat", "epoch", "num_turns", "prompt_ids", "history_ids", "begun_unix_s", "used_unix_s", "stored_bytes")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class Session(_message.Message):
     HISTORY_IDS_FIELD_NUMBER: _ClassVar[int]
     BEGUN_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     USED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     session_id: str
     tenant: str
@@ -219,7 +220,8 @@ class Session(_message.Message):
     history_ids: _containers.RepeatedScalarFieldContainer[int]
     begun_unix_s: float
     used_unix_s: float
-    def __init__(self, format_version: _Optional[int] = ..., session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., recipe_name: _Optional[str] = ..., recipe_json: _Optional[str] = ..., is_chat: _Optional[bool] = ..., epoch: _Optional[int] = ..., num_turns: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., history_ids: _Optional[_Iterable[int]] = ..., begun_unix_s: _Optional[float] = ..., used_unix_s: _Optional[float] = ...) -> None: ...
+    stored_bytes: int
+    def __init__(self, format_version: _Optional[int] = ..., session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., recipe_name: _Optional[str] = ..., recipe_json: _Optional[str] = ..., is_chat: _Optional[bool] = ..., epoch: _Optional[int] = ..., num_turns: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., history_ids: _Optional[_Iterable[int]] = ..., begun_unix_s: _Optional[float] = ..., used_unix_s: _Optional[float] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("format_version", "request_id", "epoch", "tenant", "model_fingerprint", "recipe_fingerprint", "base", "base_xxh3", "version", "choices", "rows")

@@ -290,7 +290,7 @@ class ListSessionsResponse(_message.Message):
     def __init__(self, sessions: _Optional[_Iterable[_Union[SessionInfo, _Mapping]]] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session_id", "turns", "tokens", "recipe", "begun_unix_s", "used_unix_s", "expires_unix_s")
+    __slots__ = ("session_id", "turns", "tokens", "recipe", "begun_unix_s", "used_unix_s", "expires_unix_s", "stored_bytes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +298,7 @@ class SessionInfo(_message.Message):
     BEGUN_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     USED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     turns: int
     tokens: int
@@ -305,7 +306,8 @@ class SessionInfo(_message.Message):
     begun_unix_s: float
     used_unix_s: float
     expires_unix_s: float
-    def __init__(self, session_id: _Optional[str] = ..., turns: _Optional[int] = ..., tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., begun_unix_s: _Optional[float] = ..., used_unix_s: _Optional[float] = ..., expires_unix_s: _Optional[float] = ...) -> None: ...
+    stored_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., turns: _Optional[int] = ..., tokens: _Optional[int] = ..., recipe: _Optional[str] = ..., begun_unix_s: _Optional[float] = ..., used_unix_s: _Optional[float] = ..., expires_unix_s: _Optional[float] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
 class DeleteSessionRequest(_message.Message):
     __slots__ = ("session_id", "tenant")

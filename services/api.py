@@ -185,7 +185,14 @@ def parse_sessions(response: pb.ListSessionsResponse) -> list[SessionInfo]:
     """The sessions that a service names."""
     return [
         SessionInfo(
-            one.session_id, one.turns, one.tokens, one.recipe, one.begun_unix_s, one.used_unix_s, one.expires_unix_s
+            session_id=one.session_id,
+            turns=one.turns,
+            tokens=one.tokens,
+            recipe=one.recipe,
+            begun_unix_s=one.begun_unix_s,
+            used_unix_s=one.used_unix_s,
+            expires_unix_s=one.expires_unix_s,
+            stored_bytes=one.stored_bytes,
         )
         for one in response.sessions
     ]

@@ -6,7 +6,7 @@ Either lines, each a key that is a tenant by itself, or, where the file's name e
       - {tenant: alice, sha256: 9f86d0…}               # SHA-256 of the key, as `kvsluice keys new` prints it
       - {tenant: prometheus, sha256: 60303a…, role: monitor}
     tenants:
-      alice: {priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8}
+      alice: {priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8, stored_bytes: 2000000000}
 
 In memory there are hashes only. What is compared is their HMAC under a secret of the process, so that the time which a
 look-up takes says nothing of the keys.
@@ -61,12 +61,14 @@ class TenantLimits(_Entry):
         weight: share of a tenant beside others of its class, when there is not enough for all.
         tokens_per_s: of prompts and answers, over time.
         max_num_seqs: choices that may run or wait together.
+        stored_bytes: that its sessions may take up in the store.
     """
 
     priority: Literal["high", "normal", "low"] = "normal"
     weight: float = Field(default=1.0, gt=0, le=1000, allow_inf_nan=False)
     tokens_per_s: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
     max_num_seqs: int | None = Field(default=None, ge=1, le=2**20)
+    stored_bytes: int | None = Field(default=None, ge=1, le=2**60)
 
 
 UNLIMITED = TenantLimits()

@@ -108,6 +108,7 @@ class SessionInfo:
     Attributes:
         recipe: as it was asked for.
         expires_unix_s: when it is gone unless it is continued before.
+        stored_bytes: what its cache takes up in the store.
     """
 
     session_id: str
@@ -117,6 +118,7 @@ class SessionInfo:
     begun_unix_s: float
     used_unix_s: float
     expires_unix_s: float
+    stored_bytes: int
 
 
 @dataclass(frozen=True)

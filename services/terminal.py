@@ -142,12 +142,14 @@ def print_sessions(service: Service, as_json: bool, tenant: str) -> None:
         for one in sessions:
             print(json.dumps(asdict(one)))
         return
-    table = Table("session", "turns", "tokens", "recipe", "last used", "expires", box=None)
+    table = Table("session", "turns", "tokens", "recipe", "stored", "last used", "expires", box=None)
     for one in sessions:
         used, expires = (
             datetime.fromtimestamp(at).isoformat(" ", "seconds") for at in (one.used_unix_s, one.expires_unix_s)
         )
-        table.add_row(one.session_id, str(one.turns), str(one.tokens), one.recipe, used, expires)
+        table.add_row(
+            one.session_id, str(one.turns), str(one.tokens), one.recipe, _size(one.stored_bytes), used, expires
+        )
     Console(highlight=False, soft_wrap=True).print(table)
 
 

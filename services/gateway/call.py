@@ -22,7 +22,7 @@ from .attempt import Attempt
 from .failover import Failover, RetryBudget, Start
 from .job import Epochs, Job, Write, public_error
 from .pool import Route, WorkerPool
-from .sessions import Sessions, TurnTokenizer, after_turn, said_ids
+from .sessions import Sessions, Turn, TurnTokenizer, after_turn, said_ids
 
 
 class Call:
@@ -169,8 +169,16 @@ class Call:
         if job.turn.session is None and not (finished is not None and finished.kept):
             raise StoreUnavailable("the store did not take the session's first turn; it is not kept")
         history = [*job.history_ids, *said_ids(self._answer.first_choice, self._tokenizer)]
-        fingerprint = route.model.fingerprint
-        self._kept = after_turn(job.turn, job.checked, resolved, fingerprint, attempt.epoch, job.prompt_ids, history)
+        self._kept = after_turn(
+            job.turn,
+            job.checked,
+            resolved,
+            route.model.fingerprint,
+            attempt.epoch,
+            job.prompt_ids,
+            history,
+            _stored_bytes(job.turn, attempt),
+        )
         await self._sessions.keep(self._kept, job.turn, route.decode.member.worker_id)
 
     async def _write_chunk(self, chunk: pb.Chunk) -> None:
@@ -242,3 +250,11 @@ class Call:
             bf16_bytes = route.model.shape.bf16_kv_bytes(len(self._job.prompt_ids))
             self._metrics.handoff(resolved.recipe.name, shipped.payload_bytes, bf16_bytes)
             self._metrics.handoff_took(shipped.handoff_s, shipped.exposed_s)
+
+
+def _stored_bytes(turn: Turn, attempt: Attempt) -> int:
+    """Of a session's cache in the store, once a turn has ended with this attempt."""
+    written = 0 if attempt.finished is None else attempt.finished.stored_bytes
+    if turn.session is None or attempt.shipped.frames > 0:  # the prompt was written, or written again
+        return written
+    return turn.session.stored_bytes + written

@@ -259,7 +259,7 @@ class Intake:
         self, request_id: str, checked: CheckedRequest, served: ServedModel, accepted_s: float, deadline_s: float
     ) -> Job:
         tenant = current_caller.get().tenant
-        turn = None if checked.session_id is None else await self.sessions.turn(tenant, checked)
+        turn = None if checked.session_id is None else await self.sessions.turn(tenant, checked, self._limits(tenant))
         if turn is None or turn.session is None:
             prompt_ids, history_ids = await self._tokenize(checked), tuple[int, ...]()
         else:

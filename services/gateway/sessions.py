@@ -23,8 +23,10 @@ from ...kvstore.sequences import delete_sequence
 from ...kvstore.session import Session, SessionBook, sequence_id
 from ...kvstore.store import Head, Store
 from ...protos import generation_pb2 as pb
+from ..keys import UNLIMITED, TenantLimits
 from ..validation import CheckedRequest, choose_recipe
 from .choice import Choice, Detokenizer
+from .stored import StoredBytes
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -122,10 +124,12 @@ class Sessions:
         self._book: SessionBook | None = None
         self._running: set[tuple[TenantId, str]] = set()
         self._places: OrderedDict[tuple[TenantId, str], str] = OrderedDict()
+        self._stored: StoredBytes | None = None
 
     def use_store(self, store: Store) -> None:
         """From now on sessions are kept there; `close` closes it."""
         self._store, self._book = store, SessionBook(store, self.ttl_s)
+        self._stored = StoredBytes(self._book.sessions, self.ttl_s)
 
     @property
     def available(self) -> bool:
@@ -153,11 +157,12 @@ class Sessions:
         finally:
             self._running.discard((tenant, session_id))
 
-    async def turn(self, tenant: TenantId, checked: CheckedRequest) -> Turn:
+    async def turn(self, tenant: TenantId, checked: CheckedRequest, limits: TenantLimits = UNLIMITED) -> Turn:
         """What a tenant's request continues, or begins; the session is held meanwhile.
 
         Raises:
             SessionMismatch: the turn is not the one that the request takes it for.
+            Overloaded: the tenant's sessions take up what they may.
             StoreUnavailable: the store cannot be asked. CorruptFrame: what it holds is broken.
         """
         assert checked.session_id is not None
@@ -166,6 +171,8 @@ class Sessions:
         if checked.session_turn not in (None, turn.number):
             has = f"has {turn.number - 1} turns" if turn.session else "is not there: it has expired, or was deleted"
             raise SessionMismatch(f"session_turn: got {checked.session_turn}, and the session {has}")
+        assert self._stored is not None, "set with the book"
+        await self._stored.check(tenant, limits.stored_bytes)
         return turn
 
     async def keep(self, session: Session, turn: Turn, worker_id: str) -> None:
@@ -178,6 +185,8 @@ class Sessions:
             Fenced: another turn has counted meanwhile. StoreUnavailable.
         """
         await self._open_book().write(session, turn.head)
+        if self._stored is not None:
+            self._stored.kept(session)
         key = (session.tenant, session.session_id)
         self._places[key] = worker_id
         self._places.move_to_end(key)
@@ -199,6 +208,7 @@ class Sessions:
                 begun_unix_s=one.begun_unix_s,
                 used_unix_s=one.used_unix_s,
                 expires_unix_s=one.used_unix_s + self.ttl_s,
+                stored_bytes=one.stored_bytes,
             )
             for one in await self._open_book().sessions(tenant)
         ]
@@ -213,7 +223,8 @@ class Sessions:
             session = await self._open_book().delete(tenant, session_id)
             if session is None:
                 return False
-            assert self._store is not None
+            assert self._store is not None and self._stored is not None
+            self._stored.deleted(tenant, session_id)
             try:
                 await delete_sequence(self._store, _ident(session))
             except (StoreUnavailable, CorruptFrame) as exc:
@@ -260,12 +271,13 @@ def said_ids(choice: Choice, tokenizer: TurnTokenizer) -> list[int]:
 
 def after_turn(
     turn: Turn, checked: CheckedRequest, resolved: Resolved, model_fingerprint: str, epoch: int,
-    prompt_ids: Sequence[int], history_ids: Sequence[int],
+    prompt_ids: Sequence[int], history_ids: Sequence[int], stored_bytes: int,
 ) -> Session:  # fmt: skip
     """The session that a turn leaves.
 
     Args:
         history_ids: behind the prompt, with the turn's own input and answer.
+        stored_bytes: of the cache that the turn has come to.
     """
     now, before = time.time(), turn.session
     return Session(
@@ -281,4 +293,5 @@ def after_turn(
         history_ids=tuple(history_ids),
         begun_unix_s=now if before is None else before.begun_unix_s,
         used_unix_s=now,
+        stored_bytes=stored_bytes,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvsluice.client import AsyncClient
 from kvsluice.errors import (
     DuplicateRequest,
     InvalidRequest,
+    Overloaded,
     PermissionDenied,
     RequestCancelled,
     Unauthenticated,
@@ -34,6 +36,10 @@ def keys_file(tmp_path):
     ]
     file.write_text("keys:\n" + "\n".join(lines))
     return str(file)
+
+
+def add_limits(keys_file, of_tenant):
+    Path(keys_file).write_text(f"{Path(keys_file).read_text()}\ntenants:\n  {of_tenant}\n")
 
 
 @pytest.fixture
@@ -108,6 +114,27 @@ async def test_sessions_are_a_tenants_own(make_real_fleet, keys_file, as_tenant)
     assert (await alice.generate([7, 8, 9], **options)).session.turn == 3
     assert await chief.delete_session("tea", "alice")
     assert await store.scan(FRAMES) == [], "with all that was stored of them"
+
+
+async def test_a_tenants_sessions_take_up_what_they_may(make_real_fleet, keys_file, as_tenant):
+    add_limits(keys_file, "alice: {stored_bytes: 10000}")
+    store = MemoryStore(1 << 30)
+    fleet = await make_real_fleet(store=store, api_keys_file=keys_file)
+    alice, bob = (as_tenant(fleet, name) for name in ("alice", "bob"))
+    options = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.0}
+    for client in (alice, bob):
+        await client.generate(PROMPT, session_id="tea", **options)
+    (kept,) = await alice.sessions()
+    # what is stored besides are a record and heads
+    assert 10_000 < kept.stored_bytes < store.used_bytes / 2 + 20_000
+    for session_id in ("tea", "milk"):
+        with pytest.raises(Overloaded, match=f"1 sessions of the key's tenant take up {kept.stored_bytes} bytes"):
+            await alice.generate([7, 8, 9], session_id=session_id, **options)
+    assert (await bob.generate([7, 8, 9], session_id="tea", **options)).session.turn == 2
+    assert (await bob.sessions())[0].stored_bytes > kept.stored_bytes, "a turn adds to it"
+    await alice.generate(PROMPT, durability="tokens", **options)  # it leaves nothing
+    assert await alice.delete_session("tea")
+    assert (await alice.generate([7, 8, 9], session_id="milk", **options)).session.turn == 1
 
 
 @pytest.mark.parametrize("forged", ["a:b", "a\nb", "x" * 10_000, "a b", "é", "\0"])

@@ -31,7 +31,7 @@ keys:
   - {{tenant: ops, sha256: {sha256(SCRAPER)}, role: monitor}}
   - {{tenant: ops, sha256: {sha256(CHIEF)}, role: admin}}
 tenants:
-  alice: {{priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8}}
+  alice: {{priority: high, weight: 2, tokens_per_s: 500, max_num_seqs: 8, stored_bytes: 4096}}
 """
 
 
@@ -104,7 +104,9 @@ def test_a_worker_lets_in_who_has_a_token(header):
 def test_a_keys_tenant_and_its_limits(keys):
     caller = keys.authorize(security.GENERATE, f"Bearer {KEY}")
     assert (caller.tenant, caller.role) == ("alice", Role.CLIENT)
-    assert keys.limits(caller.tenant) == TenantLimits(priority="high", weight=2, tokens_per_s=500, max_num_seqs=8)
+    assert keys.limits(caller.tenant) == TenantLimits(
+        priority="high", weight=2, tokens_per_s=500, max_num_seqs=8, stored_bytes=4096
+    )
     assert keys.limits(keys.authorize(security.GENERATE, f"Bearer {OTHER}").tenant) == TenantLimits()
     assert KEY not in repr(vars(keys))
 
@@ -182,9 +184,10 @@ def test_a_changed_file_is_read_aside_once_at_a_time(tmp_path):
         (YAML.replace("weight: 2", "weight: .nan"), "tenants.alice.weight"),
         (YAML.replace("weight: 2", "weight: 0"), "tenants.alice.weight"),
         (YAML.replace("tokens_per_s: 500", "tokens_per_s: -1"), "tenants.alice.tokens_per_s"),
+        (YAML.replace("stored_bytes: 4096", "stored_bytes: 0"), "tenants.alice.stored_bytes"),
         (YAML.replace("high", "highest"), "tenants.alice.priority"),
         # a limit that nothing keeps to is none
-        (YAML.replace("weight: 2", "stored_bytes: 1000"), "tenants.alice.stored_bytes"),
+        (YAML.replace("weight: 2", "stored_tokens: 1000"), "tenants.alice.stored_tokens"),
         ("a: [", "YAML"),
         ("!!python/object/apply:os.system ['touch /tmp/x']", "YAML"),
         ("[" * 5000, "YAML"),
