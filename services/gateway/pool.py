@@ -16,6 +16,7 @@ from ...errors import KvsluiceError, WorkerLost
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
 from ..security import FleetSecurity
+from ..telemetry import where
 from .links import DecodeLink, LinkSettings, PrefillLink, WorkerModel
 from .membership import Member, Membership
 from .routing import pick_decode, pick_prefill
@@ -24,6 +25,7 @@ from .waits import Backlog
 log = logging.getLogger("kvsluice.gateway")
 
 WATCH_S = 30.0
+RETRY_S = 1.0
 NO_BLAME: Mapping[Member, int] = MappingProxyType({})
 
 
@@ -192,9 +194,13 @@ class WorkerPool:
                 log.error("membership is lost: %s", exc.message)
                 return
             if view.generation != generation:
-                generation = view.generation
-                await self._reconcile(view.members)
-                self.generation = generation
+                try:
+                    await self._reconcile(view.members)
+                except Exception as exc:  # what is left to do of it is done with the next look
+                    log.error("the fleet's change was not taken in whole: %s", where(exc))
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    self.generation = generation = view.generation
 
     async def _reconcile(self, members: tuple[Member, ...]) -> None:
         served = ("", self._config.model_name)

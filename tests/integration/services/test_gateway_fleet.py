@@ -70,6 +70,25 @@ async def test_a_worker_that_is_taken_away_in_the_middle_hands_its_streams_on(ma
     assert (done.text, done.durability.migrations) == (ANSWER, 1)
 
 
+async def test_a_change_that_cannot_be_taken_is_taken_again(make_fleet, until, monkeypatch):
+    fleet = await make_fleet()
+    monkeypatch.setattr("kvsluice.services.gateway.pool.RETRY_S", 0.01)
+    connect, failures = fleet.gateway.pool._connect, iter((OSError("no descriptors"), RuntimeError("once more")))
+
+    def failing(member):
+        for error in failures:
+            raise error
+        return connect(member)
+
+    monkeypatch.setattr(fleet.gateway.pool, "_connect", failing)
+    await fleet.add_worker("decode-1", "decode")
+    generation = fleet.members.generation
+    await until(lambda: fleet.gateway.pool.generation == generation)
+    await fleet.members.remove("decode-0")
+    assert (await fleet.client.generate("c", max_tokens=12)).text == ANSWER
+    assert next(failures, None) is None
+
+
 async def test_workers_of_another_model_are_none_of_a_gateways(make_fleet, until):
     fleet = await make_fleet()
     for role in ("prefill", "decode"):
