@@ -45,13 +45,15 @@ async def test_a_draining_worker_keeps_what_it_has_and_gets_nothing_new(make_fle
 
 async def test_a_prefill_worker_is_free_to_go_once_its_prompt_is_decoded(make_fleet, until):
     fleet = await make_fleet()
-    gate = asyncio.Event()
-    fleet.script.gate = gate.wait
+    decode_gate, prefill_gate = asyncio.Event(), asyncio.Event()
+    fleet.script.gate = decode_gate.wait
+    fleet.script.prefill = lambda request: prefill_gate.wait()
     running = asyncio.create_task(fleet.client.generate("a", max_tokens=12))
     await until(lambda: fleet.gateway.pool.uses["prefill-0"] == 1)
+    prefill_gate.set()
     await until(lambda: fleet.gateway.pool.uses["prefill-0"] == 0)
     assert fleet.gateway.pool.uses["decode-0"] == 1
-    gate.set()
+    decode_gate.set()
     assert (await running).text == ANSWER
 
 

@@ -24,13 +24,13 @@ STARTING = {
     ],
     "workers": [
         {
-            "worker": "decode-0", "role": "decode", "version": "abc", "state": "serving", "state_s": 90.0, "restarts": 1,
-            "waits_for": "", "error": None, "address": "10.0.0.1:1", "package": "0.1", "running": 3, "waiting": 0,
-            "pending_tokens": 9, "cache_usage": 0.25,
+            "worker": "decode-0", "role": "decode", "version": "abc", "state": "serving", "state_s": 90.0,
+            "restarts": 1, "waits_for": "", "error": None, "address": "10.0.0.1:1", "package": "0.1",
+            "running": 3, "waiting": 0, "pending_tokens": 9, "cache_usage": 0.25,
         },
         {
-            "worker": "decode-1", "role": "decode", "version": "abc", "state": "starting", "state_s": 1.0, "restarts": 0,
-            "waits_for": "1 GPU", "error": None,
+            "worker": "decode-1", "role": "decode", "version": "abc", "state": "starting", "state_s": 1.0,
+            "restarts": 0, "waits_for": "1 GPU", "error": None,
         },
     ],
 }  # fmt: skip
