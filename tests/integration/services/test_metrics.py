@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvsluice.errors import ConfigError, Overloaded, RequestCancelled
 from kvsluice.kvstore.memory import MemoryStore
+from kvsluice.services.gateway.attempt import Attempt
 from kvsluice.services.metrics.catalog import GATEWAY, GATEWAY_LABELS, WORKER, WORKER_LABELS
 
 LIBRARY = ("_created",)
@@ -161,12 +162,18 @@ async def test_what_is_shed_and_what_fails_is_counted_by_its_reason(make_fleet, 
     assert now("requests_shed_total", reason="queue_full") == now("request_failure_total", error_type="Overloaded") == 1
 
 
-async def test_a_handoff_that_breaks_is_counted_as_one(make_fleet):
+async def test_a_handoff_that_breaks_is_counted_as_one(make_fleet, monkeypatch):
     fleet = await make_fleet()
-    await fleet.add_worker("prefill-1", "prefill")
+    is_open, read = asyncio.Event(), Attempt._read_prefill
+
+    async def reading(self, *args) -> None:
+        is_open.set()
+        await read(self, *args)
+
+    monkeypatch.setattr(Attempt, "_read_prefill", reading)
 
     async def die(request) -> None:
-        fleet.script.prefill = None
+        await is_open.wait()  # before that the worker has not taken the prompt
         raise RuntimeError("the worker's own words")
 
     fleet.script.prefill = die
