@@ -9,7 +9,7 @@ from kvsluice.services.config import ServeConfig
 from kvsluice.services.fleet.wanted import read_cluster, wanted_fleet
 from kvsluice.tests.command_line import refusal
 
-from .conftest import ROOT, Pod, Render, selects
+from .conftest import ROOT, Pod, Render, render, selects
 
 RAYLET = 6380  # of Ray itself, on every node
 
@@ -34,6 +34,22 @@ def test_the_fleet_takes_its_file(example: Render, tmp_path):
         assert ("cuda" in group.config_json) == bool(gpus)
         # a worker more than there are pods would wait for ever
         assert group.max_surge == 0 or ray["enableInTreeAutoscaling"]
+
+
+def test_a_model_is_cut_over_the_gpus_of_a_pod(tmp_path):
+    """Of each role as many as its settings say; a group's own come before those of all."""
+    groups = {
+        "prefill": {"gpus": 4, "settings": {"prefill_tensor_parallel_size": 4}},
+        "decode": {"gpus": 2},
+    }
+    rendered = render({"settings": {"tensor_parallel_size": 2}, "groups": groups})
+    path = tmp_path / "cluster.yaml"
+    path.write_text(rendered.cluster_yaml)
+    wanted = {group.name: group.bundle.get("GPU", 0) for group in wanted_fleet(read_cluster(path)).groups}
+    assert wanted == {"prefill": 4, "decode": 2, "gateway": 0}
+    pods = {one["groupName"]: one["template"]["spec"] for one in rendered.one("RayCluster")["spec"]["workerGroupSpecs"]}
+    for name, gpus in (("prefill", 4), ("decode", 2)):
+        assert pods[name]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == gpus
 
 
 def test_commands_are_those_of_the_command_line(example: Render):

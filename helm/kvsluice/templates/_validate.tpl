@@ -31,6 +31,11 @@
 {{- if gt (include "kvsluice.min" $group | int) (include "kvsluice.max" $group | int) -}}
 {{- fail (printf "groups.%s.minReplicas: is above maxReplicas" $name) -}}
 {{- end -}}
+{{- $ranks := include "kvsluice.ranks" (dict "common" $v.settings "group" $group) | int -}}
+{{- $gpus := int (default 0 $group.gpus) -}}
+{{- if and $gpus (ne $gpus $ranks) -}}
+{{- fail (printf "groups.%s.gpus: got %d for a worker of %d ranks; allowed: %d, or another tensor_parallel_size in the group's settings" $name $gpus $ranks $ranks) -}}
+{{- end -}}
 {{- end -}}
 {{- range $kind := list "keda" "hpa" -}}
 {{- $hook := index $v.autoscaling.hooks $kind -}}
@@ -38,6 +43,13 @@
 {{- fail (printf "autoscaling.hooks.%s.scaleTargetRef.name: missing; allowed: something with a scale subresource" $kind) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{- /* Processes of a worker that a model is cut over, each with a GPU of its own. */ -}}
+{{- define "kvsluice.ranks" -}}
+{{- $key := "tensor_parallel_size" -}}
+{{- $settings := merge dict (default dict .group.settings) (default dict .common) -}}
+{{- index $settings (printf "%s_%s" .group.role $key) | default (index $settings $key) | default 1 | int -}}
 {{- end -}}
 
 {{- define "kvsluice.min" -}}
