@@ -117,8 +117,10 @@ def _settings(options: BenchOptions, bench: Bench) -> dict[str, Any]:
         value = getattr(options, one.name)
         if one.name not in elsewhere:
             found[one.name] = value
-            if isinstance(value, tuple | Path):
-                found[one.name] = list(value) if isinstance(value, tuple) else str(value)
+            if isinstance(value, tuple):
+                found[one.name] = list(value)
+            elif isinstance(value, Path):
+                found[one.name] = value.name  # where it lay on the machine is nobody's business
     return found | {
         "device": str(bench.device),
         "dtype": str(bench.dtype).removeprefix("torch."),
