@@ -3,7 +3,7 @@ files that such programs keep up to date."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -59,6 +59,19 @@ def write(root: Path, made: Mapping[Path, str]) -> None:
         else:
             (root / path).unlink()
             print(f"removed: {root / path}")
+
+
+def make_or_check(root: Path, wanted: Callable[[Path], Mapping[Path, str]], arguments: Sequence[str]) -> int:
+    """What a program that keeps such files does. Returns its exit status: 1 where `--check` finds a difference, which
+    changes nothing."""
+    made = wanted(root)
+    if list(arguments) != ["--check"]:
+        write(root, made)
+        return 0
+    behind = apart(root, made)
+    for path in behind:
+        print(f"{path} does not hold what benchmarks/results says; run `make readme`")
+    return int(bool(behind))
 
 
 def _begin(name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsluice.evals.pages import apart, filled, table, write
+from kvsluice.evals.pages import filled, make_or_check, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "http.md"
@@ -80,17 +80,5 @@ def _held(held: Sequence[Mapping[str, Any]]) -> list[str]:
     return [text, table(header, rows)]
 
 
-def main() -> int:
-    """The command. Returns 1 where --check finds a difference."""
-    made = wanted(ROOT)
-    if "--check" not in sys.argv[1:]:
-        write(ROOT, made)
-        return 0
-    wrong = apart(ROOT, made)
-    for path in wrong:
-        print(f"{path} differs from the results; run `make readme`")
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_or_check(ROOT, wanted, sys.argv[1:]))

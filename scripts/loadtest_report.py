@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsluice.errors import InvalidRequest, KvsluiceError
-from kvsluice.evals.pages import apart, filled, table, write
+from kvsluice.evals.pages import filled, make_or_check, table
 from kvsluice.evals.report import environment
 from kvsluice.evals.service_process import ServiceFailed, running_service
 from kvsluice.evals.svg import as_text, drawing
@@ -226,17 +226,10 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
         asked = arguments(given)
         if asked.measure is not None:
             measure(asked, root / RESULTS / f"loadtest_{asked.measure}.json")
-        made = wanted(root)
+        return make_or_check(root, wanted, ["--check"] if asked.check else [])
     except (KvsluiceError, ServiceFailed) as exc:
         print(f"loadtest_report: {exc}", file=sys.stderr)
         return 1
-    if asked.check:
-        behind = apart(root, made)
-        for path in behind:
-            print(f"{path} does not hold what benchmarks/results says; run `make readme`")
-        return int(bool(behind))
-    write(root, made)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from kvsluice.benchmarks.bench_results import load
 from kvsluice.benchmarks.performance import File
 from kvsluice.benchmarks.stored_bytes import stored_table
 from kvsluice.errors import KvsluiceError
-from kvsluice.evals.pages import apart, filled, write
+from kvsluice.evals.pages import filled, make_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "performance.md"
@@ -56,17 +56,10 @@ def wanted(root: Path) -> dict[Path, str]:
 
 def main(root: Path = ROOT) -> int:
     try:
-        made = wanted(root)
+        return make_or_check(root, wanted, sys.argv[1:])
     except KvsluiceError as exc:
         print(f"performance_report: {exc.message}", file=sys.stderr)
         return 1
-    if sys.argv[1:] == ["--check"]:
-        behind = apart(root, made)
-        for path in behind:
-            print(f"{path} does not hold what benchmarks/results says; run `make readme`")
-        return int(bool(behind))
-    write(root, made)
-    return 0
 
 
 if __name__ == "__main__":

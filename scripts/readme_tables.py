@@ -1,5 +1,5 @@
-"""Puts what `make acceptance` measured into README.md and docs/cluster.md; scripts/recipe_report.py does the same for
-the recipes.
+"""Puts what `make acceptance` measured into README.md, docs/cluster.md and docs/faults.md;
+scripts/recipe_report.py does the same for the recipes.
 
 With --check it only says whether the pages hold what the results say.
 """
@@ -11,15 +11,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from kvsluice.evals import demo
-from kvsluice.evals.pages import filled
+from kvsluice.evals.pages import filled, make_or_check, table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path("benchmarks") / "results"
 TABLE_WIDTH = 96
 
 
@@ -72,27 +72,73 @@ def scaling_lines(results: Mapping[str, Any]) -> str:
     )
 
 
-PAGES: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, str]]]] = {
-    "README.md": ("acceptance.json", lambda results: {"demo": demo_table(results), "parity": parity_lines(results)}),
-    "docs/cluster.md": ("scaling.json", lambda results: {"scaling": scaling_lines(results)}),
-}
+def attack_lines(results: Mapping[str, Any]) -> str:
+    """What came of attacks on the store."""
+    wrong = {name: found for name, found in results["wrong"].items() if found}
+    said = "nothing wrong in any" if not wrong else f"wrong: {', '.join(f'{k}: {v}' for k, v in wrong.items())}"
+    return f"{len(results['wrong'])} attacks of {results['seconds']:g} s each: {said} ({_where(results)})."
 
 
-def main() -> int:
-    stale = 0
-    for page, (file, blocks) in PAGES.items():
-        if not (RESULTS / file).exists():
-            print(f"{(RESULTS / file).relative_to(ROOT)} is missing; `make acceptance` writes it")
-            return 1
-        text = (ROOT / page).read_text()
-        wanted = filled(text, blocks(json.loads((RESULTS / file).read_text())), page)
-        if "--check" not in sys.argv[1:]:
-            (ROOT / page).write_text(wanted)
-        elif wanted != text:
-            print(f"{page} does not hold the numbers of benchmarks/results; run `make readme`")
-            stale = 1
-    return stale
+def fault_table(results: Mapping[str, Any]) -> str:
+    """What came of workers that were killed and frozen."""
+    rows = []
+    for name, what in (("kills", "SIGKILL"), ("stalls", "SIGSTOP past the lease, SIGCONT")):
+        one = results[name]
+        errors = sum(one["errors"].values())
+        numbers = (one["faults"], one["answers"], one["wrong"], errors, one["moved"], one["migrations"])
+        rows.append((what, *map(str, numbers)))
+    header = ("decode workers", "faults", "answers", "wrong", "errors", "went on elsewhere", "moves")
+    origin = f"Eight clients at once, seed {results['seed']} ({_where(results)})."
+    return f"{table(header, rows)}\n\n{origin}"
+
+
+def soak_lines(results: Mapping[str, Any]) -> str:
+    """What came of random faults."""
+    load, faults = results["load"], results["faults"]
+    wrong = "; ".join(results["wrong"]) or "nothing"
+    kinds = ", ".join(f"{count} × {name}" for name, count in sorted(faults.items()))
+    errors = ", ".join(f"{count} × {name}" for name, count in sorted(load["errors"].items())) or "none"
+    return (
+        f"{results['seconds']:g} s of random faults, seed {results['seed']} ({_where(results)}): {kinds}. "
+        f"{load['answers']} answers, {load['left']} left by their clients, {load['moved']} that went on elsewhere; "
+        f"success rate {load['success_rate']:.3f}, errors: {errors}. Wrong or left over: {wrong}."
+    )
+
+
+def _where(results: Mapping[str, Any]) -> str:
+    made = results["environment"]
+    return f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}, commit {made['commit']}"
+
+
+class Block(NamedTuple):
+    """A block of a page, and what it is made from."""
+
+    page: str
+    name: str
+    file: str
+    made: Callable[[Mapping[str, Any]], str]
+
+
+BLOCKS = (
+    Block("README.md", "demo", "acceptance.json", demo_table),
+    Block("README.md", "parity", "acceptance.json", parity_lines),
+    Block("docs/cluster.md", "scaling", "scaling.json", scaling_lines),
+    Block("docs/faults.md", "fault runs", "faults.json", fault_table),
+    Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
+    Block("docs/faults.md", "soak", "soak.json", soak_lines),
+)
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """The pages as they should be. Raises `ValueError` where one lacks a block."""
+    made: dict[Path, str] = {}
+    for one in BLOCKS:
+        page, path = Path(one.page), root / RESULTS / one.file
+        text = one.made(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        before = made[page] if page in made else (root / page).read_text()
+        made[page] = filled(before, {one.name: text}, one.page)
+    return made
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_or_check(ROOT, wanted, sys.argv[1:]))
