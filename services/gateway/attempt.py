@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from asyncio import Task
+from asyncio import CancelledError, Task
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...errors import InternalError, KvsluiceError, RequestCancelled, WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
-from ..rpc import call_error, read_all
+from ..rpc import call_error, is_cancelled, read_all
 from ..tracing import current_span
 from .answer import Answer
 from .failover import Start
@@ -74,6 +74,9 @@ class Attempt:
             link.users.add(use)
         try:
             await self._run(decode)
+        except RequestCancelled as exc:
+            # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
+            raise WorkerLost("a worker was lost while it worked on the request") from exc
         finally:
             for link in links:
                 link.users.discard(use)
@@ -153,7 +156,11 @@ class Attempt:
 
     async def _accepted(self, call: Any) -> None:
         """Wait until the prefill worker has taken the request."""
-        await call.initial_metadata()
+        try:
+            await call.initial_metadata()
+        except CancelledError:
+            if is_cancelled():
+                raise
         if call.done() and await call.code() is not grpc.StatusCode.OK:
             raise await call_error(call)
 
@@ -175,7 +182,6 @@ class Attempt:
         except KvsluiceError as exc:
             # with the first tokens here and the whole sequence at decode, nothing of the prefill worker is needed
             if not (first_came and self._decoding):
-                # nobody here cancelled it: that is how a worker's end looks when it still had time to say goodbye
                 lost = isinstance(exc, (RequestCancelled, WorkerLost))
                 self._inbox.fail(
                     WorkerLost(f"the {prefill.called} was lost while it worked on the request") if lost else exc

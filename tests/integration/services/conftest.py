@@ -98,6 +98,7 @@ class Script:
         text: tokens of every choice, one a character, the first from prefill.
         eos: whether its last token ends the choice, else `max_tokens` does.
         gate: what decode waits for before each token after the first.
+        accept: what prefill does before it takes a prompt.
         prefill: what prefill does before its first token.
         early: whether decode begins before prefill has done that.
         silent: whether prefill ends without any token.
@@ -114,6 +115,7 @@ class Script:
     eos: bool = True
     num_top: int = 1
     gate: Callable[[], Awaitable[Any]] | None = None
+    accept: Callable[[wpb.PrefillRequest], Awaitable[Any]] | None = None
     prefill: Callable[[wpb.PrefillRequest], Awaitable[Any]] | None = None
     early: bool = False
     silent: bool = False
@@ -165,6 +167,8 @@ class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
         script = self.script
         script.prefills.append(request)
         try:
+            if script.accept is not None:
+                await script.accept(request)
             await context.send_initial_metadata(())
             if script.silent:
                 return

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvsluice.client import AsyncClient
+from kvsluice.errors import RequestCancelled
 from kvsluice.services.gateway.membership import Member
 from kvsluice.services.gateway.server import Gateway
 from kvsluice.tests.integration.services.conftest import CharTokenizer
@@ -69,6 +70,34 @@ async def test_a_worker_that_is_taken_away_in_the_middle_hands_its_streams_on(ma
     await until(lambda: fleet.gateway.pool.uses["decode-1"] == 1)
     gate.set()
     done = await running
+    assert (done.text, done.durability.migrations) == (ANSWER, 1)
+
+
+@pytest.mark.parametrize("says_so", [False, True])
+async def test_a_prefill_worker_that_goes_before_it_takes_a_prompt_hands_it_on(make_fleet, until, says_so):
+    """Its connection is closed, or it ends the call as cancelled; nobody has cancelled the request."""
+    fleet = await make_fleet()
+    await fleet.add_worker("prefill-1", "prefill")
+    generation = fleet.members.generation
+    await until(lambda: fleet.gateway.pool.generation == generation)
+    asked, goes = asyncio.Event(), asyncio.Event()
+
+    async def accept(request) -> None:
+        if not asked.is_set():
+            asked.set()
+            await goes.wait()
+            raise RequestCancelled("the server stops")
+
+    fleet.script.accept = accept
+    running = asyncio.create_task(fleet.client.generate("a", max_tokens=12))
+    await asked.wait()
+    (worker,) = [name for name, uses in fleet.gateway.pool.uses.items() if uses and name.startswith("prefill")]
+    if says_so:
+        goes.set()
+    else:
+        await fleet.members.remove(worker)
+    done = await running
+    goes.set()
     assert (done.text, done.durability.migrations) == (ANSWER, 1)
 
 
