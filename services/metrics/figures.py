@@ -66,12 +66,21 @@ class PrefillFigures(Figures):
         pack_rows: rows of each pack that ran; one value a pack.
         pack_seconds: of the engine's thread, for each; on a GPU the work goes on beside it.
         prompts, prompt_tokens: that gave their first tokens.
+        prefix_queries, prefix_hits: tokens of prompts that were looked up in shared prefixes, and those of them that
+            were found, so that they did not run.
     """
 
     pack_rows: Distribution = field(default_factory=lambda: Distribution(ROWS))
     pack_seconds: Distribution = field(default_factory=lambda: Distribution(WORK_S))
     prompts: int = 0
     prompt_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+    def looked_up(self, prompt_tokens: int, found_tokens: int) -> None:
+        """A prompt has started, of which so many tokens were found."""
+        self.prefix_queries += prompt_tokens
+        self.prefix_hits += found_tokens
 
     def ran(self, rows: int, seconds: float) -> None:
         """A pack has run."""

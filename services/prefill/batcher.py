@@ -18,7 +18,8 @@ plus, when i was still waiting for room among the started prompts, what the ones
 Items that fill up a pack that i is in or that an earlier arrival leads are not counted: they take no turn away.
 
 The grid of chunks is fixed by the row's index in its own prompt, so what a row is computed from does not depend on
-packing.
+packing. Rows that were found (`found`) do not run in the layers that they were found for: work counts without them, and
+items begin behind them.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ class _Prompt:
     done_rows: int = 0
     charged_rows: int = 0
     started: bool = False
+    found_rows: int = 0
+    found_layers: int = 0
+
+    def first_row(self, layer: int) -> int:
+        """The first row of a layer that runs."""
+        return self.found_rows if layer < self.found_layers else 0
 
     @property
     def urgent(self) -> bool:
@@ -119,6 +126,21 @@ class Batcher:
         self._prompts[request_id] = _Prompt(request_id, self._arrivals, num_rows, patience_rows)
         self._arrivals += 1
 
+    def found(self, request_id: str, num_rows: int, num_layers: int) -> None:
+        """The first rows of a prompt that has not started need not run in its first layers. Counts instead of what was
+        found before.
+
+        Args:
+            num_rows: a multiple of `chunk_tokens`, fewer than the prompt's.
+            num_layers: all that these rows pass.
+        """
+        prompt = self._prompts[request_id]
+        assert not prompt.started, "found before it starts"
+        assert num_rows % self.chunk_tokens == 0 and num_rows < prompt.num_rows, "whole chunks, and a row is left"
+        prompt.found_rows, prompt.found_layers = num_rows, num_layers
+        prompt.done_rows = prompt.first_row(0)
+        prompt.patience_rows = self.patience * self._remaining(prompt)
+
     def remove(self, request_id: str) -> None:
         """Forget a prompt that is finished, cancelled or failed."""
         del self._prompts[request_id]
@@ -172,11 +194,13 @@ class Batcher:
         )
         prompt.layer += 1
         prompt.num_rows = num_rows
-        prompt.done_rows = 0
+        prompt.done_rows = prompt.first_row(prompt.layer)
         assert prompt.layer < self.num_layers, "the last layer's prompts are removed"
 
     def _remaining(self, prompt: _Prompt) -> int:
-        return (self.num_layers - prompt.layer) * prompt.num_rows - prompt.done_rows
+        done_rows = prompt.done_rows - prompt.first_row(prompt.layer)
+        not_run = max(0, prompt.found_layers - prompt.layer) * prompt.found_rows
+        return (self.num_layers - prompt.layer) * prompt.num_rows - not_run - done_rows
 
     def _active_tokens(self) -> int:
         return sum(p.num_rows for p in self._prompts.values() if p.started)

@@ -10,7 +10,8 @@ rows and a position. On a GPU, where a layer is encoded beside the next one, tha
 `encoding.py`. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
 before values are packed, and encoding works in blocks of rows, which count as part of c. Scoring adds a few floats a
 row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. Recipes that factor
-layers together hold the rows of one group of layers. See `state.py`; `benchmarks/prefill_memory.py` measures it.
+layers together hold the rows of one group of layers. See `state.py`; `benchmarks/prefill_memory.py` measures it. What
+prompts share lies in host memory of a fixed size (`prefix_memory.py`); on the device it takes a chunk's rows.
 
 A pack that fails is run again prompt by prompt, so that only those fail which fail alone; the others lose nothing but
 time, for rows are computed from their own prompt. What an error's traceback refers to is let go of with its prompt.
@@ -21,25 +22,26 @@ In the last layer only the last row goes on, so only that row's attention and ML
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
-from ...compression.recipe import Recipe
 from ...errors import DuplicateRequest, InternalError, InvalidRequest, KvsluiceError, RequestCancelled
 from ...models.model import Model
-from ...models.sampling import PromptIds, SamplerState, SamplingParams
+from ...models.sampling import PromptIds, SamplerState
 from ..metrics.figures import PrefillFigures
 from ..model_shape import model_shape
 from ..telemetry import about, where
 from .batcher import Batcher, WorkItem
 from .encoding import Encoder, make_encoder
+from .job import PrefillJob, let_go
 from .pace import make_pace
 from .pack import Outcome, run_pack
 from .parallel import Lead
+from .prefix_memory import PrefixMemory
+from .prefixes import PromptPrefix, make_prefix_cache
 from .state import PrefillSink, Prompt, sample_first
 
 __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
@@ -47,31 +49,18 @@ __all__ = ["PrefillEngine", "PrefillJob", "PrefillSink"]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PrefillJob:
-    """One prompt to run.
-
-    Attributes:
-        epoch: which attempt at the request this is.
-        prompt_ids: at least one token id.
-        recipe: resolved, no number open.
-        resumed: first tokens were told by an earlier attempt: the layers are wanted whatever is drawn here.
-    """
-
-    request_id: str
-    epoch: int
-    prompt_ids: tuple[int, ...]
-    recipe: Recipe
-    sampling: SamplingParams
-    resumed: bool = False
-
-
 @dataclass
 class _Running:
     job: PrefillJob
     sink: PrefillSink
     samplers: list[SamplerState]
+    prefix: PromptPrefix | None
+    on_found: Callable[[int], None]
     prompt: Prompt | None = None  # made when its first item runs
+
+    def first_row(self, layer: int) -> int:
+        """The first row that runs in a layer."""
+        return 0 if self.prefix is None or layer >= self.prefix.kept.layers else self.prefix.num_rows
 
 
 class PrefillEngine:
@@ -83,9 +72,11 @@ class PrefillEngine:
         max_active_tokens: prompt rows that may hold memory at once (a longer prompt runs alone).
         patience: how much a prompt may be overtaken, see `batcher.py`.
         encoder: where layers are encoded; None = by the device, see `encoding.py`.
+        prefix_memory: for what prompts share, see `prefixes.py`; None = they share nothing.
 
     Attributes:
         figures: what has been done so far.
+        prefixes: what prompts share.
     """
 
     def __init__(
@@ -96,6 +87,7 @@ class PrefillEngine:
         max_active_tokens: int = 262_144,
         patience: float = 1.0,
         encoder: Encoder | None = None,
+        prefix_memory: PrefixMemory | None = None,
     ) -> None:
         self.model = model
         self._encoder = encoder or make_encoder(model.device)
@@ -104,6 +96,7 @@ class PrefillEngine:
         self.shape = model_shape(model.whole)
         self._batcher = Batcher(model.config.num_layers, chunk_tokens, max_pack_tokens, max_active_tokens, patience)
         self._running: dict[str, _Running] = {}
+        self.prefixes = make_prefix_cache(model, self.shape, chunk_tokens, prefix_memory)
         self.figures = PrefillFigures()
 
     @property
@@ -116,8 +109,14 @@ class PrefillEngine:
         """Prompts that are queued or running."""
         return len(self._running)
 
-    def submit(self, job: PrefillJob, sink: PrefillSink) -> None:
+    def submit(
+        self, job: PrefillJob, sink: PrefillSink, on_found: Callable[[int], None] = lambda num_tokens: None
+    ) -> None:
         """Queue a prompt; from now on its sink gets exactly one `on_done` or `on_error`.
+
+        Args:
+            on_found: told, before the first call of the sink, how many of the prompt's tokens are not run because an
+                earlier prompt began with them.
 
         Raises:
             DuplicateRequest: a prompt of this request is here already.
@@ -137,8 +136,12 @@ class PrefillEngine:
         samplers = [
             SamplerState(params, choice, prompt, vocab_size, config.eos_token_ids) for choice in range(params.n)
         ]
+        shared = self.prefixes
+        prefix = None if shared is None else shared.open(job.tenant, job.prompt_ids, job.recipe)
+        running = _Running(job, sink, samplers, prefix, on_found)
         self._batcher.add(job.request_id, len(job.prompt_ids))
-        self._running[job.request_id] = _Running(job, sink, samplers)
+        self._running[job.request_id] = running
+        self._found(running)
 
     def stop(self) -> None:
         """Have the other ranks end, if there are any."""
@@ -158,6 +161,9 @@ class PrefillEngine:
         """Run one pack. False when nothing can run: no prompts, or all are held back by their sinks."""
         if self._encoder.overlaps:
             self._hand_over_encoded()
+        for running in self._running.values():
+            if running.prefix is not None and running.prompt is None and running.prefix.look():
+                self._found(running)
         planned = self._batcher.plan(self._is_ready)
         if not planned:
             return self._hand_over_first()
@@ -186,22 +192,33 @@ class PrefillEngine:
         running = self._running.get(item.request_id)
         if running is None:
             return False
-        if item.begin > 0:
+        if item.begin > running.first_row(item.layer):
             return True
         try:
             if running.prompt is None:
-                running.prompt = self._first_begun(running.job)
+                running.prompt = self._first_begun(running)
             running.prompt.begin_layer()
             running.sink.on_layer_start(item.layer)
         except Exception as exc:
             self._fail(item.request_id, exc)
         return item.request_id in self._running
 
-    def _first_begun(self, job: PrefillJob) -> Prompt:
-        prompt = Prompt(self.model, self.shape, job.prompt_ids, job.recipe)
+    def _first_begun(self, running: _Running) -> Prompt:
+        job, prefix = running.job, running.prefix
+        if self.prefixes is not None:
+            num_found = running.first_row(0)
+            self.figures.looked_up(len(job.prompt_ids), num_found)
+            running.on_found(num_found)
+        if prefix is not None:
+            prefix.start()
+        prompt = Prompt(self.model, self.shape, job.prompt_ids, job.recipe, prefix)
         if self._lead is not None:
             self._lead.begin(job.request_id, job.prompt_ids, job.recipe)
         return prompt
+
+    def _found(self, running: _Running) -> None:
+        if running.prefix is not None and running.prefix.num_rows:
+            self._batcher.found(running.job.request_id, running.prefix.num_rows, running.prefix.kept.layers)
 
     def _run(self, items: Sequence[WorkItem]) -> Outcome:
         """See `run_pack`."""
@@ -240,7 +257,7 @@ class PrefillEngine:
             if self._lead is not None:
                 raise
             logger.warning("a pack failed (%s), each of its prompts runs alone now", type(exc).__name__)
-            _let_go(exc)
+            let_go(exc)
             return None
 
     def _finish_layer(self, request_id: str) -> None:
@@ -249,8 +266,10 @@ class PrefillEngine:
             return
         prompt = self._prompt(request_id)
         is_last = prompt.layer + 1 == self.model.config.num_layers
-        if is_last:
-            sampled = sample_first(self.model, prompt.last_row(), running.samplers)
+        sampled = sample_first(self.model, prompt.last_row(), running.samplers) if is_last else None
+        if prompt.prefix is not None:
+            prompt.prefix.settle(prompt.layer, prompt.hidden)
+        if sampled is not None:
             self.figures.began(len(running.job.prompt_ids))
             running.sink.on_first_tokens(sampled)
             if request_id not in self._running:  # the sink has cancelled it
@@ -319,7 +338,7 @@ class PrefillEngine:
             error = InternalError(f"prefill failed: {type(exc).__name__}")
         if request_id in self._running:
             self.figures.failed(exc)
-        _let_go(exc)
+        let_go(exc)
         self._end(request_id, lambda sink: sink.on_error(error))
 
     def _end(self, request_id: str, last_call: Callable[[PrefillSink], None]) -> None:
@@ -328,6 +347,8 @@ class PrefillEngine:
         if running is None:
             return
         self._batcher.remove(request_id)
+        if running.prefix is not None:
+            running.prefix.close()
         if self._lead is not None and running.prompt is not None:
             self._lead.drop(request_id)
         try:
@@ -339,11 +360,3 @@ class PrefillEngine:
                 where(exc),
                 extra=about(request_id),
             )
-
-
-def _let_go(exc: BaseException) -> None:
-    """Clear the frames that an error came through: whoever keeps the error, or its log record, keeps no tensors."""
-    link: BaseException | None = exc
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__

@@ -93,6 +93,8 @@ def _observe(prompt: Prompt, q: Tensor, begin: int, end: int) -> list[Write]:
         return []
     positions, window = prompt.positions, prompt.model.config.layer_windows[prompt.layer]
     mass = attention_mass(q, obs.k[:end], positions[begin:end], positions[:end], window)
+    if prompt.prefix is not None:
+        prompt.prefix.keep_mass(prompt.layer, begin, end, mass)
     return [Write(obs.mass[:, :end], mass, adds=True)]
 
 

@@ -31,6 +31,7 @@ from ...models.model import Model
 from ...models.sampling import Sampled, SamplerState
 from ...models.transfers import sent
 from .encoding import Encoder, Encoding, Result
+from .prefixes import PromptPrefix
 
 
 class PrefillSink(Protocol):
@@ -73,15 +74,19 @@ class Prompt:
 
     Args:
         ids: token ids of the prompt, at least one, each in the vocabulary.
+        prefix: started; None = every row is computed, and none is kept for others.
     """
 
-    def __init__(self, model: Model, shape: ModelShape, ids: tuple[int, ...], recipe: Recipe) -> None:
+    def __init__(
+        self, model: Model, shape: ModelShape, ids: tuple[int, ...], recipe: Recipe, prefix: PromptPrefix | None = None
+    ) -> None:
         self.model = model
         self.num_prompt_tokens = len(ids)
         self.compressor = make_compressor(recipe, shape)
         self.layer = 0
         self.hidden = model.embed(_on_device(ids, model.device))
         self.positions = torch.arange(len(ids), dtype=torch.int64, device=model.device)
+        self.prefix = prefix
         self._obs: LayerObs | None = None
         self._encoding: Encoding | None = None
         self._encoding_layer = 0
@@ -111,6 +116,8 @@ class Prompt:
             mass=self._zeros(self.num_rows) if compressor.wants_mass else None,
             query_peak=self._zeros(config.head_dim) if compressor.wants_query_peak else None,
         )
+        if self.prefix is not None:
+            self.prefix.load(self._obs)
 
     def _zeros(self, size: int) -> Tensor:
         """float32 [Hkv, size]."""
@@ -134,9 +141,13 @@ class Prompt:
             obs.k_pre[begin:end] = k_pre
         obs.k[begin:end] = apply_rope(k_pre, cos, sin)
         obs.v[begin:end] = v
+        peak: Tensor | None = None
         if obs.query_peak is not None:
             by_head = q.abs().amax(dim=0).float().view(len(obs.query_peak), -1, q.shape[2])
-            torch.maximum(obs.query_peak, by_head.amax(dim=1), out=obs.query_peak)
+            peak = by_head.amax(dim=1)
+            torch.maximum(obs.query_peak, peak, out=obs.query_peak)
+        if self.prefix is not None:
+            self.prefix.keep(self.layer, begin, end, k_pre, v, peak)
         first = self.num_rows - obs.q_window.shape[0]
         if end > first:
             low = max(begin, first)

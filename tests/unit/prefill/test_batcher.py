@@ -215,3 +215,39 @@ def test_every_row_of_every_prompt_runs_once_a_layer(arrivals: list, active: int
         step += 1
     assert set(seen.values()) == {1}
     assert len(seen) == sum(rows for rows, _ in arrivals) * NUM_LAYERS
+
+
+def test_rows_that_were_found_do_not_run_in_their_layers() -> None:
+    batcher = Batcher(num_layers=3, chunk_tokens=4, max_pack_tokens=8, max_active_tokens=100)
+    batcher.add("a", 14)
+    batcher.found("a", 8, 2)
+    assert batcher.num_pending_tokens == -(-(2 * 6 + 14) // 3)
+    ran = []
+    for layer in range(3):
+        while True:
+            items = batcher.plan(lambda _: True)
+            ran += [(item.layer, item.begin, item.end) for item in items]
+            left = batcher._remaining(batcher._prompts["a"])
+            complete = batcher.advance(items)
+            assert batcher._remaining(batcher._prompts["a"]) == left - sum(item.num_rows for item in items)
+            if complete:
+                break
+        if layer < 2:
+            batcher.next_layer("a", 14)
+    shared = [(layer, *rows) for layer in (0, 1) for rows in ((8, 12), (12, 14))]
+    assert ran == [*shared, *((2, begin, min(begin + 4, 14)) for begin in range(0, 14, 4))]
+    assert batcher.num_pending_tokens == 0
+
+
+def test_what_is_found_makes_a_prompt_short() -> None:
+    """Least remaining work first: a long prompt that was found for the most part goes before a shorter one."""
+    batcher = Batcher(num_layers=2, chunk_tokens=4, max_pack_tokens=4, max_active_tokens=100)
+    batcher.add("short", 12)
+    batcher.add("long", 40)
+    batcher.found("long", 36, 2)
+    assert [item.request_id for item in batcher.plan(lambda _: True)] == ["long"]
+    with pytest.raises(AssertionError):
+        batcher.found("long", 32, 2)  # it has started
+    for rows in (5, 12, 16):
+        with pytest.raises(AssertionError):
+            batcher.found("short", rows, 2)
