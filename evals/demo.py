@@ -32,6 +32,7 @@ from .service_process import ServiceFailed, running_service
 RECIPES = ("exact", "fastkv", "sluice")
 MAX_TOKENS = 48
 REQUEST_TIMEOUT_S = 240.0
+OWN_PREFILLS = ("--prefix-cache-bytes", "0")  # every first token is that of a prompt that runs whole
 # properties of a run that are written out for readers of the file
 DERIVED = ("num_right", "num_asked", "time_to_first_token_s", "tokens_per_s", "shipped_share")
 
@@ -226,7 +227,9 @@ def _service(given: Service | None, console: Console) -> Iterator[Service]:
         return
     with contextlib.ExitStack() as stack:
         with console.status("starting a gateway, a prefill worker and a decode worker"):
-            service = stack.enter_context(running_service("--prefill-workers", "1", "--decode-workers", "1"))
+            service = stack.enter_context(
+                running_service("--prefill-workers", "1", "--decode-workers", "1", *OWN_PREFILLS)
+            )
         console.print(f"A gateway, a prefill and a decode worker run in processes of their own, at {service.address}.")
         yield Service(service.address)
 

@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store", "tiers", "protocol")
+    __slots__ = ("worker_id", "role", "model", "model_fingerprint", "model_shape_json", "profile_json", "capacity_bytes", "free_bytes", "running", "waiting", "vocab_size", "pending_tokens", "host_capacity_bytes", "host_free_bytes", "has_store", "tiers", "protocol", "prefix_chunk_tokens", "prefix_capacity_bytes", "prefix_used_bytes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,9 @@ class WorkerInfo(_message.Message):
     HAS_STORE_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     model: str
@@ -47,7 +50,10 @@ class WorkerInfo(_message.Message):
     has_store: bool
     tiers: TierSnapshot
     protocol: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ..., tiers: _Optional[_Union[TierSnapshot, _Mapping]] = ..., protocol: _Optional[int] = ...) -> None: ...
+    prefix_chunk_tokens: int
+    prefix_capacity_bytes: int
+    prefix_used_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., model_shape_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., host_capacity_bytes: _Optional[int] = ..., host_free_bytes: _Optional[int] = ..., has_store: _Optional[bool] = ..., tiers: _Optional[_Union[TierSnapshot, _Mapping]] = ..., protocol: _Optional[int] = ..., prefix_chunk_tokens: _Optional[int] = ..., prefix_capacity_bytes: _Optional[int] = ..., prefix_used_bytes: _Optional[int] = ...) -> None: ...
 
 class TierSnapshot(_message.Message):
     __slots__ = ("device_capacity_bytes", "device_used_bytes", "device_sequences", "host_capacity_bytes", "host_used_bytes", "host_sequences", "store_capacity_bytes", "store_used_bytes", "store_sequences", "preemptions", "resumes", "device_to_host_bytes", "host_to_device_bytes", "store_writes", "store_reads", "host_to_store_bytes", "store_to_host_bytes", "store_failures", "kept_sessions", "kept_session_bytes", "session_hits", "session_misses", "store_cache_used_bytes", "store_cache_hits", "store_cache_misses")
@@ -173,14 +179,16 @@ class PrefillEvent(_message.Message):
     def __init__(self, first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., shipped: _Optional[_Union[Shipped, _Mapping]] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
-    __slots__ = ("choices", "queue_s", "prefill_s")
+    __slots__ = ("choices", "queue_s", "prefill_s", "cached_tokens")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[_frame_pb2.ChoiceState]
     queue_s: float
     prefill_s: float
-    def __init__(self, choices: _Optional[_Iterable[_Union[_frame_pb2.ChoiceState, _Mapping]]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, choices: _Optional[_Iterable[_Union[_frame_pb2.ChoiceState, _Mapping]]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Shipped(_message.Message):
     __slots__ = ("payload_bytes", "frames", "handoff_s", "exposed_s")

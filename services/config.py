@@ -50,6 +50,16 @@ class ServeConfig(
             )
         return self
 
+    @model_validator(mode="after")
+    def _prefixes_have_all_heads(self) -> ServeConfig:
+        ranks = self.ranks_of("prefill")
+        if self.prefix_cache_bytes and ranks > 1:
+            raise ConfigError(
+                f"prefix_cache_bytes: got {self.prefix_cache_bytes}, and {ranks} processes hold the model of a prefill "
+                "worker together; allowed: 0, or prefill_tensor_parallel_size 1"
+            )
+        return self
+
     def processes_of(self, role: str) -> int:
         """Processes on a machine that compute for workers of a role, as far as this configuration knows."""
         workers = self.prefill_workers if role == "prefill" else self.decode_workers

@@ -20,8 +20,9 @@ from ..rpc import call_error, is_cancelled, read_all
 from ..tracing import current_span
 from .answer import Answer
 from .failover import Start
+from .inbox import Event, Inbox
 from .job import Job
-from .links import DecodeLink, Event, Inbox, PrefillLink
+from .links import DecodeLink, PrefillLink
 from .membership import Member
 from .pool import Route
 
@@ -40,6 +41,8 @@ class Attempt:
         shipped, finished: the workers' accounts of it, once they have come.
         resumed: how far decode had to go back.
         epoch: its own.
+        queried_tokens, cached_tokens: of the prompt that the answer begins with, looked up in shared prefixes and found
+            there.
         handoff_is_open: a prefill worker has taken the prompt, and decode does not have all of it yet.
     """
 
@@ -65,6 +68,7 @@ class Attempt:
         self.shipped = wpb.Shipped()
         self.finished: wpb.Finished | None = None
         self.resumed = wpb.Resumed()
+        self.queried_tokens = self.cached_tokens = 0
 
     async def run(self) -> None:
         """Go on until every choice has ended. Raises an error of the tree otherwise."""
@@ -141,7 +145,7 @@ class Attempt:
             decode_address=self._route.decode.member.address,
             resumed=self._start is Start.REPLAY,
         )
-        call = prefill.prefill(request, max(0.001, job.deadline_s - time.monotonic()))
+        call = prefill.prefill(request, max(0.001, job.deadline_s - time.monotonic()), job.prefixes)
         reader: Task[None] | None = None
         try:
             await self._inbox.unless_failed(self._accepted(call))
@@ -224,9 +228,12 @@ class Attempt:
 
     def _take_first(self, event: wpb.FirstTokens) -> None:
         assert self._route.prefill is not None
-        self._route.prefill.first(self._job.sequence_id, self.epoch)
+        prefill, job = self._route.prefill, self._job
+        prefill.first(job.sequence_id, self.epoch, job.prefixes, event.cached_tokens)
         if self._answer.has_begun or self._job.history_ids:
             return  # drawn to no end: what was told counts, and what goes before the answer
+        self.queried_tokens = len(job.prompt_ids) if prefill.info.prefix_chunk_tokens else 0
+        self.cached_tokens = event.cached_tokens
         self._answer.begin(event, self._queue_s)
         early, self._early = self._early, []
         for entry in early:

@@ -56,7 +56,7 @@ class Call:
         )
         self._sessions = sessions
         self._kept: Session | None = None
-        self._cached_tokens = 0
+        self._queried_tokens = self._prefix_tokens = self._turn_tokens = 0
         self._recomputed_tokens = self._recomputed_prompt_tokens = 0
 
     @property
@@ -68,6 +68,11 @@ class Call:
     def used_tokens(self) -> int:
         """What it has cost so far: tokens of the prompt that were run for it, and of the answers."""
         return max(0, self._job.num_input_tokens - self._cached_tokens) + self._answer.num_tokens
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Of the input, that were not run: a session had kept them, or an earlier prompt began with them."""
+        return self._turn_tokens + self._prefix_tokens
 
     async def run(self) -> None:
         """Work until the `complete` message is written. Raises an error of the tree otherwise."""
@@ -110,6 +115,7 @@ class Call:
             store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
             blame=plan.blame,
             near=self._sessions.place(self._job.tenant, self._job.checked.session_id),
+            prefixes=self._job.prefixes,
         )
 
     def _attempt(self, route: Route, resolved: Resolved) -> Attempt:
@@ -150,11 +156,13 @@ class Call:
         await asyncio.sleep(wait_s)
 
     def _count_again(self, attempt: Attempt) -> None:
-        """Count what an attempt has computed that had been computed before."""
+        """Count what an attempt has computed that had been computed before, and what it had not to compute."""
+        self._queried_tokens += attempt.queried_tokens  # of the one attempt that the answer began with
+        self._prefix_tokens += attempt.cached_tokens
         if self._job.history_ids and not self._failover.migrations:
             # a turn begins so: what is new is computed for the first time, and what is not computed was kept
             again = attempt.resumed.recomputed_tokens + attempt.resumed.recomputed_prompt_tokens
-            self._cached_tokens = max(0, self._job.num_input_tokens - 1 - again)
+            self._turn_tokens = max(0, self._job.num_input_tokens - 1 - again)
             return
         self._recomputed_tokens += attempt.resumed.recomputed_tokens
         self._recomputed_prompt_tokens += attempt.resumed.recomputed_prompt_tokens
@@ -245,7 +253,7 @@ class Call:
             time_to_first_token_s=timing.time_to_first_token_s,
         )
         self._metrics.phases(timing.prefill_s, timing.decode_s, self._answer.longest_choice)
-        self._metrics.cached(num_prompt, self._cached_tokens)
+        self._metrics.cached(self._queried_tokens, self._prefix_tokens, self._turn_tokens)
         if shipped.frames:
             bf16_bytes = route.model.shape.bf16_kv_bytes(len(self._job.prompt_ids))
             self._metrics.handoff(resolved.recipe.name, shipped.payload_bytes, bf16_bytes)

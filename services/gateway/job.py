@@ -7,6 +7,7 @@ import time
 from asyncio import CancelledError, Task
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ...errors import InvalidRequest, KvsluiceError
@@ -16,6 +17,7 @@ from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
 from ..security import NO_TENANT
 from ..validation import CheckedRequest
+from .affinity import PromptPrefixes
 from .sessions import Turn, owned_id
 
 _EPOCH_UNIT_NS = 1000
@@ -98,6 +100,11 @@ class Job:
         """What workers and the store call it: the turns of a session are one sequence."""
         own = RequestId(self.request_id) if self.turn is None else sequence_id(self.turn.session_id)
         return owned_id(self.tenant, own)
+
+    @cached_property
+    def prefixes(self) -> PromptPrefixes:
+        """How the prompt begins."""
+        return PromptPrefixes(self.tenant, self.checked.recipe_name, self.prompt_ids)
 
     @property
     def num_input_tokens(self) -> int:

@@ -23,6 +23,8 @@ from ..security import FleetSecurity
 from ..status import build_error, error_from_rpc
 from ..tracing import current_span
 from ..worker import PROTOCOL
+from .affinity import PromptPrefixes, RunPrefixes
+from .inbox import Event, Inbox
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
 from .waits import Throughput, Waits
@@ -33,8 +35,6 @@ INFO_PERIOD_S = 1.0
 GREETING_TIMEOUT_S = 5.0
 RECONNECT_S = 0.2
 MAX_UNSENT = 4096  # messages to a worker that does not read them
-
-Event = wpb.Opened | wpb.Resumed | wpb.TokenEntry | wpb.Finished | wpb.FirstTokens | wpb.Shipped
 
 
 @dataclass(frozen=True)
@@ -56,52 +56,6 @@ class WorkerModel:
             shape=ModelShape.from_json(info.model_shape_json),
             profile=json.loads(info.profile_json),
         )
-
-
-class Inbox:
-    """What workers report of one attempt. Its length is bounded by the credits that the attempt has given."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._error: KvsluiceError | None = None
-        self._arrived, self._failed = asyncio.Event(), asyncio.Event()
-
-    def post(self, event: Event) -> None:
-        if self._error is None:
-            self._events.append(event)
-            self._arrived.set()
-
-    def fail(self, error: KvsluiceError) -> None:
-        """Nothing comes any more but this error; the first one counts."""
-        if self._error is None:
-            self._error = error
-            self._arrived.set()
-            self._failed.set()
-
-    async def take(self) -> list[Event]:
-        """All events that have arrived, at least one. Raises what `fail` was given once those before it are taken."""
-        await self._arrived.wait()
-        if not self._events:
-            assert self._error is not None
-            raise self._error
-        events, self._events = self._events, []
-        if self._error is None:
-            self._arrived.clear()
-        return events
-
-    async def unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for something else, or raise what `fail` is given meanwhile."""
-        tasks = asyncio.create_task(work), asyncio.create_task(self._failed.wait())
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done():
-                tasks[0].result()
-            elif self._error is not None:
-                raise self._error
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_until_first(*jobs: Coroutine[Any, Any, None]) -> None:
@@ -244,9 +198,16 @@ class PrefillLink(Link):
         self._stub: PrefillWorkerStub | None = None
         self._ours: dict[tuple[str, int], int] = {}
         self._throughput = Throughput()
+        self._has_run = RunPrefixes()
 
-    def load(self) -> PrefillLoad:
-        return PrefillLoad(self.member.worker_id, max(sum(self._ours.values()), self.info.pending_tokens))
+    def load(self, prefixes: PromptPrefixes | None = None) -> PrefillLoad:
+        """For a prompt that begins so, if one is meant."""
+        pending = max(sum(self._ours.values()), self.info.pending_tokens)
+        return PrefillLoad(self.member.worker_id, pending, 0 if prefixes is None else self._found(prefixes))
+
+    def _found(self, prefixes: PromptPrefixes) -> int:
+        """Tokens of a prompt that the worker should not have to run."""
+        return self._has_run.found(prefixes, self.info.prefix_chunk_tokens)
 
     @property
     def wait_s(self) -> float:
@@ -263,17 +224,19 @@ class PrefillLink(Link):
         """Of prompts, as far as that is known; 0 = it is not."""
         return self._throughput.seconds(1)
 
-    def prefill(self, request: wpb.PrefillRequest, timeout_s: float) -> Any:
+    def prefill(self, request: wpb.PrefillRequest, timeout_s: float, prefixes: PromptPrefixes) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
         if self._stub is None or not self.up:
             raise WorkerLost(f"the {self.called} was lost")
         self._throughput.begin(idle=not self._ours)
-        self._ours[request.request_id, request.epoch] = len(request.prompt_ids)
+        self._ours[request.request_id, request.epoch] = len(request.prompt_ids) - self._found(prefixes)
         return self._stub.Prefill(request, timeout=timeout_s, metadata=current_span.get().carrier)
 
-    def first(self, request_id: str, epoch: int) -> None:
-        """The prompt has run."""
-        self._throughput.end(self._ours.get((request_id, epoch), 0))
+    def first(self, request_id: str, epoch: int, prefixes: PromptPrefixes, cached_tokens: int) -> None:
+        """The prompt has run, but for its first `cached_tokens`."""
+        # a prompt that ran in part says nothing of how fast one runs: what it takes is not in proportion to its rows
+        self._throughput.end(0 if cached_tokens else self._ours.get((request_id, epoch), 0))
+        self._has_run.remember(prefixes, self.info.prefix_chunk_tokens)
         self.done(request_id, epoch)
 
     def done(self, request_id: str, epoch: int) -> None:
@@ -295,6 +258,7 @@ class PrefillLink(Link):
     def _lost(self) -> None:
         self._stub = None
         self._ours.clear()
+        self._has_run.clear()
 
 
 class DecodeLink(Link):

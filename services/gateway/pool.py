@@ -17,6 +17,7 @@ from ...protos import worker_pb2 as wpb
 from ..config import ServeConfig
 from ..security import FleetSecurity
 from ..telemetry import where
+from .affinity import PromptPrefixes
 from .links import DecodeLink, LinkSettings, PrefillLink, WorkerModel
 from .membership import Member, Membership
 from .routing import pick_decode, pick_prefill
@@ -122,6 +123,7 @@ class WorkerPool:
         store: bool = False,
         blame: Mapping[Member, int] = NO_BLAME,
         near: str | None = None,
+        prefixes: PromptPrefixes | None = None,
     ) -> Route:
         """Pick workers, waiting for them for a bounded time.
 
@@ -132,13 +134,14 @@ class WorkerPool:
             blame: how often workers failed the request; those that did more often than others are taken only where
                 there are no others.
             near: the decode worker that is taken where it has room.
+            prefixes: how the prompt begins; a prefill worker that has run that is taken as long as it saves time.
 
         Raises:
             WorkerLost: none came in time.
         """
         try:
             async with asyncio.timeout(self._config.worker_wait_s):
-                while (route := self._pick(model_fingerprint, prefill, store, blame, near)) is None:
+                while (route := self._pick(model_fingerprint, prefill, store, blame, near, prefixes)) is None:
                     await self._changed.wait()
                 self.model = route.model
                 return route
@@ -163,6 +166,7 @@ class WorkerPool:
         store: bool = False,
         blame: Mapping[Member, int] = NO_BLAME,
         near: str | None = None,
+        prefixes: PromptPrefixes | None = None,
     ) -> Route | None:
         prefills = [link for link in self._prefills() if link.model]
         decodes = [link for link in self._decodes() if link.model and (link.info.has_store or not store)]
@@ -177,7 +181,7 @@ class WorkerPool:
         if not prefill:
             return Route(None, decode, decode.model)
         same = {decode.model.fingerprint}
-        chosen = _picked(prefills, same, blame, lambda links: pick_prefill([link.load() for link in links]))
+        chosen = _picked(prefills, same, blame, lambda links: pick_prefill([link.load(prefixes) for link in links]))
         return None if chosen is None else Route(chosen, decode, decode.model)
 
     def _notify(self) -> None:

@@ -31,10 +31,16 @@ class DecodeLoad:
 
 @dataclass(frozen=True)
 class PrefillLoad:
-    """What is known of a prefill worker's load, in prompt tokens that have not run."""
+    """What is known of a prefill worker's load.
+
+    Attributes:
+        pending_tokens: of prompts, that have not run.
+        found_tokens: of the prompt that a worker is picked for, that it should not have to run.
+    """
 
     worker_id: str
     pending_tokens: int
+    found_tokens: int = 0
 
 
 def pick_decode(loads: Sequence[DecodeLoad], near: str | None = None) -> str | None:
@@ -57,7 +63,8 @@ def pick_decode(loads: Sequence[DecodeLoad], near: str | None = None) -> str | N
 
 
 def pick_prefill(loads: Sequence[PrefillLoad]) -> str | None:
-    """The worker with the fewest prompt tokens to run; ties go to the smaller id."""
+    """The worker that has the fewest tokens to run once it has this prompt as well: one that knows the prompt's
+    beginning is taken until its queue is longer than another's by more than that saves. Ties go to the smaller id."""
     if not loads:
         return None
-    return min(loads, key=lambda load: (load.pending_tokens, load.worker_id)).worker_id
+    return min(loads, key=lambda load: (load.pending_tokens - load.found_tokens, load.worker_id)).worker_id

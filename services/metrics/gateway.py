@@ -85,9 +85,11 @@ class GatewayMetrics:
         if longest_choice > 1:
             self._all["request_time_per_output_token_seconds"].observe(decode_s / (longest_choice - 1))
 
-    def cached(self, queried_tokens: int, session_tokens: int) -> None:
-        """Of a finished request: tokens that were looked up in shared prefixes, and those that a session had kept."""
+    def cached(self, queried_tokens: int, found_tokens: int, session_tokens: int) -> None:
+        """Of a finished request: tokens that were looked up in shared prefixes, those of them that were found, and
+        those that a session had kept."""
         self._all["prefix_cache_queries"].inc(queried_tokens)
+        self._all["prefix_cache_hits"].inc(found_tokens)
         self._all["session_cached_tokens"].inc(session_tokens)
 
     def handoff(self, recipe: str, payload_bytes: int, bf16_bytes: int) -> None:
@@ -122,5 +124,7 @@ def _samples(workers: list[tuple[str, wpb.WorkerInfo]]) -> Iterator[Sample]:
     for role, info in workers:
         if role == "prefill":
             yield "prefill_pending_tokens", {"worker": info.worker_id}, info.pending_tokens
+            yield "prefix_cache_used_bytes", {"worker": info.worker_id}, info.prefix_used_bytes
+            yield "prefix_cache_capacity_bytes", {"worker": info.worker_id}, info.prefix_capacity_bytes
             continue
         yield from tier_samples("", {"worker": info.worker_id}, info.tiers)

@@ -136,6 +136,10 @@ def _prefill_samples(figures: PrefillFigures, info: wpb.WorkerInfo) -> Iterator[
     yield "worker_prefill_prompt_tokens", {}, figures.prompt_tokens
     yield "worker_prefill_pending_tokens", {}, info.pending_tokens
     yield "worker_prefill_requests", {}, info.running
+    yield "worker_prefix_cache_queries", {}, figures.prefix_queries
+    yield "worker_prefix_cache_hits", {}, figures.prefix_hits
+    yield "worker_prefix_cache_used_bytes", {}, info.prefix_used_bytes
+    yield "worker_prefix_cache_capacity_bytes", {}, info.prefix_capacity_bytes
     yield from _failures("prefill", figures.failures)
 
 

@@ -84,6 +84,7 @@ class Publisher:
         self._acks_ended = False
         self._committed = False
         self._closed = False
+        self._found_tokens = 0
         self._submitted_s = time.monotonic()
         self._started_s = self._submitted_s
         self._first_tokens_s: float | None = None
@@ -99,6 +100,10 @@ class Publisher:
     def ready(self) -> bool:
         with self._lock:
             return self._unacked < self._window and self._unpacked < MAX_LAYERS
+
+    def on_found(self, num_tokens: int) -> None:
+        """So many of the prompt's first tokens need not run."""
+        self._found_tokens = num_tokens
 
     def on_layer_start(self, layer: int) -> None:
         if layer == 0:
@@ -116,6 +121,7 @@ class Publisher:
             choices=[_choice_message(index, token) for index, token in enumerate(sampled)],
             queue_s=self._started_s - self._submitted_s,
             prefill_s=now - self._started_s,
+            cached_tokens=self._found_tokens,
         )
         self._choices = tuple(
             ChoiceState((EmittedToken(s.token_id, s.logprob, tuple(s.top)),), s.finish_reason) for s in sampled

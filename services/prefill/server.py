@@ -26,6 +26,7 @@ from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..tracing import incoming_trace, start_span
 from ..worker import WorkerIdentity, sampling_fields, use_threads
 from .engine import PrefillEngine, PrefillJob
+from .prefix_memory import make_prefix_memory
 from .publisher import Publisher
 from .warm_up import plan_attention
 
@@ -115,7 +116,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def account(self) -> wpb.WorkerInfo:
         """What the worker says of itself; any thread may ask."""
-        return self._identity.info(pending_tokens=self.engine.num_pending_tokens, running=self.engine.num_requests)
+        engine, shared = self.engine, self.engine.prefixes
+        info = self._identity.info(pending_tokens=engine.num_pending_tokens, running=engine.num_requests)
+        if shared is not None:
+            info.prefix_chunk_tokens = shared.chunk_tokens
+            info.prefix_capacity_bytes, info.prefix_used_bytes = shared.tree.capacity_bytes, shared.tree.used_bytes
+        return info
 
     async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
         """See `worker.proto`."""
@@ -142,7 +148,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         )
         try:
             # cancelled meanwhile, the engine may take the prompt all the same
-            await self._thread.call(lambda: self.engine.submit(job, publisher))
+            await self._thread.call(lambda: self.engine.submit(job, publisher, publisher.on_found))
             await context.send_initial_metadata(())
             async with self._peers.stub(request.decode_address) as stub:
                 await publisher.run(stub, context.write)
@@ -177,8 +183,10 @@ def make_prefill_service(
         if model.device.type == "cuda":
             plan_attention(model, chunk_tokens)
 
+    prefix_bytes = config.prefix_bytes(model.device.type)
+    prefix_memory = make_prefix_memory(prefix_bytes, model.device) if prefix_bytes else None
     return PrefillService(
-        PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS)),
+        PrefillEngine(model, chunk_tokens, max(chunk_tokens, PACK_TOKENS), prefix_memory=prefix_memory),
         identity,
         window=config.handoff_window,
         max_message_bytes=config.max_frame_bytes,
@@ -199,4 +207,5 @@ def _job(request: wpb.PrefillRequest) -> PrefillJob:
         recipe=Recipe.from_json(request.recipe_json),
         sampling=SamplingParams(**sampling_fields(request.sampling)),
         resumed=request.resumed,
+        tenant=request.tenant,
     )

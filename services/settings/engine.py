@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from .base import MIB, TIB, Positive, Settings
 
+DEFAULT_PREFIX_BYTES = 1024 * MIB
+
 
 class EngineSettings(Settings):
     """The model, its caches and its work items."""
@@ -57,6 +59,13 @@ class EngineSettings(Settings):
     chunk_tokens: int | None = Field(
         None, ge=16, le=65536, description="rows of one prefill work item; default: 512 on a CPU, 2048 on a GPU"
     )
+    prefix_cache_bytes: int | None = Field(
+        None,
+        ge=0,
+        le=64 * TIB,
+        description="host memory of each prefill worker for beginnings that prompts of a tenant share, with prefill "
+        "workers of one process each; 0 = none; default: 1 GiB on a CPU, none on a GPU",
+    )
     default_recipe: str = Field(
         "balanced", min_length=1, max_length=64, description="recipe of requests that name none"
     )
@@ -70,6 +79,19 @@ class EngineSettings(Settings):
         if 0 < value < MIB:
             raise ValueError(f"must be 0, or at least {MIB}, one page")
         return value
+
+    @field_validator("prefix_cache_bytes")
+    @classmethod
+    def _worthwhile(cls, value: int | None) -> int | None:
+        if value is not None and 0 < value < MIB:
+            raise ValueError(f"must be 0, or at least {MIB}")
+        return value
+
+    def prefix_bytes(self, device: str) -> int:
+        """`prefix_cache_bytes` of a worker whose model is on a device of this type."""
+        if self.prefix_cache_bytes is None:
+            return DEFAULT_PREFIX_BYTES if device == "cpu" and self.ranks_of("prefill") == 1 else 0
+        return self.prefix_cache_bytes
 
     def ranks_of(self, role: str) -> int:
         """Processes that hold the model of a worker of a role together."""

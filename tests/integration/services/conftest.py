@@ -129,6 +129,9 @@ class Script:
     opens: list[wpb.Open] = field(default_factory=list)
     cancels: list[wpb.Cancel] = field(default_factory=list)
     prefills: list[wpb.PrefillRequest] = field(default_factory=list)
+    prefilled_by: list[str] = field(default_factory=list)
+    prefix_chunk: int = 0
+    pending: dict[str, int] = field(default_factory=dict)
     ended_prefills: int = 0
     sent_tokens: int = 0
 
@@ -154,6 +157,8 @@ class _Service:
         if self._worker_id in self.script.stalled:
             await asyncio.Event().wait()
         info = self._identity.info(capacity_bytes=1000, free_bytes=1000)
+        info.prefix_chunk_tokens = self.script.prefix_chunk
+        info.pending_tokens = self.script.pending.get(self._worker_id, 0)
         info.protocol = self.script.protocols.get(self._worker_id, info.protocol)
         info.has_store = self.script.has_store and self._worker_id in (self.script.stores or {self._worker_id})
         return info
@@ -166,6 +171,7 @@ class ScriptedPrefill(_Service, worker_pb2_grpc.PrefillWorkerServicer):
     async def Prefill(self, request: wpb.PrefillRequest, context: Any) -> None:
         script = self.script
         script.prefills.append(request)
+        script.prefilled_by.append(self._worker_id)
         try:
             if script.accept is not None:
                 await script.accept(request)

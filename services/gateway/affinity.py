@@ -1,0 +1,72 @@
+"""Which prompts' beginnings a prefill worker has run, as a gateway remembers it.
+
+Workers share beginnings in chunks (`services.prefill.prefixes`); a gateway knows a beginning by a hash over its chunks,
+the tenant and the recipe that was asked for. It is a guess: a worker may have made room since, another gateway may have
+sent it other prompts, and hashes may fall together. A wrong guess costs a detour, never a wrong token: the worker
+itself compares what it has.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import xxhash
+
+MAX_REMEMBERED = 16384  # chunks of each worker; 8M tokens in chunks of 512
+
+
+class PromptPrefixes:
+    """The beginnings of one prompt.
+
+    Args:
+        tenant: whose prompt it is.
+        recipe: the name that was asked for; prompts of different recipes may share nothing.
+    """
+
+    def __init__(self, tenant: str, recipe: str, prompt_ids: Sequence[int]) -> None:
+        self._salt = f"{len(tenant)}:{tenant}{recipe}".encode()
+        self._prompt_ids = prompt_ids
+        self._names: dict[int, list[bytes]] = {}
+
+    def names(self, chunk_tokens: int) -> list[bytes]:
+        """A name for the first chunk, the first two, and so on, as far as chunks are whole; none where there is no
+        chunk."""
+        if chunk_tokens not in self._names:
+            self._names[chunk_tokens] = self._made(chunk_tokens) if chunk_tokens else []
+        return self._names[chunk_tokens]
+
+    def _made(self, chunk_tokens: int) -> list[bytes]:
+        ids, names = array("q", self._prompt_ids), []
+        digest = xxhash.xxh3_128(self._salt)
+        for end in range(chunk_tokens, len(ids) + 1, chunk_tokens):
+            digest.update(ids[end - chunk_tokens : end].tobytes())
+            names.append(digest.digest())
+        return names
+
+
+class RunPrefixes:
+    """What one worker has run, the last of it."""
+
+    def __init__(self, most: int = MAX_REMEMBERED) -> None:
+        self._most = most
+        self._names: OrderedDict[bytes, None] = OrderedDict()
+
+    def remember(self, prefixes: PromptPrefixes, chunk_tokens: int) -> None:
+        """The worker has run a prompt that begins so."""
+        # the shortest beginning, which most prompts have, is forgotten last
+        for name in reversed(prefixes.names(chunk_tokens)):
+            self._names[name] = None
+            self._names.move_to_end(name)
+        while len(self._names) > self._most:
+            self._names.popitem(last=False)
+
+    def found(self, prefixes: PromptPrefixes, chunk_tokens: int) -> int:
+        """Tokens of the longest beginning that the worker has run, 0 to the prompt's."""
+        names = prefixes.names(chunk_tokens)
+        return next((i for i in range(len(names), 0, -1) if names[i - 1] in self._names), 0) * chunk_tokens
+
+    def clear(self) -> None:
+        """The worker has begun anew."""
+        self._names.clear()

@@ -1,0 +1,122 @@
+"""Shared beginnings of prompts through the whole service: what is said, counted, and who runs what."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvsluice.errors import ConfigError
+from kvsluice.services.config import load_config
+
+CHUNK = 16
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [2 + (7 * i * (seed + 3) + i * i + seed) % 90 for i in range(length)]
+
+
+def asks(question: int) -> list[int]:
+    return prompt(5 * CHUNK + 3) + prompt(20, 1 + question)
+
+
+async def test_usage_says_how_much_of_a_prompt_did_not_run(make_real_fleet) -> None:
+    fleet = await make_real_fleet(chunk_tokens=CHUNK)
+    alone = await make_real_fleet(chunk_tokens=CHUNK, prefix_cache_bytes=0)
+    first = await fleet.client.generate(asks(0), **GREEDY)
+    again = await fleet.client.generate(asks(1), **GREEDY)
+    wanted = await alone.client.generate(asks(1), **GREEDY)
+    assert [done.usage.cached_tokens for done in (first, again, wanted)] == [0, 5 * CHUNK, 0]
+    assert again.token_ids == wanted.token_ids
+    assert again.usage.prompt_tokens == wanted.usage.prompt_tokens == len(asks(1))
+    assert again.recipe.handoff_bytes == wanted.recipe.handoff_bytes, "the whole cache is sent"
+    await fleet.until_idle()
+    fleet.prefill.prefixes.tree.check_integrity()
+
+
+async def test_hits_and_bytes_are_counted_by_gateway_and_worker(make_real_fleet, until) -> None:
+    fleet = await make_real_fleet(chunk_tokens=CHUNK)
+    for question in range(3):
+        await fleet.client.generate(asks(question), **GREEDY)
+    await fleet.until_idle()
+    tree = fleet.prefill.prefixes.tree
+    await until(lambda: any(info.prefix_used_bytes == tree.used_bytes for _, info in fleet.gateway.pool.accounts()))
+    gateway, worker = fleet.gateway.metrics.render().decode(), fleet.metrics.render().decode()
+
+    def value(text: str, name: str) -> float:
+        lines = [line for line in text.splitlines() if line.startswith(f"kvsluice_{name}{{")]
+        assert len(lines) == 1, (name, lines)
+        return float(lines[0].split()[-1])
+
+    queries, hits = 3 * len(asks(0)), 2 * 5 * CHUNK
+    assert value(gateway, "prefix_cache_queries_total") == value(worker, "worker_prefix_cache_queries_total") == queries
+    assert value(gateway, "prefix_cache_hits_total") == value(worker, "worker_prefix_cache_hits_total") == hits
+    assert value(gateway, "session_cached_tokens_total") == 0
+    assert (
+        value(gateway, "prefix_cache_used_bytes") == value(worker, "worker_prefix_cache_used_bytes") == tree.used_bytes
+    )
+    assert tree.used_bytes > 0
+    for text, name in ((gateway, "prefix_cache_capacity_bytes"), (worker, "worker_prefix_cache_capacity_bytes")):
+        assert value(text, name) == tree.capacity_bytes == 1 << 30
+
+
+async def test_where_nothing_is_shared_nothing_is_looked_up(make_real_fleet) -> None:
+    fleet = await make_real_fleet(chunk_tokens=CHUNK, prefix_cache_bytes=0)
+    await fleet.client.generate(asks(0), **GREEDY)
+    text = fleet.gateway.metrics.render().decode()
+    assert 'kvsluice_prefix_cache_queries_total{model_name="tiny"} 0.0' in text
+
+
+async def test_prompts_over_one_beginning_go_to_the_worker_that_has_run_it(make_fleet, until) -> None:
+    fleet = await make_fleet()
+    fleet.script.prefix_chunk = CHUNK
+    for number in (1, 2):
+        await fleet.add_worker(f"prefill-{number}", "prefill")
+    links = fleet.gateway.pool._prefills
+
+    def pending(worker_id: str) -> int:
+        return next(link.info.pending_tokens for link in links() if link.member.worker_id == worker_id)
+
+    await until(lambda: [link.info.prefix_chunk_tokens for link in links()] == [CHUNK] * 3)
+    fleet.script.pending["prefill-0"] = 1000  # busier than the others: not taken for a prompt that none knows
+    await until(lambda: pending("prefill-0") == 1000)
+    await fleet.client.generate(asks(0), max_tokens=2)
+    fleet.script.pending = {"prefill-1": 70}  # a queue shorter than what a hit there saves
+    await until(lambda: pending("prefill-1") == 70)
+    await fleet.client.generate(asks(1), max_tokens=2)
+    await fleet.client.generate(prompt(60, 9), max_tokens=2)
+    fleet.script.pending = {"prefill-1": 200}
+    await until(lambda: pending("prefill-1") == 200)
+    await fleet.client.generate(asks(2), max_tokens=2)
+    assert fleet.script.prefilled_by == ["prefill-1", "prefill-1", "prefill-0", "prefill-0"]
+
+
+async def test_a_worker_that_was_lost_is_not_remembered(make_fleet, until) -> None:
+    fleet = await make_fleet()
+    fleet.script.prefix_chunk = CHUNK
+    (link,) = fleet.gateway.pool._prefills()
+    await until(lambda: link.info.prefix_chunk_tokens == CHUNK)
+    await fleet.client.generate(asks(0), max_tokens=2)
+    assert link._has_run._names
+    await fleet.kill_worker("prefill-0")
+    await until(lambda: not link.up)
+    assert not link._has_run._names, "whoever listens there next has run nothing"
+
+
+def test_a_model_over_several_processes_shares_nothing() -> None:
+    config = load_config({"tensor_parallel_size": 2})
+    assert config.prefix_bytes("cuda") == config.prefix_bytes("cpu") == 0
+    assert (
+        load_config({"decode_tensor_parallel_size": 2, "prefix_cache_bytes": 1 << 20}).prefix_bytes("cuda") == 1 << 20
+    )
+    for settings in ({"tensor_parallel_size": 2}, {"prefill_tensor_parallel_size": 4}):
+        with pytest.raises(ConfigError, match=r"prefix_cache_bytes: got 1048576, and \d processes .* allowed: 0, or"):
+            load_config(settings | {"prefix_cache_bytes": 1 << 20})
+    assert load_config({"tensor_parallel_size": 2, "prefix_cache_bytes": 0}).prefix_bytes("cpu") == 0
+
+
+def test_by_default_only_a_cpu_shares() -> None:
+    config = load_config()
+    assert (config.prefix_bytes("cpu"), config.prefix_bytes("cuda")) == (1 << 30, 0)
+    for wrong in (-1, 1000, (64 << 40) + 1):
+        with pytest.raises(ConfigError, match="prefix_cache_bytes"):
+            load_config({"prefix_cache_bytes": wrong})

@@ -1,0 +1,61 @@
+"""What a gateway remembers of the prompts that a prefill worker has run."""
+
+from __future__ import annotations
+
+from kvsluice.services.gateway.affinity import PromptPrefixes, RunPrefixes
+
+CHUNK = 4
+
+
+def prompt(*ids: int, tenant: str = "t", recipe: str = "exact") -> PromptPrefixes:
+    return PromptPrefixes(tenant, recipe, ids)
+
+
+def test_the_longest_beginning_counts_in_whole_chunks() -> None:
+    run = RunPrefixes()
+    run.remember(prompt(*range(10)), CHUNK)
+    for ids, found in (
+        (range(10), 8),
+        (range(30), 8),
+        ([*range(7), 99, 8, 9], 4),
+        ([99, *range(1, 10)], 0),
+        (range(8), 8),
+        (range(3), 0),
+        ([*range(4), *range(8, 12)], 4),
+    ):
+        assert run.found(prompt(*ids), CHUNK) == found, list(ids)
+
+
+def test_a_chunk_counts_behind_those_before_it_alone() -> None:
+    run = RunPrefixes()
+    run.remember(prompt(1, 1, 1, 1, 2, 2, 2, 2), CHUNK)
+    assert run.found(prompt(2, 2, 2, 2), CHUNK) == 0
+
+
+def test_tenants_and_recipes_are_kept_apart() -> None:
+    run = RunPrefixes()
+    run.remember(prompt(*range(8)), CHUNK)
+    assert run.found(prompt(*range(8), tenant="other"), CHUNK) == 0
+    assert run.found(prompt(*range(8), recipe="fast"), CHUNK) == 0
+    # the parts of a name cannot be moved from one to the other
+    run.remember(prompt(*range(8), tenant="ab", recipe="c"), CHUNK)
+    assert run.found(prompt(*range(8), tenant="a", recipe="bc"), CHUNK) == 0
+
+
+def test_a_worker_that_shares_nothing_is_remembered_for_nothing() -> None:
+    run = RunPrefixes()
+    run.remember(prompt(*range(8)), 0)
+    assert run.found(prompt(*range(8)), 0) == run.found(prompt(*range(8)), CHUNK) == 0
+
+
+def test_no_more_is_remembered_than_asked_for_and_short_beginnings_stay_longest() -> None:
+    run = RunPrefixes(most=5)
+    run.remember(prompt(*range(12)), CHUNK)
+    run.remember(prompt(*range(100, 112)), CHUNK)
+    assert run.found(prompt(*range(100, 112)), CHUNK) == 12
+    assert run.found(prompt(*range(12)), CHUNK) == 8, "its end has been forgotten"
+    run.remember(prompt(*range(200, 300)), CHUNK)
+    assert run.found(prompt(*range(12)), CHUNK) == 0
+    assert run.found(prompt(*range(200, 300)), CHUNK) == 20
+    run.clear()
+    assert run.found(prompt(*range(200, 300)), CHUNK) == 0
