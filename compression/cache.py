@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import FrameMismatch
 from ..kernels.dispatch import TRITON, runs
 from ..kernels.step_attention import Shift, View
+from .checks import check_tensors
 from .codecs import compact
+from .hidden_rows import HiddenRows
 from .host_values import HostValues
 from .interfaces import EncodedLayer, PageSource, Part, ReadCounter, Rope, SequenceCache, Summed
 from .kept_choice import KeptChoice
 from .layer_cache import LayerCache
-from .layout import layer_layout, layer_specs, rows_until_seal, sealed_end
+from .layout import NEVER, recall_plan, rows_until_seal, sealed_end
+from .recall import NAMES as RECALLED
+from .recall import Recall
 from .redone import RedoneRow
 from .saved_rows import check_rows, put_saved_rows, saved_rows
 from .sealing import Sealing, own_angles, pack_blocks
 from .segment import Kit, Tail
 from .spec import ModelShape, Recipe
 from .views import FixedPlaces, layer_view
-
-_NATIVE = ("float32", "bfloat16", "float16")
 
 
 def make_cache(
@@ -65,6 +68,7 @@ class RecipeCache:
         self._sealing: Sealing | None = None
         self._may_share = True  # `_sealing` may still be made
         self._kit = kit
+        self._recall: Recall | None = None
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
 
@@ -89,15 +93,48 @@ class RecipeCache:
 
     def _add_lead(self, encoded: EncodedLayer) -> None:
         """Take a layer that needs no other, and from which the others of its group read."""
+        kit, plan = self._kit, recall_plan(self.recipe, self._kit.num_prompt_tokens)
+        if plan is not None and encoded.layer == plan.layer:
+            packed, first = encoded.tensors[Part.HIDDEN], self.recipe.window.sinks // plan.chunk
+            hidden = HiddenRows(self.recipe, kit.shape, plan, packed, first, kit.host)
+            dtype = torch.bfloat16 if self.recipe.window.dtype == "bfloat16" else None
+            self._recall = Recall(hidden, kit.shape.layer_windows, dtype)
         self._layers[encoded.layer] = LayerCache(self._kit, encoded, None)
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """See `SequenceCache`."""
+        recall = self._recall
+        if recall is not None and layer > recall.plan.layer and recall.num_joining:
+            count = recall.num_joining
+            recall.append(layer, k[:count], v[:count])
+            k_pre, k, v = k_pre[count:], k[count:], v[count:]
         self._layers[layer].append(k_pre, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         """See `SequenceCache`."""
-        return self._layers[layer].attend(q, positions, self.counter)
+        recall, one = self._recall, self._layers[layer]
+        if recall is None or layer < recall.plan.layer:
+            return one.attend(q, positions, self.counter)
+        if layer > recall.plan.layer:
+            return recall.attend(one, layer, q, positions, self.counter)
+        out, mass = one.attend_and_weigh(q, positions, self.counter)
+        recall.choose(mass, positions, self.counter)
+        return out
+
+    def recall(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `SequenceCache`."""
+        recall = self._recall
+        return recall.joining(like) if recall is not None and layer == recall.plan.layer else None
+
+    @property
+    def runs_apart(self) -> bool:
+        """See `SequenceCache`."""
+        return self._recall is not None
+
+    @property
+    def most_rows_kept(self) -> int:
+        """See `SequenceCache`."""
+        return NEVER if self._recall is None else self._recall.plan.pass_rows
 
     def reserve(self, num_rows: int, like: Tensor) -> None:
         """See `SequenceCache`."""
@@ -124,7 +161,7 @@ class RecipeCache:
 
     def redone(self) -> RedoneRow:
         """See `SequenceCache`."""
-        return RedoneRow(self.layers())
+        return RedoneRow(self.layers(), self._recall)
 
     def layers(self) -> list[LayerCache]:
         """Of all layers, in order."""
@@ -161,6 +198,10 @@ class RecipeCache:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.withdraw(position)
+        if self._recall is not None:
+            self.counter.rows_recalled -= self._recall.rows_since(position)
+            undone = self._recall.undo(position)
+            assert undone, "what a pass displaces stays until the next one"
         if chosen:
             kept = [layer.kept for layer in self.layers() if layer.kept is not None]
             for one, before in zip(kept, chosen, strict=True):
@@ -169,7 +210,7 @@ class RecipeCache:
 
     def rows_until_seal(self, position: int) -> int:
         """See `SequenceCache`."""
-        return rows_until_seal(self.recipe, self._kit.num_prompt_tokens, position)
+        return min(rows_until_seal(self.recipe, self._kit.num_prompt_tokens, position), self.most_rows_kept)
 
     def seal(self, next_position: int) -> None:
         """See `SequenceCache`."""
@@ -214,13 +255,16 @@ class RecipeCache:
 
     def rows(self, begin: int, end: int) -> list[EncodedLayer]:
         """See `SequenceCache`."""
-        return saved_rows([layer.tail for layer in self.layers()], begin, end)
+        rows = saved_rows([layer.tail for layer in self.layers()], begin, end)
+        return rows if self._recall is None else self._recall.with_recalled(rows, begin, end)
 
     def put_rows(self, begin: int, layers: Sequence[EncodedLayer]) -> None:
         """See `SequenceCache`."""
         tails = [layer.tail for layer in self.layers()]
-        num_rows = check_rows(tails, begin, layers, self._kit.shape)
+        num_rows = check_rows(tails, begin, layers, self._kit.shape, RECALLED if self._recall else ())
         done = 0
+        if self._recall is not None:
+            self._recall.put(begin, begin + num_rows, layers)
         while done < num_rows:
             count = min(self.rows_until_seal(begin + done), num_rows - done)
             put_saved_rows(tails, layers, done, done + count)
@@ -246,6 +290,8 @@ class RecipeCache:
             return False
         if self.recipe.window.seal_block and tails[0].num_rows - count < self.recipe.block:
             return False  # a block may have been packed ahead of rows that go
+        if self._recall is not None and not self._recall.undo(end):
+            return False
         for tail in tails:
             tail.num_rows -= count
         self.note_moved()
@@ -269,6 +315,7 @@ class RecipeCache:
         """See `SequenceCache`."""
         twin = RecipeCache(self._kit)
         twin._layers = {index: layer.fork() for index, layer in self._layers.items()}
+        twin._recall = None if self._recall is None else self._recall.copy()
         return twin
 
     def tensors(self) -> Iterator[Tensor]:
@@ -290,12 +337,16 @@ class RecipeCache:
                 yield from group.values()
         for layer in self._layers.values():
             yield from layer.shared_tensors()
+        if self._recall is not None:
+            yield from self._recall.hidden.tensors()
 
     def _own_tensors(self) -> Iterator[Tensor]:
         if self._sealing is not None:
             yield from self._sealing.tensors()
         for layer in self._layers.values():
             yield from layer.own_tensors()
+        if self._recall is not None:
+            yield from self._recall.tensors()
 
     def shared_nbytes(self) -> int:
         """Bytes of what the prompt made."""
@@ -315,7 +366,9 @@ class RecipeCache:
 
     def host_values(self) -> list[HostValues]:
         """See `SequenceCache`."""
-        found = (layer.host_values for layer in self._layers.values())
+        found = [layer.host_values for layer in self._layers.values()]
+        if self._recall is not None:
+            found.append(self._recall.hidden.host)
         return [values for values in found if values is not None]
 
 
@@ -323,41 +376,3 @@ def storage_nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def check_tensors(encoded: EncodedLayer, recipe: Recipe, shape: ModelShape, num_tokens: int) -> None:
-    """Refuse a layer whose tensors are not those that the recipe makes, or whose indices point outside the prompt.
-
-    Raises:
-        FrameMismatch: names the tensor.
-    """
-    expected = layer_specs(recipe, shape, num_tokens, encoded.layer, "native")
-    wanted = {(part, name): spec for part, group in expected.items() for name, spec in group.items()}
-    got = {(part, name): tensor for part, group in encoded.tensors.items() for name, tensor in group.items()}
-    if wanted.keys() != got.keys():
-        odd = ", ".join(f"{part.name}.{name}" for part, name in sorted(wanted.keys() ^ got.keys()))
-        raise FrameMismatch(f"layer {encoded.layer}: missing or unexpected {odd}")
-    for (part, name), spec in wanted.items():
-        tensor = got[part, name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        allowed = _NATIVE if spec.dtype == "native" else (spec.dtype,)
-        if tuple(tensor.shape) != spec.shape or dtype not in allowed:
-            raise FrameMismatch(
-                f"layer {encoded.layer}: {part.name}.{name} is {dtype} {tuple(tensor.shape)}, "
-                f"expected {' or '.join(allowed)} {spec.shape}"
-            )
-    at = layer_layout(recipe, num_tokens, encoded.layer)
-    chunk = recipe.retrieval.chunk
-    limits = {
-        (Part.POSITIONS, "rows"): (at.num_sinks, at.sealed_end),
-        (Part.POSITIONS, "chunks"): (at.num_sinks // chunk, at.sealed_end // chunk),
-        (Part.OUTLIERS, "chunks"): (0, at.num_sealed // chunk),
-    }
-    for (part, name), (low, high) in limits.items():
-        index = got.get((part, name))
-        if index is None:
-            continue
-        if not low <= int(index.min()) <= int(index.max()) < high:
-            raise FrameMismatch(f"layer {encoded.layer}: {part.name}.{name} is not within {low} to {high - 1}")
-        if len(index) > 1 and not bool((index.diff(dim=0) > 0).all()):
-            raise FrameMismatch(f"layer {encoded.layer}: {part.name}.{name} does not ascend")

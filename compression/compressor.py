@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .budgets import others
 from .codecs import compact, owned
+from .hidden_rows import pack_hidden
 from .interfaces import Compressor, EncodedLayer, LayerObs, Part
 from .joining import JointRows
-from .layout import LayerLayout, basis_name, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .layout import LayerLayout, basis_name, layer_layout, recall_plan, sinks_are_unrotated, tail_is_unrotated
 from .spec import ModelShape, Recipe, Tier
 
 # in which a layer's parts are sent, as in `layout.layer_specs`
-_ORDER = (Part.BASIS, Part.KEYS, Part.VALUES, Part.POSITIONS, Part.OUTLIERS, Part.TAIL)
+_ORDER = (Part.BASIS, Part.KEYS, Part.VALUES, Part.POSITIONS, Part.OUTLIERS, Part.TAIL, Part.HIDDEN)
 
 Rows = Tensor | slice
 Tensors = dict[Part, dict[str, Tensor]]
@@ -55,6 +56,10 @@ class RecipeCompressor:
             wanted = max(wanted, self._scorer.query_window)
         return wanted
 
+    def wants_hidden(self, layer: int) -> bool:
+        """See `Compressor`."""
+        return self.recipe.propagation.keeps_hidden(layer)
+
     def finish_layer(self, obs: LayerObs) -> tuple[list[EncodedLayer], Tensor | None]:
         """See `Compressor`."""
         layer, num_layers = obs.layer, self._shape.num_layers
@@ -62,6 +67,12 @@ class RecipeCompressor:
         assert len(obs.positions) == at.num_rows, f"layer {layer} got {len(obs.positions)} of {at.num_rows} rows"
         selected = self._propagation.select(obs, self._shape.layer_windows[layer])
         self._waiting.append((layer, self._encode(obs, at)))
+        plan = recall_plan(self.recipe, obs.num_prompt_tokens)
+        if plan is not None and layer == plan.layer:
+            assert obs.hidden is not None and selected is not None, "asked for by `wants_hidden`"
+            hidden = others(selected, at.num_rows)
+            codec = self.recipe.propagation.hidden_codec
+            self._waiting[-1][1][Part.HIDDEN] = pack_hidden(obs.hidden, hidden, codec, plan.chunk)
         if layer != self.recipe.sharing.group(layer, num_layers)[-1]:
             return [], selected
         self._join()

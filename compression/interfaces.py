@@ -41,6 +41,7 @@ class LayerObs:
             unless `Compressor.wants_mass`.
         query_peak: float32 [Hkv, d] largest |q| of every channel over all post-RoPE queries and the GQA group; None
             unless `Compressor.wants_query_peak`.
+        hidden: [n, D] rows behind the layer; None unless `Compressor.wants_hidden`. Only read.
     """
 
     layer: int
@@ -52,6 +53,7 @@ class LayerObs:
     q_window: Tensor
     mass: Tensor | None = None
     query_peak: Tensor | None = None
+    hidden: Tensor | None = None
 
     def release_keys(self) -> None:
         """Let go of the keys, before and after RoPE."""
@@ -88,6 +90,10 @@ class Compressor(Protocol):
         """How many of the last rows' queries `finish_layer` wants; 0 = none."""
         ...
 
+    def wants_hidden(self, layer: int) -> bool:
+        """Whether `finish_layer` wants the rows behind this layer."""
+        ...
+
     def finish_layer(self, obs: LayerObs) -> tuple[list[EncodedLayer], Tensor | None]:
         """Encode a finished layer; called in the layers' order. Returns the layers that are ready to leave, in order
         (none while a layer waits for others of its group), and the ascending row indices (int64, into obs rows) that
@@ -100,9 +106,15 @@ class Compressor(Protocol):
 
 @dataclass
 class ReadCounter:
-    """Bytes of KV, landmarks and metadata that attention read."""
+    """What attention cost.
+
+    Attributes:
+        bytes_read: of KV, landmarks and metadata.
+        rows_recalled: that were brought back, see `SequenceCache.recall`.
+    """
 
     bytes_read: int = 0
+    rows_recalled: int = 0
 
 
 class HeldPages(Protocol):
@@ -153,7 +165,7 @@ class SequenceCache(Protocol):
     Region of one layer, by position:
 
         [ sinks | sealed: compressed, some rows or all | tail: exact ]      outliers: exact copies per KV head
-          fixed   prompt part shared between choices     grows a row a
+          fixed   prompt part shared between choices     grows a row a      recalled: exact, see `recall`
                   + own blocks sealed while decoding     generated token
     """
 
@@ -173,6 +185,21 @@ class SequenceCache(Protocol):
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         """q [Q, H, d] post-RoPE at positions int64 [Q] -> [Q, H, d]. Row i sees cached rows up to its own position
         only, and only those within the layer's sliding window."""
+        ...
+
+    def recall(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rows that go on behind this layer together with those of the pass, before them: hidden rows [R, D] of the
+        dtype of `like` and their positions int64 [R]; None = none. From here on `append` and `attend` get both."""
+        ...
+
+    @property
+    def runs_apart(self) -> bool:
+        """Its rows do more than the batched kernels do, and run one sequence by the other."""
+        ...
+
+    @property
+    def most_rows_kept(self) -> int:
+        """Rows that `rows` gives at once, at most."""
         ...
 
     def reserve(self, num_rows: int, like: Tensor) -> None:
@@ -220,7 +247,7 @@ class SequenceCache(Protocol):
 
     def rows(self, begin: int, end: int) -> list[EncodedLayer]:
         """Copies of the exact rows at positions begin ≤ p < end, which no layer has sealed yet: of each layer, in
-        order, `k` and `v` [end - begin, Hkv, d] as its tail holds them."""
+        order, `k` and `v` [end - begin, Hkv, d] as its tail holds them, and what they have recalled, see `recall`."""
         ...
 
     def put_rows(self, begin: int, layers: Sequence[EncodedLayer]) -> None:

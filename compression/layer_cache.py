@@ -8,52 +8,23 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention_partial import attention_partial, merge_partials
+from ..kernels.landmarks import score_landmarks
 from ..kernels.sparse_reconstruct import sparse_attention
 from .budgets import others
-from .codec_slots import CodecFilling
 from .codecs import owned
 from .host_values import HostReader, HostValues, HotChunks
 from .interfaces import EncodedLayer, Part, ReadCounter
 from .kept_choice import KeptChoice
-from .layout import basis_name, grown_tier, joined_codecs, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .layout import grown_tier, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .packings import packings, tier_tensors
 from .placement import host_placement
-from .segment import Kit, Packing, Segment, Tail
-from .spec import Tier
+from .recall import chunk_mass
+from .retrieval import Choice
+from .segment import Kit, Segment, Tail
 
 Partial = tuple[Tensor, Tensor]
 
 ROWS_AT_ONCE = 4096  # that are decoded together where a row attends to all
-
-
-def packings(kit: Kit, basis: Mapping[str, Tensor], layer: int) -> list[Packing]:
-    """How each tier of a layer is packed, the best first."""
-    out = []
-    for tier in kit.recipe.tiers():
-        keys, values = tier.key_codec, tier.value_codec
-        if not tier.prefix:
-            keys, values = joined_codecs(kit.recipe, layer, kit.shape.num_layers)
-        key_basis, value_basis = _basis_of(kit, tier, keys, False, basis), _basis_of(kit, tier, values, True, basis)
-        rope = kit.rope if keys.domain == "pre_rope" else None
-        out.append(Packing(keys.build(), values.build(), key_basis, value_basis, rope))
-    return out
-
-
-def _basis_of(
-    kit: Kit, tier: Tier, codec: CodecFilling, of_values: bool, basis: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a codec's rows share, under the codec's names; empty for a layer that has no rows of the tier."""
-    names = codec.basis_specs(kit.shape.num_kv_heads, kit.shape.head_dim)
-    return {name: basis[key] for name in names if (key := basis_name(tier, of_values, name)) in basis}
-
-
-def tier_tensors(tensors: Mapping[str, Tensor], tier: int, prefixes: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of one tier under their codec's names."""
-    own, rest = prefixes[tier], [prefix for prefix in prefixes[1:] if prefix != prefixes[tier]]
-    return {
-        name.removeprefix(own): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(own) and not name.startswith(tuple(rest))
-    }
 
 
 class LayerCache:
@@ -160,31 +131,68 @@ class LayerCache:
 
         Counted as read: regions that all rows share once a call, chosen chunks once for each row that chose them.
         """
+        return merge_partials(self.parts(q, positions, counter)).to(q.dtype)
+
+    def parts(
+        self,
+        q: Tensor,
+        positions: Tensor,
+        counter: ReadCounter,
+        is_recalled: bool = False,
+        choice: Choice | None = None,
+    ) -> list[Partial]:
+        """Attention to each region that is there.
+
+        Args:
+            is_recalled: the rows are of the prompt, before the tail, and share no choice of chunks with generated ones.
+            choice: what `_choose` gave; None = to be chosen.
+        """
         parts: list[Partial] = []
         if self.sinks is not None:
             parts.append(self._sink_rows(q, positions, *self.sinks, counter))
-        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+        segments = self._segments()
         if self.kit.retrieval is None:
             parts += [self._all_rows(q, positions, segment, counter) for segment in segments]
         elif segments:
-            parts.append(self._chosen_chunks(q, positions, segments, counter))
+            choice = choice or self._choose(q, positions, segments, None if is_recalled else self.kept)
+            parts.append(self._chosen_chunks(q, positions, segments, choice, counter))
             if self.outliers:
                 parts.append(self._outlier_rows(q, positions, counter))
-        if self.tail.num_rows:
+        if self.tail.num_rows and not is_recalled:
             parts.append(self._tail_rows(q, positions, counter))
-        return merge_partials(parts).to(q.dtype)
+        return parts
 
-    def attend_to_all(self, q: Tensor, positions: Tensor, last: Partial) -> Tensor:
+    def attend_and_weigh(self, q: Tensor, positions: Tensor, counter: ReadCounter) -> tuple[Tensor, Tensor]:
+        """`attend`, and how much of their attention the rows give each chunk of the prompt's sealed rows, float32
+        [Q, n]. Where steps choose chunks, what they give the chosen ones is shared out by the landmarks' scores."""
+        base, choice = self.base, None
+        assert base is not None, "a layer that holds every row has sealed some"
+        if self.kit.retrieval is None:
+            scores = score_landmarks(q, base.rotated_keys())
+            if self.window is not None:
+                outside = base.row_positions() <= positions[:, None] - self.window
+                scores.masked_fill_(outside[:, None], -torch.inf)
+        else:
+            choice = self._choose(q, positions, self._segments(), self.kept)
+            scores = choice.chosen_scores()
+        parts = self.parts(q, positions, counter, choice=choice)
+        mass = chunk_mass(parts, int(self.sinks is not None), scores)
+        return merge_partials(parts).to(q.dtype), mass[:, : base.num_chunks]
+
+    def _segments(self) -> list[Segment]:
+        return [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+
+    def attend_to_all(self, q: Tensor, positions: Tensor, last: Partial, more: Sequence[Partial] = ()) -> Tensor:
         """`attend` of the tail's last row, as if it had chosen every chunk. Reads, and changes nothing.
 
         Args:
             q: [1, H, d] at positions int64 [1].
             last: key and value [1, Hkv, d] that stand for the tail's last row.
+            more: of its attention, to what lies elsewhere.
         """
-        counter, parts = ReadCounter(), []
+        counter, parts, segments = ReadCounter(), list(more), self._segments()
         if self.sinks is not None:
             parts.append(self._sink_rows(q, positions, *self.sinks, counter))
-        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
         if self.kit.retrieval is None:
             parts += [self._all_rows(q, positions, segment, counter) for segment in segments]
         elif segments:
@@ -197,7 +205,7 @@ class LayerCache:
     def read_nbytes(self) -> int:
         """Bytes that one query reads, but for those of the tail."""
         count: int = sum(t.nbytes for t in (*(self.sinks or ()), *self.outliers.values()))
-        segments = [segment for segment in (self.base, self.demoted, self.grown) if segment is not None]
+        segments = self._segments()
         if self.kit.retrieval is None:
             return count + sum(sum(t.nbytes for t in one.tensors()) + one.basis_nbytes for one in segments)
         if not segments:
@@ -319,14 +327,20 @@ class LayerCache:
         at = self._outlier_positions().T
         return attention_partial(q, k.transpose(0, 1), v.transpose(0, 1), at, positions, self.window)
 
-    def _chosen_chunks(self, q: Tensor, positions: Tensor, segments: list[Segment], counter: ReadCounter) -> Partial:
-        retrieval, chunk = self.kit.retrieval, self.kit.recipe.retrieval.chunk
-        assert retrieval is not None
+    def _choose(self, q: Tensor, positions: Tensor, segments: list[Segment], kept: KeptChoice | None) -> Choice:
+        retrieval, heads = self.kit.retrieval, self.kit.shape.num_kv_heads
+        assert retrieval is not None, "asked for where chunks are chosen"
         scores = torch.cat([retrieval.score(q, segment.summary) for segment in segments], dim=-1)
         hidden = self._hidden_chunks(positions, segments)
-        chosen, valid = retrieval.select(scores, self.kit.shape.num_kv_heads, hidden, self.kit.num_prompt_tokens)
-        if self.kept is not None:
-            chosen, valid = self.kept.settle(positions, chosen, valid)
+        chosen, valid = retrieval.select(scores, heads, hidden, self.kit.num_prompt_tokens)
+        if kept is not None:
+            chosen, valid = kept.settle(positions, chosen, valid)
+        return Choice(scores, chosen, valid)
+
+    def _chosen_chunks(
+        self, q: Tensor, positions: Tensor, segments: list[Segment], choice: Choice, counter: ReadCounter
+    ) -> Partial:
+        chosen, valid = choice.chunks, choice.valid
         readers = (segments[0].key_reader, segments[0].value_reader)
         num_read = chosen.numel() if valid is None else int(valid.sum())
         counter.bytes_read += num_read * sum(reader.chunk_nbytes for reader in readers)
@@ -335,7 +349,7 @@ class LayerCache:
             counter.bytes_read += sum(t.nbytes for t in segment.summary.values())
             counter.bytes_read += 0 if segment.index is None else segment.index.nbytes
         chunked = [segment.chunked() for segment in segments]
-        return sparse_attention(q, positions, chosen, valid, chunked, chunk, self.window)
+        return sparse_attention(q, positions, chosen, valid, chunked, self.kit.recipe.retrieval.chunk, self.window)
 
     def _every_chunk(self, q: Tensor, positions: Tensor, segments: list[Segment]) -> list[Partial]:
         """Attention to all chunks, some at a time, so that few are decoded at once."""

@@ -9,6 +9,8 @@ Everything goes by original position, on one grid for all layers (block = `Recip
 Below TSP's layer all N rows are here, above it the selected ones; a budget keeps some of the sealed rows, and those
 that it does not keep are gone or stay as a second tier of lower precision. Sinks and tail are always whole.
 
+Rows that do not pass TSP's layer may be kept as they are behind it, to be recalled in decode: `Part.HIDDEN` of it.
+
 Layers that share (`Recipe.sharing`) have the packed rows in the first of them, each with a basis of its own.
 """
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from .codec_slots import CodecFilling, Specs, TensorSpec
+from .propagation_slots import RecallPlan
 from .spec import ModelShape, Recipe, Tier
 
 NEVER = 1 << 30  # rows until a seal that never comes
@@ -133,7 +136,22 @@ def layer_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int, 
             specs[Part.OUTLIERS] = {"chunks": TensorSpec("int32", (outliers, heads)), "k": rows, "v": rows}
     ends = (("sink_k", at.num_sinks), ("sink_v", at.num_sinks), ("k", at.num_tail), ("v", at.num_tail))
     specs[Part.TAIL] = {name: TensorSpec(exact, (rows, heads, dim)) for name, rows in ends if rows}
+    specs[Part.HIDDEN] = hidden_specs(recipe, shape, num_tokens, layer)
     return {part: group for part, group in specs.items() if group}
+
+
+def recall_plan(recipe: Recipe, num_tokens: int) -> RecallPlan | None:
+    """What decode may recall of a prompt; None = nothing."""
+    return recipe.propagation.recall_plan(num_tokens, recipe.retrieval.chunk, recipe.window.sinks)
+
+
+def hidden_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int) -> Specs:
+    """Rows behind a layer that are kept to be recalled, packed as those of one head, and the ids of their chunks."""
+    plan = recall_plan(recipe, num_tokens)
+    if plan is None or layer != plan.layer:
+        return {}
+    packed = recipe.propagation.hidden_codec.tensor_specs(plan.num_hidden * plan.chunk, 1, shape.hidden_size, "native")
+    return {"chunks": TensorSpec("int32", (plan.num_hidden,)), **packed}
 
 
 def _sealed_specs(recipe: Recipe, shape: ModelShape, at: LayerLayout, layer: int, native: str) -> dict[Part, Specs]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .layout import layer_layout
+from .propagation_slots import RecallPlan
 from .spec import ModelShape, Recipe
 
 HOT_SLOTS_PER_CHUNK = 2  # slots for every chunk that a query attends to
@@ -65,3 +66,16 @@ def host_placement(
         return None
     num_pages = -(-num_chunks // page_chunks)
     return Placement(num_chunks, num_slots, page_chunks, num_pages, hot_nbytes, 8 * num_pages)
+
+
+def hidden_placement(recipe: Recipe, shape: ModelShape, plan: RecallPlan, page_nbytes: int) -> Placement | None:
+    """How hidden rows that may be recalled lie in pages of host memory, as values do, without a hot set; None where
+    they stay on the device, because a page holds no chunk of them or they are of odd size."""
+    specs = recipe.propagation.hidden_codec.tensor_specs(1, 1, shape.hidden_size, "native")
+    row_nbytes = [spec.nbytes for spec in specs.values()]
+    record_nbytes = -(-plan.chunk * sum(row_nbytes) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+    page_chunks = page_nbytes // record_nbytes
+    if not page_chunks or any(nbytes % 2 for nbytes in row_nbytes):
+        return None
+    num_pages = -(-plan.num_hidden // page_chunks)
+    return Placement(plan.num_hidden, 0, page_chunks, num_pages, 0, 8 * num_pages)

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .filling import Filling, as_float, check_choice, check_int, check_odd, check_rate
+from .codec_slots import Affine
+from .filling import Filling, as_float, check_choice, check_int, check_number, check_odd, check_rate
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .propagation import Propagation
 
 MAX_SCORING_WINDOW = 512  # last rows whose queries score all others: their scores are window x heads floats a row
+RECALL_GROUP = 64  # columns of a hidden row that share a scale
+RECALL_PASS_ROWS = 32  # known rows that recall in one pass, at most
+
+
+@dataclass(frozen=True)
+class RecallPlan:
+    """What may be recalled of one prompt, counted in chunks of the retrieval's size.
+
+    Attributes:
+        layer: T; the rows lie behind it, and are recalled into the layers above.
+        chunk: rows a chunk.
+        num_hidden: chunks that do not go on at first.
+        capacity: chunks of them that a sequence has in the deep layers at once.
+        a_row: chunks that one row of a step brings back, at most.
+        pass_rows: rows that may run in one pass, and be kept together. They bring back no more than `capacity`, so that
+            what one of them has brought back is not displaced by another of them.
+    """
+
+    layer: int
+    chunk: int
+    num_hidden: int
+    capacity: int
+    a_row: int
+    pass_rows: int
+
+    @property
+    def num_slots(self) -> int:
+        """Chunks that there must be room for: what a pass displaces, its earlier rows still attend to."""
+        return self.capacity + self.pass_rows * self.a_row
 
 
 class PropagationFilling(Filling):
@@ -26,6 +56,24 @@ class PropagationFilling(Filling):
     window: int = 0
     chunk_aligned: bool = False
 
+    @property
+    def recalls(self) -> bool:
+        """Whether rows that do not go on are kept, so that decode may bring them back."""
+        return False
+
+    def keeps_hidden(self, layer: int) -> bool:
+        """Whether it is this layer behind which they are kept."""
+        return False
+
+    @property
+    def hidden_codec(self) -> Affine:
+        """How they are packed then."""
+        raise NotImplementedError
+
+    def recall_plan(self, num_tokens: int, chunk: int, sinks: int) -> RecallPlan | None:
+        """What may be recalled of a prompt of `num_tokens`; None = nothing."""
+        return None
+
     def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
         """Rows of a prompt of `num_tokens` that pass `layer`."""
         raise NotImplementedError
@@ -37,6 +85,9 @@ class PropagationFilling(Filling):
     def build(self, chunk: int, sinks: int) -> Propagation:
         """The torch side."""
         raise NotImplementedError
+
+
+_OF_RECALL = ("recall_bits", "recall_step")  # fields that say nothing without it
 
 
 @dataclass(frozen=True)
@@ -65,7 +116,10 @@ class TspPropagation(PropagationFilling):
         window: the last rows, whose queries score and which always go on.
         kernel: width of the max-pool over scores.
         chunk_aligned: select whole position-aligned chunks of the retrieval's size instead of single tokens.
-        recall: rows a decode step may fetch back, as a share of the prompt; 0 = never.
+        recall: rows that decode may have brought back into the deep layers at once, as a share of the prompt; 0 = none
+            are kept for that. None = from the profile, else 0.
+        recall_bits: 8 or 4, of which hidden rows that are kept for it are packed.
+        recall_step: most rows that one row of a step brings back. Without recall, this and the bits say nothing.
     """
 
     slot = ("propagation",)
@@ -77,7 +131,9 @@ class TspPropagation(PropagationFilling):
     window: int = 8
     kernel: int = 7
     chunk_aligned: bool = False
-    recall: float = 0.0
+    recall: float | None = 0.0
+    recall_bits: int = 8
+    recall_step: int = 16
 
     def __post_init__(self) -> None:
         check_int("recipe.propagation.layer", self.layer, 0, 1023, optional=True)
@@ -85,8 +141,38 @@ class TspPropagation(PropagationFilling):
         check_int("recipe.propagation.window", self.window, 1, MAX_SCORING_WINDOW)
         check_odd("recipe.propagation.kernel", self.kernel, 255)
         check_choice("recipe.propagation.chunk_aligned", self.chunk_aligned, (True, False))
-        check_choice("recipe.propagation.recall", self.recall, (0.0, 0))
+        if self.recall is not None:
+            check_number("recipe.propagation.recall", self.recall, 0.0, 1.0)
+        check_choice("recipe.propagation.recall_bits", self.recall_bits, (8, 4))
+        check_int("recipe.propagation.recall_step", self.recall_step, 1, 1024)
         as_float(self, "rate", "recall")
+        if not self.recalls:  # recipes that do the same are equal
+            for name in _OF_RECALL:
+                object.__setattr__(self, name, getattr(TspPropagation, name))
+
+    @property
+    def recalls(self) -> bool:
+        return self.recall is None or self.recall > 0
+
+    def keeps_hidden(self, layer: int) -> bool:
+        return self.recalls and layer == self.layer
+
+    @property
+    def hidden_codec(self) -> Affine:
+        return Affine(self.recall_bits, "token", RECALL_GROUP)
+
+    def recall_plan(self, num_tokens: int, chunk: int, sinks: int) -> RecallPlan | None:
+        assert self.layer is not None and self.recall is not None
+        begin = self.window_begin(num_tokens, chunk, sinks)
+        num_hidden = (begin - sinks) // chunk - self.num_selected(num_tokens, chunk, sinks)
+        capacity = min(int(num_tokens * self.recall) // chunk, num_hidden)
+        if capacity < 1:
+            return None
+        a_row = min(max(1, self.recall_step // chunk), capacity)
+        return RecallPlan(self.layer, chunk, num_hidden, capacity, a_row, min(capacity // a_row, RECALL_PASS_ROWS))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if self.recalls or key not in _OF_RECALL}
 
     def rows_at(self, layer: int, num_tokens: int, chunk: int, sinks: int) -> int:
         assert self.layer is not None

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .interfaces import ReadCounter
 from .layer_cache import LayerCache
+from .recall import Recall
 
 
 class RedoneRow:
@@ -15,10 +17,11 @@ class RedoneRow:
 
     Args:
         layers: of all layers, in order.
+        recall: what the row sees besides them; None = nothing. It brings nothing back itself.
     """
 
-    def __init__(self, layers: Sequence[LayerCache]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[LayerCache], recall: Recall | None) -> None:
+        self._layers, self._recall = layers, recall
         self._last: tuple[Tensor, Tensor] | None = None
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -28,4 +31,10 @@ class RedoneRow:
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         """q [1, H, d] -> [1, H, d]."""
         assert self._last is not None, "a row comes before its attention"
-        return self._layers[layer].attend_to_all(q, positions, self._last)
+        more: list[tuple[Tensor, Tensor]] = []
+        if self._recall is not None and layer > self._recall.plan.layer:
+            more = self._recall.part(layer, q, positions, joins=False, counter=ReadCounter())
+        return self._layers[layer].attend_to_all(q, positions, self._last, more)
+
+    def recall(self, layer: int, like: Tensor) -> None:
+        """No rows join this one."""

@@ -23,7 +23,7 @@ def resolve(recipe: Recipe, shape: ModelShape, num_tokens: int, profile: Mapping
 
     Args:
         profile: what is calibrated for the model: `tsp_layer` (chunk-aligned propagation), `fastkv_layer` (per token),
-            `tsp_rate`, `key_codec` (a slot as a dict). What it lacks is taken from the shape.
+            `tsp_rate`, `tsp_recall`, `key_codec` (a slot as a dict). What it lacks is taken from the shape.
 
     Raises:
         InvalidRecipe: slots that do not fit the model.
@@ -70,17 +70,21 @@ def _fill_propagation(
 ) -> s.PropagationFilling:
     if not isinstance(filling, s.TspPropagation):
         return filling
-    layer, rate = filling.layer, filling.rate
+    layer, rate, recall = filling.layer, filling.rate, filling.recall
     if layer is None:
         key = "tsp_layer" if filling.chunk_aligned else "fastkv_layer"
         layer = profile.get(key, shape.num_layers // 2 - 1)
     if rate is None:
         rate = profile.get("tsp_rate", DEFAULT_TSP_RATE)
+    if recall is None:
+        recall = profile.get("tsp_recall", 0.0)
     if shape.num_layers < 2:
         raise InvalidRecipe("recipe.propagation", f"selects after a layer, the model has {shape.num_layers}", "full")
     if not isinstance(layer, int) or not 0 <= layer <= shape.num_layers - 2:
         raise InvalidRecipe("recipe.propagation.layer", shown(layer), f"an integer from 0 to {shape.num_layers - 2}")
-    return replace(filling, layer=layer, rate=rate)
+    if recall and not shape.hidden_size:
+        raise InvalidRecipe("recipe.propagation.recall", "the model's hidden size is not known", "0")
+    return replace(filling, layer=layer, rate=rate, recall=recall)
 
 
 def _fill_budget(filling: s.BudgetFilling, shape: ModelShape) -> s.BudgetFilling:

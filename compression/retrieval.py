@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,28 @@ from torch import Tensor
 from ..kernels.landmarks import chunk_means, min_cosine_outliers, score_landmarks, select_chunks
 from .codecs import Tensors, owned
 from .slots import ChunkLandmarks
+
+
+class Choice(NamedTuple):
+    """What rows attend to.
+
+    Attributes:
+        scores: float32 [Q, H, n] of all chunks.
+        chunks: int64 [Q, Hkv, K].
+        valid: bool of that shape, or None where all of them count.
+    """
+
+    scores: Tensor
+    chunks: Tensor
+    valid: Tensor | None
+
+    def chosen_scores(self) -> Tensor:
+        """The scores, -inf of chunks that were not chosen for a head."""
+        num_rows, num_heads, count = self.scores.shape
+        num_kv_heads = self.chunks.shape[1]
+        counts = torch.ones_like(self.chunks) if self.valid is None else self.valid.long()
+        times = self.chunks.new_zeros(num_rows, num_kv_heads, count).scatter_add_(-1, self.chunks, counts)
+        return self.scores.masked_fill((times == 0).repeat_interleave(num_heads // num_kv_heads, dim=1), -torch.inf)
 
 
 class Retrieval(Protocol):

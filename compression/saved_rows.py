@@ -2,18 +2,21 @@
 them.
 
 What is kept is what went into the tails, before anything was sealed: a cache that is given the same rows in the same
-order seals the same blocks, bit for bit, whatever the recipe does to them, and nothing else has to be kept.
+order seals the same blocks, bit for bit, whatever the recipe does to them. Rows that were recalled lie beside what was
+packed and depend on what was there when they came, so they are kept, too (`recall`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..errors import FrameMismatch
 from .interfaces import EncodedLayer, Part
+from .recall import NAMES as RECALLED
 from .spec import ModelShape
 
 if TYPE_CHECKING:
@@ -36,8 +39,35 @@ def saved_rows(tails: Sequence[Tail], begin: int, end: int) -> list[EncodedLayer
     ]
 
 
-def check_rows(tails: Sequence[Tail], begin: int, layers: Sequence[EncodedLayer], shape: ModelShape) -> int:
+def first_rows(layers: Sequence[EncodedLayer], begin: int, count: int) -> list[EncodedLayer]:
+    """The first `count` of rows that begin at position `begin`, with what those have recalled."""
+    return [
+        EncodedLayer(one.layer, {part: _first(group, begin, count) for part, group in one.tensors.items()})
+        for one in layers
+    ]
+
+
+def _first(group: Mapping[str, Tensor], begin: int, count: int) -> dict[str, Tensor]:
+    own = {name: t[:count] for name, t in group.items() if name not in RECALLED}
+    if RECALLED[0] not in group:
+        return own
+    chunks = group[RECALLED[0]]
+    kept, all_chunks = int((chunks[:, 1] < begin + count).sum()), max(1, len(chunks))
+    more = {name: group[name][: len(group[name]) // all_chunks * kept] for name in RECALLED if name in group}
+    return own | more if kept else own
+
+
+def check_rows(
+    tails: Sequence[Tail],
+    begin: int,
+    layers: Sequence[EncodedLayer],
+    shape: ModelShape,
+    others: Sequence[str] = (),
+) -> int:
     """How many rows each of the layers has that are to follow what the tails hold.
+
+    Args:
+        others: names of tensors that may be there besides, of any number of rows.
 
     Raises:
         FrameMismatch: see `SequenceCache.put_rows`.
@@ -47,11 +77,13 @@ def check_rows(tails: Sequence[Tail], begin: int, layers: Sequence[EncodedLayer]
     num_rows = -1
     for tail, encoded in zip(tails, layers, strict=True):
         group = encoded.tensors.get(Part.TAIL, {})
-        if set(encoded.tensors) != {Part.TAIL} or set(group) != {"k", "v"}:
+        if set(encoded.tensors) != {Part.TAIL} or set(group) - set(others) != {"k", "v"}:
             raise FrameMismatch(f"layer {encoded.layer}: rows have other tensors than k and v of the tail")
         num_rows = len(group["k"]) if num_rows < 0 else num_rows
-        wanted = (num_rows, shape.num_kv_heads, shape.head_dim)
         for name, rows in group.items():
+            wanted = (len(rows) if name in others else num_rows, shape.num_kv_heads, shape.head_dim)
+            if name == RECALLED[0]:
+                continue  # who puts them back looks at it
             if tuple(rows.shape) != wanted or not num_rows or rows.dtype not in _dtypes(tail):
                 allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in _dtypes(tail))
                 raise FrameMismatch(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .codec_slots import Specs
-from .layout import TAIL_ROWS, Part, grown_tier, layer_layout, layer_specs, sealed_end
-from .placement import Placement, host_placement
+from .layout import TAIL_ROWS, Part, grown_tier, layer_layout, layer_specs, recall_plan, sealed_end
+from .placement import Placement, hidden_placement, host_placement
 from .spec import ModelShape, Recipe
 
 _NATIVE = {2: "bfloat16", 4: "float32"}
@@ -30,7 +30,7 @@ def bound_nbytes(
     It holds when rows are appended in runs of at most `rows_until_seal`.
     """
     native = _NATIVE[itemsize]
-    total = 0
+    total = _hidden_away(recipe, shape, num_prompt_tokens, page_nbytes)
     for layer in range(shape.num_layers):
         place = _placement(recipe, shape, num_prompt_tokens, layer, native, page_nbytes)
         total += _shared_nbytes(recipe, shape, num_prompt_tokens, layer, native, place)
@@ -44,7 +44,9 @@ def host_pages(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, itemsi
         _placement(recipe, shape, num_prompt_tokens, layer, _NATIVE[itemsize], page_nbytes)
         for layer in range(shape.num_layers)
     )
-    return sum(place.num_pages for place in places if place is not None)
+    plan = recall_plan(recipe, num_prompt_tokens)
+    hidden = None if plan is None else hidden_placement(recipe, shape, plan, page_nbytes)
+    return sum(place.num_pages for place in (*places, hidden) if place is not None)
 
 
 def encoded_nbytes(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, itemsize: int) -> int:
@@ -54,6 +56,17 @@ def encoded_nbytes(recipe: Recipe, shape: ModelShape, num_prompt_tokens: int, it
         for layer in range(shape.num_layers)
         for group in layer_specs(recipe, shape, num_prompt_tokens, layer, _NATIVE[itemsize]).values()
     )
+
+
+def _hidden_away(recipe: Recipe, shape: ModelShape, num_tokens: int, page_nbytes: int | None) -> int:
+    """What it changes on the device, in bytes, that hidden rows lie in host memory; 0 where they do not."""
+    plan = recall_plan(recipe, num_tokens)
+    place = None if plan is None or page_nbytes is None else hidden_placement(recipe, shape, plan, page_nbytes)
+    if plan is None or place is None:
+        return 0
+    rows = plan.num_hidden * plan.chunk
+    packed = recipe.propagation.hidden_codec.tensor_specs(rows, 1, shape.hidden_size, "native")
+    return place.table_nbytes - _nbytes(packed)
 
 
 def _placement(
@@ -105,6 +118,9 @@ def _own_nbytes(
     capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS
     itemsize = 2 if window.dtype == "bfloat16" or native == "bfloat16" else 4
     hot_nbytes = 0 if place is None else place.hot_nbytes
+    plan = recall_plan(recipe, num_tokens)
+    if plan is not None and layer > plan.layer:
+        hot_nbytes += 2 * plan.num_slots * plan.chunk * heads * dim * itemsize
     kept_nbytes = heads * (4 * recipe.retrieval.selected_chunks(num_tokens) + 8) if _keeps_choice(recipe) else 0
     return hot_nbytes + kept_nbytes + 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
 

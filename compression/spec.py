@@ -24,6 +24,7 @@ class ModelShape:
 
     Attributes:
         layer_windows: sliding-window width of each layer, None where a layer attends to everything.
+        hidden_size: columns of a hidden row; 0 = not known, and nothing can be recalled.
     """
 
     num_layers: int
@@ -32,6 +33,7 @@ class ModelShape:
     head_dim: int
     max_position_embeddings: int
     layer_windows: tuple[int | None, ...]
+    hidden_size: int = 0
 
     @property
     def kv_width(self) -> int:
@@ -94,6 +96,7 @@ class Recipe:
         self._check_eviction()
         self._check_grid()
         self._check_window()
+        self._check_recall()
 
     @property
     def block(self) -> int:
@@ -190,6 +193,19 @@ class Recipe:
                 raise InvalidRecipe(
                     f"recipe.{slot}.group", shown(codec.append_block), f"a multiple of the chunk, {chunk}"
                 )
+
+    def _check_recall(self) -> None:
+        propagation, chunk = self.propagation, self.retrieval.chunk
+        if not isinstance(propagation, s.TspPropagation) or not propagation.recalls:
+            return
+        if self.budget.evicts:
+            problem = (
+                f"layer T has to hold every row, by which it sees what is wanted, but `{self.budget.kind}` does not"
+            )
+            raise InvalidRecipe("recipe.propagation.recall", problem, "0, or budget = all")
+        if propagation.chunk_aligned and propagation.recall_step % chunk:
+            got = shown(propagation.recall_step)
+            raise InvalidRecipe("recipe.propagation.recall_step", got, f"a multiple of the chunk, {chunk}")
 
     def _check_window(self) -> None:
         if self.window.positions == "cache" and not self.budget.fixed:

@@ -25,6 +25,11 @@ class AttendCache(Protocol):
         """Attention of q [Q, H, d] (after RoPE) at positions int64 [Q] over rows at positions <= their own."""
         ...
 
+    def recall(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Other rows of the sequence that go on behind this layer, before those of the pass: hidden rows [R, D] of the
+        dtype of `like` and their positions int64 [R], or None. `append` and `attend` get them, too, from here on."""
+        ...
+
 
 @dataclass
 class Rows:
@@ -84,7 +89,8 @@ def forward_tokens(model: Model, ids: Tensor) -> Tensor:
 def forward_rows(model: Model, batch: Sequence[Rows]) -> Tensor:
     """Pass the rows of several sequences, each over its own cache, which grows by them.
 
-    Linear layers and norms run over all rows at once, appending and attention per sequence.
+    Linear layers and norms run over all rows at once, appending and attention per sequence. A sequence may have rows of
+    its prompt join on the way (`AttendCache.recall`).
 
     Args:
         model: the model.
@@ -93,20 +99,34 @@ def forward_rows(model: Model, batch: Sequence[Rows]) -> Tensor:
     Returns:
         [sum q, D] hidden rows after the last layer, in the order of the batch.
     """
-    sizes = [len(rows.ids) for rows in batch]
+    own_sizes = sizes = [len(rows.ids) for rows in batch]
     x = model.embed(torch.cat([rows.ids for rows in batch]))
-    positions = torch.cat([rows.positions for rows in batch])
+    at = [rows.positions for rows in batch]
+    positions = torch.cat(at)
     cos, sin = model.rope_tables(positions, _prompt_lengths(model, batch, sizes))
     for layer in range(model.config.num_layers):
         q, k_pre, v = model.qkv(layer, x)
         q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
         attn = []
-        parts = zip(batch, *(torch.split(rows, sizes) for rows in (q, k_pre, k, v)), strict=True)
-        for rows, q_rows, k_pre_rows, k_rows, v_rows in parts:
-            rows.cache.append(layer, k_pre_rows, k_rows, v_rows, rows.positions)
-            attn.append(rows.cache.attend(layer, q_rows, rows.positions))
+        parts = zip(batch, at, *(torch.split(rows, sizes) for rows in (q, k_pre, k, v)), strict=True)
+        for rows, own_at, q_rows, k_pre_rows, k_rows, v_rows in parts:
+            rows.cache.append(layer, k_pre_rows, k_rows, v_rows, own_at)
+            attn.append(rows.cache.attend(layer, q_rows, own_at))
         x = model.finish_layer(layer, x, torch.cat(attn))
+        recalled = [rows.cache.recall(layer, x) for rows in batch]
+        if any(more is not None for more in recalled):
+            of_rows = torch.split(x, sizes)
+            x = torch.cat([t for more, rows in zip(recalled, of_rows, strict=True) for t in (*_first(more, 0), rows)])
+            at = [torch.cat((*_first(more, 1), own_at)) for more, own_at in zip(recalled, at, strict=True)]
+            sizes, positions = [len(own_at) for own_at in at], torch.cat(at)
+            cos, sin = model.rope_tables(positions, _prompt_lengths(model, batch, sizes))
+    if sizes != own_sizes:
+        x = torch.cat([rows[len(rows) - size :] for rows, size in zip(torch.split(x, sizes), own_sizes, strict=True)])
     return x
+
+
+def _first(recalled: tuple[Tensor, Tensor] | None, index: int) -> tuple[Tensor, ...]:
+    return () if recalled is None else (recalled[index],)
 
 
 def forward_step(

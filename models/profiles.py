@@ -5,10 +5,11 @@ Profiles are JSON files under `profiles/`, named like the model. Keys:
     fastkv_layer   layer T of FastKV as published (arXiv 2502.01068, its code's defaults)
     tsp_layer      layer after which token-selective propagation may select without losing answers
     tsp_rate       share of the rows that go on
+    tsp_recall     share of the rows that decode may have brought back at once, for recipes that leave it open
     key_codec      slot of a recipe: how keys are stored
 
-What a file does not say is filled in from the shape: T at half depth, 20 % of the rows, and low-rank keys at 8 bits of
-rank 0.156 x KV heads x head size, which is what the published methods use for the models they name.
+What a file does not say is filled in from the shape: T at half depth, 20 % of the rows, no recall, and low-rank keys at
+8 bits of rank 0.156 x KV heads x head size, which is what the published methods use for the models they name.
 """
 
 from __future__ import annotations

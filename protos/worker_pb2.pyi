@@ -326,7 +326,7 @@ class TokenBatch(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[TokenEntry, _Mapping]]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("request_id", "epoch", "resident_bytes", "bytes_read", "steps", "stored_bytes", "kept")
+    __slots__ = ("request_id", "epoch", "resident_bytes", "bytes_read", "steps", "stored_bytes", "kept", "rows_recalled")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +334,7 @@ class Finished(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    ROWS_RECALLED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     resident_bytes: int
@@ -341,7 +342,8 @@ class Finished(_message.Message):
     steps: int
     stored_bytes: int
     kept: bool
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., steps: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., kept: _Optional[bool] = ...) -> None: ...
+    rows_recalled: int
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., bytes_read: _Optional[int] = ..., steps: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., kept: _Optional[bool] = ..., rows_recalled: _Optional[int] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("request_id", "epoch", "recomputed_tokens", "recomputed_prompt_tokens")

@@ -22,6 +22,8 @@ class HasShape(Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def layer_windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def hidden_size(self) -> int: ...
 
 
 def model_shape(config: HasShape) -> ModelShape:
@@ -33,4 +35,5 @@ def model_shape(config: HasShape) -> ModelShape:
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
         layer_windows=config.layer_windows,
+        hidden_size=config.hidden_size,
     )

@@ -16,7 +16,7 @@ from .config import ServeConfig
 
 # Of all that goes between a gateway and its workers, messages and frames. It is raised where an older process would
 # misread a newer one or would go on with its answers in other words, and not for fields that it may pass over.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 @dataclass(frozen=True)

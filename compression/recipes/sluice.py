@@ -8,7 +8,7 @@ prompt, at least 1,024 tokens. 4 sinks and the last 32 rows (up to 63) stay exac
 sealed in blocks of 32 at positions that are multiples of 32, so long answers stay bounded.
 
 A chunk's score is the maximum of its tokens' pooled scores. Chunks that were not propagated are missing from the
-deep layers (recall 0); the layers up to T hold every token.
+deep layers, and none come back (recall 0); the layers up to T hold every token.
 
 Sources: FastKV (propagation), KIVI (axes of the integer codecs), ShadowKV (landmarks, low-rank keys), StreamingLLM
 (sinks). Deviations from them: TSP selects chunks instead of tokens; landmarks are int8 and come from decoded keys; no

@@ -49,7 +49,7 @@ from .sequence import (
     RequestRun,
     add_layer,
 )
-from .start import check_start, demand_of, start_choices
+from .start import check_ranks, check_start, demand_of, start_choices
 from .step import StepRunner
 from .tiers import TierPolicy
 
@@ -146,8 +146,9 @@ class DecodeEngine(EngineLoad):
         """What admission reserves for a request.
 
         Raises:
-            InvalidRequest: the prompt is empty, or a number of the recipe is open.
+            InvalidRequest: the prompt is empty, a number of the recipe is open, or it is not for several ranks.
         """
+        check_ranks(request.recipe, self.model.ranks)
         page_nbytes = None if self.host is None else self.host.page_nbytes
         return demand_of(request, self.shape, self.model.dtype.itemsize, page_nbytes)
 
@@ -376,9 +377,8 @@ class DecodeEngine(EngineLoad):
     def _finish(self, run: RequestRun) -> None:
         request = run.request
         self._forget(request.request_id)
-        self._events.append(
-            FinishedEvent(request.request_id, request.epoch, run.resident_bytes, run.bytes_read, run.num_steps)
-        )
+        took = (run.resident_bytes, run.bytes_read, run.num_steps, run.rows_recalled)
+        self._events.append(FinishedEvent(request.request_id, request.epoch, *took))
 
     def _forget(self, request_id: str) -> RequestRun | None:
         if self._parking is not None:

@@ -60,11 +60,13 @@ class FinishedEvent(Event):
         resident_bytes: the most that its caches held when a choice ended, what choices share counted once.
         bytes_read: bytes of cache that attention read, over all choices and steps.
         steps: decode steps, over all choices.
+        rows_recalled: of the prompt, that came back into the deep layers, over all choices.
     """
 
     resident_bytes: int
     bytes_read: int
     steps: int
+    rows_recalled: int = 0
 
 
 @dataclass(frozen=True)

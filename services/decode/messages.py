@@ -102,7 +102,11 @@ def event_message(event: Event, keeper: Keeper | None) -> wpb.FromDecode:
         return failed_message(event.request_id, event.epoch, event.error)
     if isinstance(event, FinishedEvent):
         finished = wpb.Finished(
-            **ident, resident_bytes=event.resident_bytes, bytes_read=event.bytes_read, steps=event.steps
+            **ident,
+            resident_bytes=event.resident_bytes,
+            bytes_read=event.bytes_read,
+            steps=event.steps,
+            rows_recalled=event.rows_recalled,
         )
         if keeper is not None:
             finished.stored_bytes, finished.kept = keeper.stored_bytes, keeper.is_kept

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ...compression.cache import check_tensors
+from ...compression.checks import check_tensors
 from ...compression.heads import HeadParts, cut_heads
 from ...compression.interfaces import EncodedLayer, Part
 from ...compression.recipe import Recipe

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...compression.interfaces import EncodedLayer, SequenceCache
 from ...compression.layout import sealed_end
 from ...compression.recipe import Recipe
+from ...compression.saved_rows import first_rows
 from ...errors import FrameMismatch, KvsluiceError
 from ...models.parallel import Ranks
 from ...models.sampling import SamplerState, SamplingParams
@@ -88,11 +89,7 @@ class KeptRows:
 
     def first(self, count: int) -> KeptRows:
         """The first `count` of them."""
-        return KeptRows(self.begin, [
-            EncodedLayer(one.layer, {part: {name: t[:count] for name, t in group.items()}
-                                     for part, group in one.tensors.items()})
-            for one in self.layers
-        ])  # fmt: skip
+        return KeptRows(self.begin, first_rows(self.layers, self.begin, count))
 
 
 def whole_rows(rows: KeptRows, ranks: Ranks | None) -> KeptRows:
@@ -142,6 +139,9 @@ class GuardedCache:
     def attend(self, layer: int, q: Tensor, positions: Tensor) -> Tensor:
         out = self._guard(lambda: self.cache.attend(layer, q, positions))
         return torch.zeros_like(q) if out is None else out
+
+    def recall(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self._guard(lambda: self.cache.recall(layer, like))
 
     def _guard(self, action: Callable[[], T]) -> T | None:
         if self.error is None:
@@ -218,7 +218,8 @@ class ChoiceRun:
         """Rows after which they are told, to be kept. What is replayed goes by in larger parts."""
         assert self._keep_every is not None
         in_block = self._in_blocks and not self.samples_next
-        return max(self._keep_every, REPLAY_KEEP_EVERY) if in_block else self._keep_every
+        wanted = max(self._keep_every, REPLAY_KEEP_EVERY) if in_block else self._keep_every
+        return min(wanted, self.cache.most_rows_kept)
 
     def next_row(self, more: Callable[[int], int] = lambda most: 0) -> StepRow:
         """The next step's row, after sealing what is due before it.
@@ -303,6 +304,7 @@ class RequestRun:
     resident_bytes: int = 0
     bytes_read: int = 0
     num_steps: int = 0
+    rows_recalled: int = 0
 
     def held_bytes(self) -> int:
         """Bytes that the request's caches hold now; what choices share counts once."""
@@ -332,6 +334,7 @@ class RequestRun:
         self.resident_bytes = max(self.resident_bytes, self.held_bytes())
         run = self.choices.pop(index)
         self.bytes_read += run.bytes_read
+        self.rows_recalled += run.cache.counter.rows_recalled
         self.num_steps += run.num_steps
 
 

@@ -18,6 +18,7 @@ from ...compression.recipe import ModelShape, Recipe
 from ...errors import FrameMismatch, InvalidRequest
 from ...models.hf_config import ModelConfig
 from ...models.model import Model
+from ...models.parallel import Ranks
 from ...models.sampling import PromptIds, SamplerState
 from ..model_shape import model_shape
 from .pages import Demand
@@ -50,6 +51,16 @@ def demand_of(request: DecodeRequest, shape: ModelShape, itemsize: int, page_nby
     if page_nbytes is not None:
         host_bytes = page_nbytes * host_pages(recipe, shape, num_tokens, itemsize, page_nbytes)
     return Demand(one - tail_bytes, tail_bytes, sampling.n, host_bytes)
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks | None) -> None:
+    """Refuse what ranks that each have some of the heads cannot do.
+
+    Raises:
+        InvalidRequest: rows are recalled by what all heads attend to, which no rank knows.
+    """
+    if ranks is not None and recipe.propagation.recalls:
+        raise InvalidRequest("recipe.propagation.recall", "decode is spread over several ranks here", "0")
 
 
 def most_frame_bytes(request: DecodeRequest, model: Model) -> int:
@@ -164,7 +175,8 @@ def put_kept(cache: SequenceCache, choice: EmittedChoice, num_prompt_tokens: int
     for rows in choice.kept:
         if rows.begin < end:
             layers = [on_device(layer, like.device) for layer in rows.first(end - rows.begin).layers]
-            if any(t.dtype != dtype for layer in layers for group in layer.tensors.values() for t in group.values()):
+            tensors = [t for layer in layers for group in layer.tensors.values() for t in group.values()]
+            if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
                 raise FrameMismatch(f"kept rows are not {str(dtype).removeprefix('torch.')}")
             cache.put_rows(rows.begin, layers)
     return num_run

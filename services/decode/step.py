@@ -209,7 +209,8 @@ class StepRunner:
         """Make room for the next rows, and tables of what that moves. Tails that are sealed from do not grow for long,
         and what is packed ahead reads them still."""
         for row in rows:
-            if row.position < row.last_position and not row.cache.recipe.window.seal_block:
+            lasts = row.cache.recipe.window.seal_block or row.cache.runs_apart
+            if row.position < row.last_position and not lasts:
                 try:
                     self._block(row.cache)
                 except Exception as exc:  # the next step meets it again
@@ -227,8 +228,8 @@ class StepRunner:
 
     def _block_or_fault(self, row: StepRow) -> Block | None:
         """`_block`, whose faults end its own sequence: it runs apart then, where attention gives zeros. So does who has
-        several rows."""
-        if row.more_ids:
+        several rows, and whose rows do more than the kernels know."""
+        if row.more_ids or row.cache.runs_apart:
             return None
         try:
             return self._block(row.cache)

@@ -254,6 +254,7 @@ class Call:
         )
         self._metrics.phases(timing.prefill_s, timing.decode_s, self._answer.longest_choice)
         self._metrics.cached(self._queried_tokens, self._prefix_tokens, self._turn_tokens)
+        self._metrics.recalled((attempt.finished or wpb.Finished()).rows_recalled)
         if shipped.frames:
             bf16_bytes = route.model.shape.bf16_kv_bytes(len(self._job.prompt_ids))
             self._metrics.handoff(resolved.recipe.name, shipped.payload_bytes, bf16_bytes)

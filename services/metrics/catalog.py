@@ -107,7 +107,7 @@ GATEWAY = (
     _histogram("handoff_seconds", "First frame to the manifest's acknowledgement", LATENCY_S),
     _histogram("handoff_exposed_seconds", "The part of it behind the first token", LATENCY_S),
     _counter("handoff_failures", "Handoffs that began and did not end whole", "error_type"),
-    _counter("recall_rows", "Rows that decode had propagated after all; 0 until there is recall"),
+    _counter("recall_rows", "Rows of finished requests' prompts that decode brought back into the deep layers"),
     _gauge("workers", "Workers that are up", "role"),
     _gauge("prefill_pending_tokens", "Prompt tokens that a prefill worker has not run yet", "worker"),
     *_tiers("", "worker"),

@@ -92,6 +92,10 @@ class GatewayMetrics:
         self._all["prefix_cache_hits"].inc(found_tokens)
         self._all["session_cached_tokens"].inc(session_tokens)
 
+    def recalled(self, rows: int) -> None:
+        """Of a finished request: rows of its prompt that decode has brought back."""
+        self._all["recall_rows"].inc(rows)
+
     def handoff(self, recipe: str, payload_bytes: int, bf16_bytes: int) -> None:
         self._all.labelled("handoff_bytes", recipe=recipe).inc(payload_bytes)
         self._all.labelled("handoff_bf16_bytes", recipe=recipe).inc(bf16_bytes)

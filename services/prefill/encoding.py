@@ -179,4 +179,4 @@ class SideEncoder:
 def _tensors(obs: LayerObs) -> list[Tensor]:
     """Everything that a compressor reads of a layer."""
     always = [obs.positions, obs.k_pre, obs.k, obs.v, obs.q_window]
-    return always + [tensor for tensor in (obs.mass, obs.query_peak) if tensor is not None]
+    return always + [tensor for tensor in (obs.mass, obs.query_peak, obs.hidden) if tensor is not None]

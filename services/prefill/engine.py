@@ -10,8 +10,10 @@ rows and a position. On a GPU, where a layer is encoded beside the next one, tha
 `encoding.py`. An encoded layer takes no room beside that: rows that are kept as they are get handed over, keys go
 before values are packed, and encoding works in blocks of rows, which count as part of c. Scoring adds a few floats a
 row and query head; attention's explicit mask on CPU, for each row, up to 5 bytes x chunk_tokens. Recipes that factor
-layers together hold the rows of one group of layers. See `state.py`; `benchmarks/prefill_memory.py` measures it. What
-prompts share lies in host memory of a fixed size (`prefix_memory.py`); on the device it takes a chunk's rows.
+layers together hold the rows of one group of layers. Recipes with recall send the hidden rows that go no further with
+the layer that selects: packed, a half or a quarter of what they take in bfloat16, and gone with that layer. See
+`state.py`; `benchmarks/prefill_memory.py` measures it. What prompts share lies in host memory of a fixed size
+(`prefix_memory.py`); on the device it takes a chunk's rows.
 
 A pack that fails is run again prompt by prompt, so that only those fail which fail alone; the others lose nothing but
 time, for rows are computed from their own prompt. What an error's traceback refers to is let go of with its prompt.

@@ -164,6 +164,8 @@ class Prompt:
     def release_layer(self) -> LayerObs:
         """Let go of the KV of the layer whose rows have all run."""
         obs, self._obs = self.obs, None
+        if self.compressor.wants_hidden(self.layer):
+            obs.hidden = self.hidden
         return obs
 
     def encode_layer(self, encoder: Encoder, obs: LayerObs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,13 @@ CHUNKS = (
     '{"retrieval": {"kind": "chunks", "chunk": 4, "outliers": 2, "budget_tokens": 32, "budget_rate": 0.05, '
     '"landmark_bits": 8, "select_every": 2}, "window": {"kind": "ends", "sinks": 4, "local": 16, "seal_block": 16}}'
 )
-RECIPES = {"exact": get_recipe("exact"), "kivi": get_recipe("kivi"), "chunks": get_recipe("sluice-full", CHUNKS)}
+RECALL = {"kind": "tsp", "layer": 1, "rate": 0.3, "window": 32, "recall": 0.1, "recall_step": 4}
+RECIPES = {
+    "exact": get_recipe("exact"),
+    "kivi": get_recipe("kivi"),
+    "chunks": get_recipe("sluice-full", CHUNKS),
+    "recall": get_recipe("exact", json.dumps({"propagation": RECALL})),
+}
 
 
 class Target:
