@@ -104,8 +104,8 @@ class Recall:
         self._free = list(range(self.plan.num_slots))
         self._displaced_at = -1  # the last row that displaced what is not here any more
         self._regions: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own: Tensor | None = None  # positions of the pass's rows
-        self._seen: _Seen | None = None
+        self._own: list[int] = []  # positions of the pass's rows
+        self._seen: _Seen | None = None  # while it runs
 
     @property
     def num_joining(self) -> int:
@@ -128,9 +128,9 @@ class Recall:
         self._let_go()
         wanted = mass[:, self.hidden.places].float().cpu().numpy()
         self._joining = []
-        for position, row in zip(positions.tolist(), wanted, strict=True):
+        self._own, self._seen = positions.tolist(), None
+        for position, row in zip(self._own, wanted, strict=True):
             self._joining += self._bring(position, self._best(position, row))
-        self._own, self._seen = positions, None
         counter.bytes_read += len(self._joining) * self.hidden.chunk_nbytes
         counter.rows_recalled += self.num_joining
 
@@ -173,7 +173,7 @@ class Recall:
             elif one.gone >= end:
                 one.gone = NEVER
         self._chunks = [one for one in self._chunks if one.wanted_by < end]
-        self._joining, self._own, self._seen = [], None, None
+        self._joining, self._own, self._seen = [], [], None
         return True
 
     def joining(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -215,6 +215,8 @@ class Recall:
             q: [Q, H, d] of the rows that join, or of all others.
         """
         seen = self._seen_by_pass()
+        if not joins and layer == len(self._windows) - 1:
+            self._seen = None
         if not len(seen.rows):
             return []
         valid = None
@@ -228,8 +230,8 @@ class Recall:
 
     def _seen_by_pass(self) -> _Seen:
         if self._seen is None:
-            assert self._own is not None, "layer T comes before those behind it"
-            own = self._own.tolist()
+            own = self._own
+            assert own, "layer T comes before those behind it"
             chunks = [one for one in self._chunks if one.gone > own[0]]
             stamps = [one.wanted_by for one in self._joining for _ in range(self.plan.chunk)] + own
             valid = None
@@ -277,6 +279,8 @@ class Recall:
             FrameMismatch: the layers do not agree on it, or it is not of this prompt, these rows, or too much for them.
         """
         deep = [one for one in layers if one.layer > self.plan.layer]
+        if any(set(NAMES) & set(one.tensors[Part.TAIL]) for one in layers if one.layer <= self.plan.layer):
+            raise FrameMismatch(f"rows are recalled in layers up to {self.plan.layer}, which hold them all")
         groups = [{name: one.tensors[Part.TAIL].get(name) for name in NAMES} for one in deep]
         first = groups[0]["recalled"]
         if first is None:
@@ -295,7 +299,7 @@ class Recall:
                 raise FrameMismatch(f"layer {one.layer}: recalled rows are not those of the layer before")
             self._put(one.layer, chunks, k, v)
         self._let_go()
-        self._joining, self._own, self._seen = [], None, None
+        self._joining, self._own, self._seen = [], [], None
 
     def _checked(self, recalled: Tensor, begin: int, end: int) -> list[tuple[int, int]]:
         """Numbers of chunks and positions of the rows that wanted them.

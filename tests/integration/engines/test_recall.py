@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvsluice.compression import make_cache
-from kvsluice.compression.interfaces import Part
+from kvsluice.compression.interfaces import EncodedLayer, Part
 from kvsluice.compression.recipe import Recipe, get_recipe
+from kvsluice.compression.sizes import encoded_nbytes
+from kvsluice.errors import FrameMismatch, InvalidRequest
 from kvsluice.kernels.rope import apply_rope
 from kvsluice.models.forward import Rows, forward_rows
 from kvsluice.models.model import Model
 from kvsluice.services.decode.engine import DecodeRequest, EmittedChoice
+from kvsluice.services.decode.start import check_ranks
 from kvsluice.services.model_shape import model_shape
 from tests.integration.engines.test_kept_rows import EVERY, TOKENS, check_going_on, kept_of, run_keeping
 from tests.integration.engines.test_kept_sessions import first_turn, next_turn
@@ -283,3 +287,60 @@ def test_redone_steps_see_what_was_recalled(bench, encode, prompt, sampling) -> 
     assert sum(quality.divergence[name].counts) >= TOKENS - 1
     assert quality.divergence[name].total < 1e-6 * TOKENS
     assert b.ended("x").rows_recalled > 0
+
+
+def test_hidden_rows_travel_as_the_layout_says(model, encode, prompt, sampling, recipe) -> None:
+    shape = model_shape(model.config)
+    encoded = encode(prompt(SIZE), sampling.greedy(), recipe)
+    assert sum(layer.nbytes() for layer in encoded.layers) == encoded_nbytes(encoded.recipe, shape, SIZE, 4)
+    without = replace(encoded.recipe, propagation=replace(encoded.recipe.propagation, recall=0.0))
+    packed = encoded.layers[T].tensors[Part.HIDDEN]
+    more = encoded_nbytes(encoded.recipe, shape, SIZE, 4) - encoded_nbytes(without, shape, SIZE, 4)
+    assert more == sum(tensor.nbytes for tensor in packed.values())
+
+
+def test_frames_bring_what_was_encoded(pipeline, bench, encode, prompt, sampling) -> None:
+    params = sampling.drawn(TOKENS, seed=3)
+    b, encoded = bench(), encode(prompt(SIZE), params, chunks())
+    b.start("x", encoded)
+    b.run()
+    found = pipeline().generate(prompt(SIZE), chunks(), params)
+    assert found.token_ids == [[*encoded.first[0].token_ids, *b.tokens("x")]]
+
+
+@torch.inference_mode()
+def test_recalled_rows_that_do_not_fit_are_refused(model, encode, prompt, sampling) -> None:
+    encoded = encode(prompt(SIZE), sampling.greedy(), plain())
+    cache = cache_of(model, encoded)
+    run(model, cache, SIZE, prompt(4, seed=5))
+    rows = cache.rows(SIZE, SIZE + 4)
+    assert cache_of(model, encoded).put_rows(SIZE, rows) is None
+
+    def changed(layer: int, **tensors):
+        group = {**rows[layer].tensors[Part.TAIL], **tensors}
+        group = {name: tensor for name, tensor in group.items() if tensor is not None}
+        return [EncodedLayer(layer, {Part.TAIL: group}) if one.layer == layer else one for one in rows]
+
+    own = rows[T + 1].tensors[Part.TAIL]
+    stamps = own["recalled"]
+    propagated = next(p for p in range(SIZE) if cache._recall.hidden.number_at(p) is None)
+    for broken in (
+        changed(T, **{name: own[name] for name in ("recalled_k", "recalled_v")}, recalled=stamps),
+        changed(T + 1, recalled=None),
+        changed(T + 1, recalled=stamps.long()),
+        changed(T + 1, recalled=stamps + torch.tensor([0, 4], dtype=torch.int32)),
+        changed(T + 1, recalled=stamps.clone().fill_(propagated)),
+        changed(T + 1, recalled_k=own["recalled_k"][:-1]),
+        changed(T + 2, recalled=stamps.flip(0)),
+        changed(T + 2, recalled_v=None),
+    ):
+        with pytest.raises(FrameMismatch):
+            cache_of(model, encoded).put_rows(SIZE, broken)
+
+
+def test_several_ranks_refuse_it_by_name() -> None:
+    check_ranks(chunks(recall=0.0), SimpleNamespace())
+    check_ranks(chunks(), None)
+    with pytest.raises(InvalidRequest) as caught:
+        check_ranks(chunks(), SimpleNamespace())
+    assert caught.value.field == "recipe.propagation.recall"
