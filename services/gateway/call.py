@@ -112,7 +112,7 @@ class Call:
         return await pool.route(
             model_fingerprint=model_fingerprint,
             prefill=plan.start is not Start.RESTORE,
-            store=self._job.keeps and (plan.start is not Start.REPLAY or pool.has_store),
+            store=self._job.keeps,
             blame=plan.blame,
             near=self._sessions.place(self._job.tenant, self._job.checked.session_id),
             prefixes=self._job.prefixes,

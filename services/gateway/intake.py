@@ -325,7 +325,7 @@ class Intake:
             return await asyncio.to_thread(self.tokenizer.encode, checked.prompt or "", True)
 
     def _served(self, model: WorkerModel) -> ServedModel:
-        limit = model.shape.max_position_embeddings
+        limit, has_store = model.shape.max_position_embeddings, self._config.store_url is not None
         return ServedModel(
             name=self._config.model_name,
             vocab_size=model.vocab_size,
@@ -333,8 +333,9 @@ class Intake:
             max_new_tokens=self._config.max_new_tokens,
             default_recipe=self._config.default_recipe,
             has_chat_template=self.tokenizer.has_chat_template,
-            has_store=self.pool.has_store,
-            has_sessions=self.sessions.available,
+            # one that cannot be reached now is the service's trouble, not the request's
+            has_store=has_store or self.pool.has_store,
+            has_sessions=has_store or self.sessions.available,
             default_durability=self._config.durability,
         )
 

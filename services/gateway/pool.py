@@ -130,7 +130,7 @@ class WorkerPool:
         Args:
             model_fingerprint: that they have to serve; None = any.
             prefill: a prefill worker is needed.
-            store: the decode worker has to have one.
+            store: a decode worker that has one is taken as long as there is any.
             blame: how often workers failed the request; those that did more often than others are taken only where
                 there are no others.
             near: the decode worker that is taken where it has room.
@@ -169,7 +169,9 @@ class WorkerPool:
         prefixes: PromptPrefixes | None = None,
     ) -> Route | None:
         prefills = [link for link in self._prefills() if link.model]
-        decodes = [link for link in self._decodes() if link.model and (link.info.has_store or not store)]
+        decodes = [link for link in self._decodes() if link.model]
+        if store:
+            decodes = [link for link in decodes if link.info.has_store] or decodes
         served = {link.model.fingerprint for link in decodes if link.model}
         if prefill:
             served &= {link.model.fingerprint for link in prefills if link.model}

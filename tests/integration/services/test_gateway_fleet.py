@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvsluice.client import AsyncClient
-from kvsluice.errors import RequestCancelled
+from kvsluice.errors import InvalidRequest, RequestCancelled, StoreUnavailable
 from kvsluice.services.gateway.membership import Member
 from kvsluice.services.gateway.server import Gateway
 from kvsluice.tests.integration.services.conftest import CharTokenizer
@@ -99,6 +99,22 @@ async def test_a_prefill_worker_that_goes_before_it_takes_a_prompt_hands_it_on(m
     done = await running
     goes.set()
     assert (done.text, done.durability.migrations) == (ANSWER, 1)
+
+
+async def test_a_store_that_is_away_is_no_fault_of_the_request(make_fleet):
+    """Workers that have started while it was away have none yet: requests go on, and are not kept."""
+    fleet = await make_fleet(store_url="redis://127.0.0.1:1")
+    done = await fleet.client.generate("a", max_tokens=12, durability="tokens")
+    assert (done.text, done.durability.kept) == (ANSWER, False)
+    with pytest.raises(StoreUnavailable, match="cannot be reached now"):
+        await fleet.client.generate("a", max_tokens=12, session_id="tea")
+
+
+async def test_what_is_kept_needs_a_store(make_fleet):
+    fleet = await make_fleet()
+    for options in ({"durability": "tokens"}, {"session_id": "tea"}):
+        with pytest.raises(InvalidRequest, match=next(iter(options))):
+            await fleet.client.generate("a", max_tokens=12, **options)
 
 
 async def test_a_change_that_cannot_be_taken_is_taken_again(make_fleet, until, monkeypatch):
