@@ -22,10 +22,10 @@ from ..errors import InternalError, KvsluiceError
 from ..evals.results import EXACT, TRANSFORMERS
 from ..models.sampling import Sampled, SamplingParams
 from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..services.prefill.flops import prompt_flops
 from ..services.staging import Event, HostCopies, make_host_copies
 from . import baseline
 from .bench_results import Floor, Row
-from .flops import prompt_flops
 from .prefill_memory import DiscardingSink
 from .rows import compared, measured
 from .step_profile import profile
@@ -300,7 +300,7 @@ def _time_transformers(bench: Bench, other: Any, empty: Row) -> Row:
 
 def _finished(bench: Bench, row: Row, recipe: Recipe | None, peak: int, figures: dict[str, float]) -> Row:
     assert row.time is not None and row.context is not None and row.batch is not None
-    flops = row.batch * prompt_flops(bench.subject.config, bench.subject.shape, recipe, row.context)
+    flops = row.batch * prompt_flops(bench.subject.config, bench.subject.shape, recipe, row.context).of_model
     rate = flops / row.time.median_s
     own = {
         "tokens_per_s": row.batch * row.context / row.time.median_s,

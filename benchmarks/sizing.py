@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..models.config import ModelConfig
 from ..models.profiles import load_profile
 from ..services.model_shape import model_shape
-from .flops import prompt_flops
+from ..services.prefill.flops import prompt_flops
 
 PAGE_BYTES = 1 << 20  # of host memory, as decode workers have them
 GIB = 1 << 30
@@ -209,7 +209,8 @@ def make_plan(model: str, config: ModelConfig, recipe: str, load: Load, gpu: Gpu
         )
     running, parked = _fitting(sequence, cache, gpu)
     step_s = _step_s(config, resolved.recipe, sequence, weights, running, gpu)
-    prefill_s = prompt_flops(config, shape, resolved.recipe, load.context) / (PREFILL_SHARE * gpu.matrix_flops_per_s)
+    flops = prompt_flops(config, shape, resolved.recipe, load.context).of_model
+    prefill_s = flops / (PREFILL_SHARE * gpu.matrix_flops_per_s)
     handoff_s = 8 * sequence.handoff_bytes / load.network_bits_per_s
     splits = sorted(
         _splits(load, prefill_s, handoff_s, step_s / running), key=lambda one: (one.both, -one.requests_per_s)

@@ -87,6 +87,10 @@ class CodecFilling(Filling):
         """Rows below which encoding makes no sense."""
         return 1
 
+    def flops(self, num_rows: int, num_kv_heads: int, head_dim: int) -> float:
+        """Operations of the matrix products by which rows are packed, a multiply-add counted as two."""
+        return 0.0
+
     def joined(self, num_layers: int) -> CodecFilling | None:
         """The codec that packs the rows of `num_layers` layers as one, their heads side by side; None when it packs
         every layer alone anyhow."""
@@ -265,6 +269,19 @@ class LowRank(CodecFilling):
 
     def min_rows(self) -> int:
         return self.rank or 1
+
+    def flops(self, num_rows: int, num_kv_heads: int, head_dim: int) -> float:
+        from .subspace import subspace_flops
+
+        assert self.rank is not None, "counted after resolution"
+        width = num_kv_heads * head_dim
+        fit = 0.0
+        if self.rank < width:
+            fit += 2.0 * num_rows * width * width + subspace_flops(width, self.rank)
+        rank = min(self.rank, width)
+        if self.bits < 16:
+            fit += 2.0 * width * rank * rank
+        return fit + 2.0 * num_rows * width * rank
 
     def joined(self, num_layers: int) -> LowRank:
         assert self.rank is not None, "joined after resolution"

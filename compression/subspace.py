@@ -49,6 +49,13 @@ def leading_subspace(gram: Tensor, rank: int) -> Tensor:
     return columns
 
 
+def subspace_flops(width: int, rank: int) -> float:
+    """Operations of `leading_subspace`, a multiply-add counted as two: products by the matrix, and for each
+    orthonormalisation one of the columns with themselves, a Cholesky factor and a triangular solve."""
+    orthonormal = 2.0 * width * rank**2 + rank**3 / 3 + width * rank**2
+    return sum(PRODUCTS) * 2.0 * width**2 * rank + len(PRODUCTS) * orthonormal
+
+
 @lru_cache(maxsize=32)
 def _start(width: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Columns to begin with, [width, rank]; nobody may change them."""

@@ -134,6 +134,7 @@ class Evaluator:
                     "score": outcome.score,
                     "payload_bytes": outcome.payload_bytes,
                     "resident_bytes": outcome.resident_bytes,
+                    "prefill_flops": outcome.prefill_flops,
                     "fallback": outcome.fallback,
                 }
                 for label, outcome in outcomes.items()

@@ -5,19 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
+from .costs import prefill_share
 from .results import AVERAGE, TRANSFORMERS, Cell, EvalResults, Summary
 
 FILE_WIDTH = 120  # characters a line where no terminal says how many
 FEW_SAMPLES = 5  # a task
-HEADER = ("recipe", "mean [95 %]", "to exact [95 %]", "shipped", "held", "fell back")
+HEADER = ("recipe", "mean [95 %]", "to exact [95 %]", "prefill", "shipped", "held", "fell back")
 
 
 def overview_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...]]:
-    """One row a recipe: mean score, difference to `exact`, and bytes shipped and held as shares of bf16's."""
+    """One row a recipe: mean score, difference to `exact`, operations of prefill as a share of those of `exact`, and
+    bytes shipped and held as shares of bf16's."""
     for row in results.summary:
         if (row.context, row.task) == (context, AVERAGE):
             cells = [cell for cell in results.cells if (cell.recipe, cell.context) == (row.recipe, context)]
-            yield (row.recipe, _mean(row), _difference(row), *_costs(row.recipe, cells))
+            share = None if row.recipe == TRANSFORMERS else prefill_share(results, row.recipe, context)
+            prefill = "-" if share is None else f"{share:.3f}"
+            yield (row.recipe, _mean(row), _difference(row), prefill, *_costs(row.recipe, cells))
 
 
 def _mean(row: Summary) -> str:
@@ -43,8 +47,8 @@ def title(results: EvalResults, context: int) -> str:
     """What a table is about."""
     unit = "nats a token, less is better" if results.suite == "ppl" else "share of right answers"
     return (
-        f"{results.suite} at {context} tokens: {unit}; bytes sent (shipped) and kept on decode (held) as shares of the "
-        "bf16 cache's; samples that ran exact instead (fell back)"
+        f"{results.suite} at {context} tokens: {unit}; operations of prefill as a share of exact's; bytes sent "
+        "(shipped) and kept on decode (held) as shares of the bf16 cache's; samples that ran exact instead (fell back)"
     )
 
 

@@ -78,18 +78,17 @@ def _command(run: Run) -> str:
 
 
 def averages(run: Run) -> str:
-    """A table for each context: average, difference to `exact`, bytes, fingerprint."""
+    """A table for each context: average, difference to `exact`, bytes, operations of prefill, fingerprint."""
     unit = "nats a token" if run.results.suite == "ppl" else "average"
-    header = ("recipe", f"{unit} [95 %]", "difference to `exact` [95 %]", "shipped", "held", "fingerprint")
+    header = ("recipe", f"{unit} [95 %]", "difference to `exact` [95 %]", "shipped", "held", "prefill", "fingerprint")
     parts = []
     for context in run.contexts:
         rows = []
         for row in run.by_average(context):
             shipped, held = run.costs(row.recipe, context)
             print_of = run.results.recipes[row.recipe].fingerprint[:FINGERPRINT_DIGITS]
-            rows.append(
-                (f"`{row.recipe}`", mean(row), difference(row), f"{shipped:.3f}", f"{held:.3f}", f"`{print_of}`")
-            )
+            costs = (f"{shipped:.3f}", f"{held:.3f}", run.prefill(row.recipe, context))
+            rows.append((f"`{row.recipe}`", mean(row), difference(row), *costs, f"`{print_of}`"))
         parts += [f"**{context:,} tokens**", table(header, rows), run.fallbacks(context)]
     return _paragraphs(*parts, recipe_slots.variants_table(run.results), _agreement(run), _changed(run), origin(run))
 
@@ -138,13 +137,17 @@ def overview(run: Run) -> str:
     header = (
         "recipe",
         f"shipped ÷ bf16 at {contexts[0]:,} tokens",
+        "held ÷ bf16",
+        "prefill FLOPs ÷ `exact`",
         *(f"average at {context:,} tokens [95 %]" for context in contexts),
     )
     rows = []
     for first in run.by_average(contexts[0]):
         found = [run.summary(first.recipe, context) for context in contexts]
         means = ["" if one is None else mean(one) for one in found]
-        rows.append((f"`{first.recipe}`", f"{run.costs(first.recipe, contexts[0])[0]:.3f}", *means))
+        shipped, held = run.costs(first.recipe, contexts[0])
+        costs = (f"{shipped:.3f}", f"{held:.3f}", run.prefill(first.recipe, contexts[0]))
+        rows.append((f"`{first.recipe}`", *costs, *means))
     return _paragraphs(table(header, rows), *map(run.fallbacks, contexts), _changed(run), origin(run))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .costs import prefill_share
 from .results import AVERAGE, Cell, EvalResults, Summary
 
 
@@ -38,6 +39,11 @@ class Run:
         shipped = sum(cell.payload_bytes * len(cell.scores) for cell in cells)
         held = sum(cell.resident_bytes * len(cell.scores) for cell in cells)
         return shipped / whole, held / whole
+
+    def prefill(self, recipe: str, context: int) -> str:
+        """Operations of prefill as a share of those of `exact`, in three digits; "" where unknown."""
+        share = prefill_share(self.results, recipe, context)
+        return "" if share is None else f"{share:.3f}"
 
     def fallbacks(self, context: int) -> str:
         """Which recipes ran `exact` on some samples, as a sentence; "" where none did."""

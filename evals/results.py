@@ -81,6 +81,7 @@ class Cell:
         bf16_bytes: mean bytes of the prompt's whole KV cache in bfloat16.
         fallbacks: samples that ran `exact` instead, being too short for the recipe.
         fallback_reason: of the first of them.
+        prefill_flops: mean floating-point operations of prefill, as the engine counted them; None in older files.
     """
 
     recipe: str
@@ -94,6 +95,7 @@ class Cell:
     bf16_bytes: float
     fallbacks: int
     fallback_reason: str | None = None
+    prefill_flops: float | None = None
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def collect_cells(records: Sequence[Record], labels: Sequence[str], *, with_refe
         places.setdefault((record["context"], record["task"], record["depth"]), []).append(record)
     cells = [_cell(label, *place, own) for label in labels for place, own in places.items()]
     if with_reference:
-        nothing = {"payload_bytes": 0, "resident_bytes": 0, "fallback": None}
+        nothing = {"payload_bytes": 0, "resident_bytes": 0, "prefill_flops": 0.0, "fallback": None}
         for (context, task, depth), own in places.items():
             judged = [
                 record | {"outcomes": {TRANSFORMERS: nothing | {"score": record["reference"]["score"]}}}
@@ -187,6 +187,7 @@ def _cell(label: str, context: int, task: str, depth: float | None, records: Seq
         bf16_bytes=fmean(record["bf16_bytes"] for record in records),
         fallbacks=sum(outcome["fallback"] is not None for outcome in outcomes),
         fallback_reason=next((reason for outcome in outcomes if (reason := outcome["fallback"])), None),
+        prefill_flops=fmean(outcome["prefill_flops"] for outcome in outcomes),
     )
 
 

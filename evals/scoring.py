@@ -34,6 +34,7 @@ from ..models.sampling import Sampled, SamplingParams
 from ..services.framing import FrameMeter, FramePacker, LayerAssembler
 from ..services.model_shape import model_shape
 from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..services.prefill.flops import FlopCount
 from ..services.staging import make_host_copies
 from .suites import Case
 
@@ -54,6 +55,7 @@ class Outcome:
         score: see `suites.Rule`.
         payload_bytes: bytes of the frames from prefill to decode.
         resident_bytes: bytes of the prompt's cache on decode, before the answer.
+        prefill_flops: operations that the engine counted for the prompt.
         fallback: why `exact` ran instead, or None.
         predicted: the likeliest token for every token of the answer; empty under `nll`.
     """
@@ -61,6 +63,7 @@ class Outcome:
     score: float
     payload_bytes: int
     resident_bytes: int
+    prefill_flops: float
     fallback: str | None
     predicted: tuple[int, ...]
 
@@ -118,6 +121,7 @@ class _Sequence:
     answer: Tensor
     payload_bytes: int = 0
     resident_bytes: int = 0
+    count: FlopCount = field(default_factory=FlopCount)
     layers: set[int] = field(default_factory=set)
     first_token: int | None = None
     error: KvsluiceError | None = None
@@ -245,7 +249,7 @@ class Scorer:
         # the first token must not end the request, or its last layer would not be encoded
         sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
         job = PrefillJob(request_id, EPOCH, case.prompt_ids, resolved.recipe, sampling)
-        self._prefill.submit(job, sequence)
+        self._prefill.submit(job, sequence, count=sequence.count)
         return sequence
 
     def _run_prefill(self, sequences: Sequence[_Sequence]) -> None:
@@ -303,4 +307,11 @@ def _outcome(label: str, sequence: _Sequence) -> Outcome:
         assert sequence.first_token is not None, "prefill ended without an error"
         predicted = (sequence.first_token, *judged)
         score = score_of(case, predicted)
-    return Outcome(score, sequence.payload_bytes, sequence.resident_bytes, sequence.resolved.fallback_reason, predicted)
+    return Outcome(
+        score,
+        sequence.payload_bytes,
+        sequence.resident_bytes,
+        sequence.count.flops.total,
+        sequence.resolved.fallback_reason,
+        predicted,
+    )

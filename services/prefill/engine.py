@@ -38,6 +38,7 @@ from ..model_shape import model_shape
 from ..telemetry import about, where
 from .batcher import Batcher, WorkItem
 from .encoding import Encoder, make_encoder
+from .flops import FlopCount, head_flops, item_flops, layer_flops
 from .job import PrefillJob, let_go
 from .pace import make_pace
 from .pack import Outcome, run_pack
@@ -58,6 +59,7 @@ class _Running:
     samplers: list[SamplerState]
     prefix: PromptPrefix | None
     on_found: Callable[[int], None]
+    count: FlopCount
     prompt: Prompt | None = None  # made when its first item runs
 
     def first_row(self, layer: int) -> int:
@@ -112,13 +114,18 @@ class PrefillEngine:
         return len(self._running)
 
     def submit(
-        self, job: PrefillJob, sink: PrefillSink, on_found: Callable[[int], None] = lambda num_tokens: None
+        self,
+        job: PrefillJob,
+        sink: PrefillSink,
+        on_found: Callable[[int], None] = lambda num_tokens: None,
+        count: FlopCount | None = None,
     ) -> None:
         """Queue a prompt; from now on its sink gets exactly one `on_done` or `on_error`.
 
         Args:
             on_found: told, before the first call of the sink, how many of the prompt's tokens are not run because an
                 earlier prompt began with them.
+            count: is told what the prompt takes, all of it by the sink's last call.
 
         Raises:
             DuplicateRequest: a prompt of this request is here already.
@@ -140,7 +147,7 @@ class PrefillEngine:
         ]
         shared = self.prefixes
         prefix = None if shared is None else shared.open(job.tenant, job.prompt_ids, job.recipe)
-        running = _Running(job, sink, samplers, prefix, on_found)
+        running = _Running(job, sink, samplers, prefix, on_found, count or FlopCount())
         self._batcher.add(job.request_id, len(job.prompt_ids))
         self._running[job.request_id] = running
         self._found(running)
@@ -172,6 +179,8 @@ class PrefillEngine:
         begun_s, begun = perf_counter(), [item for item in planned if self._begin(item)]
         # a sink may have cancelled another prompt meanwhile
         done = self._run_isolated([item for item in begun if item.request_id in self._running])
+        for item in done:
+            self._count(item)
         if self._pace is not None:
             self._pace.launched()
         for request_id in self._batcher.advance(done):
@@ -181,6 +190,12 @@ class PrefillEngine:
                 self._fail(request_id, exc)
         self.figures.ran(sum(item.end - item.begin for item in done), perf_counter() - begun_s)
         return True
+
+    def _count(self, item: WorkItem) -> None:
+        running = self._running[item.request_id]
+        num_rows = self._prompt(item.request_id).num_rows
+        recipe = running.job.recipe
+        running.count.add(item_flops(self.model.whole, self.shape, recipe, item.layer, num_rows, item.begin, item.end))
 
     def _is_ready(self, request_id: str) -> bool:
         try:
@@ -272,6 +287,7 @@ class PrefillEngine:
         if prompt.prefix is not None:
             prompt.prefix.settle(prompt.layer, prompt.hidden)
         if sampled is not None:
+            running.count.add(head_flops(self.model.whole))
             self.figures.began(len(running.job.prompt_ids))
             running.sink.on_first_tokens(sampled)
             if request_id not in self._running:  # the sink has cancelled it
@@ -284,6 +300,7 @@ class PrefillEngine:
             return
         obs = prompt.release_layer()
         prompt.encode_layer(self._encoder, obs if self._lead is None else self._lead.finish(request_id, obs))
+        running.count.add(layer_flops(self.shape, running.job.recipe, prompt.layer, len(running.job.prompt_ids)))
         if is_last or not self._encoder.overlaps or prompt.selects_rows:
             self._hand_over(request_id)
         if is_last:

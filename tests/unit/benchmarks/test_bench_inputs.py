@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kvsluice.benchmarks import baseline, host_cases, step_cases
-from kvsluice.benchmarks.flops import prompt_flops
 from kvsluice.benchmarks.kernel_cases import Inputs
 from kvsluice.benchmarks.selection import HeldSelection, force
 from kvsluice.benchmarks.synthetic import SyntheticLayers
@@ -23,6 +22,7 @@ from kvsluice.models.sampling import SamplingParams
 from kvsluice.models.weights import random_weights
 from kvsluice.services.decode.engine import DecodeEngine, DecodeRequest, EmittedChoice, FinishedEvent
 from kvsluice.services.model_shape import model_shape
+from kvsluice.services.prefill.flops import prompt_flops
 
 CPU = torch.device("cpu")
 
@@ -100,16 +100,20 @@ def test_a_baseline_step_appends_to_its_cache():
 def test_operations_of_a_prompt():
     config = SHAPES["llama-3.1-8b"]
     shape, n = model_shape(config), 131_072
-    whole = prompt_flops(config, shape, None, n)
+
+    def flops(recipe, shape=shape, n=n) -> float:
+        return prompt_flops(config, shape, recipe, n).of_model
+
+    whole = flops(None)
     # 1.8e15 of projections and 4.5e15 of causal attention
     assert whole == pytest.approx(6.3e15, rel=0.03)
-    exact = prompt_flops(config, shape, fill(get_recipe("exact"), shape, {}), n)
+    exact = flops(fill(get_recipe("exact"), shape, {}))
     assert 30.9 / 32 < exact / whole < 31.5 / 32
-    sluice = prompt_flops(config, shape, fill(get_recipe("sluice"), shape, {"tsp_layer": 15, "tsp_rate": 0.2}), n)
+    sluice = flops(fill(get_recipe("sluice"), shape, {"tsp_layer": 15, "tsp_rate": 0.2}))
     assert 0.5 < sluice / exact < 0.6
     windowed = replace(shape, layer_windows=(4096,) * 32)
-    assert prompt_flops(config, windowed, None, n) < 0.4 * whole
-    assert prompt_flops(config, windowed, None, 4096) == prompt_flops(config, shape, None, 4096)
+    assert flops(None, windowed) < 0.4 * whole
+    assert flops(None, windowed, 4096) == flops(None, shape, 4096)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.9, 1.0])

@@ -243,6 +243,7 @@ def test_cells_are_in_order_whatever_the_records_order():
             "score": float(sample),
             "payload_bytes": 1,
             "resident_bytes": 2,
+            "prefill_flops": 3.0,
             "fallback": "short" if sample else None,
         }
         places = {"context": 512, "sample": sample, "task": task, "depth": None}

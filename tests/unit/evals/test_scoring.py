@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from kvsluice.compression.recipe import get_recipe
+from kvsluice.compression.recipe import get_recipe, resolve
 from kvsluice.errors import InternalError
 from kvsluice.evals import scoring
 from kvsluice.evals.against import Reference
@@ -19,6 +20,7 @@ from kvsluice.models.profiles import load_profile
 from kvsluice.models.sampling import SamplingParams
 from kvsluice.services.framing import FrameMeter
 from kvsluice.services.model_shape import model_shape
+from kvsluice.services.prefill.flops import prompt_flops
 
 
 def sealing_sluice():
@@ -116,6 +118,16 @@ def test_bytes_are_those_of_the_cache(longctx, cases, outcomes):
     assert outcomes[0]["kivi-2bit"].resident_bytes < 0.5 * fp32_bytes
 
 
+def test_operations_of_prefill_are_those_of_the_recipe_that_ran(longctx, profile, scorer, cases, outcomes):
+    shape = model_shape(longctx.config)
+    for case, row in zip(cases, outcomes, strict=True):
+        for label, outcome in row.items():
+            ran = resolve(RECIPES[label], shape, len(case.prompt_ids), profile).recipe
+            foretold = prompt_flops(longctx.config, shape, ran, len(case.prompt_ids)).total
+            assert outcome.prefill_flops == pytest.approx(foretold, rel=1e-12), label
+    assert outcomes[0]["fastkv"].prefill_flops < 0.7 * outcomes[0]["exact"].prefill_flops
+
+
 def test_a_prompt_too_short_for_a_recipe_says_so(scorer):
     (row,) = scorer.score([Case((1, 2, 3), (4, 5), "all")])
     assert row["exact"].fallback is None
@@ -142,7 +154,7 @@ def test_a_difference_to_transformers_is_found_where_it_stands(reference, cases,
     case, right = cases[0], outcomes[0]["exact"]
     predicted = list(right.predicted)
     predicted[2] += 1
-    wrong = Outcome(0.0, 0, 0, None, tuple(predicted))
+    wrong = replace(right, predicted=tuple(predicted))
     found = reference.judge(case, wrong)["difference"]
     assert (found["token"], found["answer"], found["exact"]) == (2, case.answer_ids[2], predicted[2])
     assert found["transformers"] == right.predicted[2]
