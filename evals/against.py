@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import InvalidRequest
 from ..models.checkpoint import BUILTIN_MODELS, DEFAULT_MODEL
 from . import reference_model
 from .results import EXACT, Agreement, TokenDifference
-from .scoring import Outcome, score_of
+from .scoring import Outcome, turn_scores
 from .suites import Case
 from .workfile import Record
 
@@ -50,17 +51,21 @@ class Reference:
 
     @torch.no_grad()
     def judge(self, case: Case, exact: Outcome) -> Record:
-        """JSON: its `score`, and under `difference` the first token that it and `exact` choose differently, or None."""
+        """JSON: its `score` and those of the `turns`, and under `difference` the first token that it and `exact` choose
+        differently, or None."""
         given = 1 if case.rule == "nll" else 0
-        wanted = torch.tensor(case.answer_ids[given:], device=self._device)
-        ids = torch.tensor([[*case.prompt_ids, *case.answer_ids]], device=self._device)
-        output = self._model(ids, logits_to_keep=len(wanted) + 1, use_cache=False)
+        following = torch.tensor(case.following_ids[given:], device=self._device)
+        ids = torch.tensor([[*case.prompt_ids, *case.following_ids]], device=self._device)
+        output = self._model(ids, logits_to_keep=len(following) + 1, use_cache=False)
         logits = output.logits[0, :-1].float()
         if case.rule == "nll":
-            score = float(torch.nn.functional.cross_entropy(logits, wanted))
-            return {"score": score, "difference": None}
+            score = float(torch.nn.functional.cross_entropy(logits, following))
+            return {"score": score, "turns": [score], "difference": None}
+        logits = torch.cat([logits[begin:end] for begin, end in case.answers])
         predicted = logits.argmax(-1).tolist()
-        return {"score": score_of(case, predicted), "difference": _difference(case, exact, predicted, logits)}
+        turns = turn_scores(case, predicted)
+        difference = _difference(case, exact, predicted, logits)
+        return {"score": fmean(turns), "turns": list(turns), "difference": difference}
 
 
 def check_reference(model: str) -> None:
@@ -74,10 +79,11 @@ def _difference(case: Case, exact: Outcome, predicted: Sequence[int], logits: Te
     at = next((index for index, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
     if at is None:
         return None
+    answers = [token for begin, end in case.answers for token in case.following_ids[begin:end]]
     best = logits[at].topk(2).values
     return {
         "token": at,
-        "answer": case.answer_ids[at],
+        "answer": answers[at],
         "exact": exact.predicted[at],
         "transformers": predicted[at],
         "gap": float(best[0] - best[1]),

@@ -9,6 +9,7 @@ from functools import cache
 from ..compression.recipe import Recipe, fill, get_recipe
 from ..errors import InvalidRecipe
 from ..models.checkpoint import DEFAULT_MODEL
+from ..models.config import ModelConfig
 from ..models.loader import load_config
 from ..services.model_shape import model_shape
 from ..services.prefill.flops import prompt_flops
@@ -49,12 +50,17 @@ def _mean(cells: Sequence[Cell]) -> float:
 
 
 @cache
+def _config() -> ModelConfig:
+    """The default model's; reading it takes a while."""
+    return load_config(DEFAULT_MODEL)
+
+
+@cache
 def _exact() -> Recipe:
-    return fill(get_recipe(EXACT), model_shape(load_config(DEFAULT_MODEL)), {})
+    return fill(get_recipe(EXACT), model_shape(_config()), {})
 
 
 @cache
 def _foretold(recipe: Recipe, num_tokens: int) -> float:
     """Operations of a prompt of the default model."""
-    config = load_config(DEFAULT_MODEL)
-    return prompt_flops(config, model_shape(config), recipe, num_tokens).total
+    return prompt_flops(_config(), model_shape(_config()), recipe, num_tokens).total

@@ -26,7 +26,7 @@ from .options import PYTHON_TEXTS, EvalOptions
 from .processes import check_device
 from .results import EXACT
 from .scoring import Outcome, Scorer
-from .suites import LEAST_CONTEXT, Case, NeedleGrid, Perplexity, Ruler, Suite, Unit
+from .suites import LEAST_CONTEXT, Case, MultiTurn, NeedleGrid, Perplexity, Ruler, Suite, Unit
 from .texts import TextMissing, heldout_texts, python_topics, token_ids
 from .workfile import Record
 
@@ -132,6 +132,7 @@ class Evaluator:
             "outcomes": {
                 label: {
                     "score": outcome.score,
+                    "turns": list(outcome.turns),
                     "payload_bytes": outcome.payload_bytes,
                     "resident_bytes": outcome.resident_bytes,
                     "prefill_flops": outcome.prefill_flops,
@@ -168,6 +169,8 @@ def _suite(options: EvalOptions, texts: Mapping[str, str]) -> Suite:
         raise ConfigError(f"--texts: {', '.join(empty)} in {options.texts} holds nothing")
     if options.suite == "ruler":
         return Ruler(encode, ids, options.seed)
+    if options.suite == "multiturn":
+        return MultiTurn(encode, ids, options.seed)
     if options.suite == "niah":
         return NeedleGrid(encode, ids, options.seed, options.depths)
     suite = Perplexity(ids, options.seed, options.scored_tokens)
@@ -208,4 +211,4 @@ def _has_room(suite: Suite, unit: Unit) -> bool:
         case = suite.case(unit)
     except ValueError:
         return False
-    return len(case.prompt_ids) + len(case.answer_ids) <= unit.context
+    return len(case.prompt_ids) + len(case.following_ids) <= unit.context

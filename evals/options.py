@@ -20,6 +20,7 @@ from .results import EXACT, TRANSFORMERS
 from .suites import LEAST_CONTEXT, NEEDLE, SUITE_NAMES
 from .tasks import SUITE
 from .texts import DEFAULT_FOLDER
+from .turn_tasks import TURN_SUITE
 
 DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = ("auto", "reference")
@@ -61,8 +62,9 @@ OPTIONS = (
     Option(
         "suite",
         "|".join(SUITE_NAMES),
-        "ruler: eleven RULER-style tasks; niah: one needle over depth and context; ppl: nats a token of held-out text, "
-        "which rewards recency: a recipe that forgets all but the end does well there",
+        "ruler: eleven RULER-style tasks; multiturn: five questions over one document that is prefilled once; niah: "
+        "one needle over depth and context; ppl: nats a token of held-out text, which rewards recency: a recipe that "
+        "forgets all but the end does well there",
         "ruler",
     ),
     Option("model", "MODEL", "built-in name, Hugging Face folder or .gguf file", DEFAULT_MODEL),
@@ -239,7 +241,7 @@ def _tasks(suite: str, text: str) -> tuple[str, ...] | None:
     if not text:
         return None
     names = _listed("task", text)
-    known = {"ruler": tuple(SUITE), "niah": (NEEDLE,)}.get(suite)
+    known = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE), "niah": (NEEDLE,)}.get(suite)
     return names if known is None else tuple(_one_of("task", name, known) for name in names)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from .costs import prefill_share
 from .results import AVERAGE, TRANSFORMERS, Cell, EvalResults, Summary
+from .statistics import over_turns
 
 FILE_WIDTH = 120  # characters a line where no terminal says how many
 FEW_SAMPLES = 5  # a task
@@ -17,11 +18,28 @@ def overview_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...
     """One row a recipe: mean score, difference to `exact`, operations of prefill as a share of those of `exact`, and
     bytes shipped and held as shares of bf16's."""
     for row in results.summary:
-        if (row.context, row.task) == (context, AVERAGE):
-            cells = [cell for cell in results.cells if (cell.recipe, cell.context) == (row.recipe, context)]
+        if (row.context, row.task, row.turn) == (context, AVERAGE, None):
+            cells = _cells(results, row.recipe, context)
             share = None if row.recipe == TRANSFORMERS else prefill_share(results, row.recipe, context)
             prefill = "-" if share is None else f"{share:.3f}"
             yield (row.recipe, _mean(row), _difference(row), prefill, *_costs(row.recipe, cells))
+
+
+def _cells(results: EvalResults, recipe: str, context: int) -> list[Cell]:
+    """One a sample's place: the turns of a conversation have their costs in common."""
+    cells = (cell for cell in results.cells if (cell.recipe, cell.context) == (recipe, context))
+    return [cell for cell in cells if cell.turn in (None, 1)]
+
+
+def turn_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...]]:
+    """One row a recipe: the mean of each turn, and how far the last lies above the first; nothing where there are no
+    turns."""
+    rows = [row for row in results.summary if (row.context, row.task) == (context, AVERAGE) and row.turn is not None]
+    for recipe in dict.fromkeys(row.recipe for row in rows):
+        means = (_mean(row) for row in rows if row.recipe == recipe)
+        cells = [cell for cell in results.cells if (cell.recipe, cell.context) == (recipe, context)]
+        change = over_turns(cells)
+        yield (recipe, *means, f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
 
 
 def _mean(row: Summary) -> str:
@@ -56,7 +74,7 @@ def notes(results: EvalResults) -> Iterator[str]:
     """What must be known of the tables to read them rightly."""
     cells = results.cells
     for recipe, context in dict.fromkeys((cell.recipe, cell.context) for cell in cells):
-        own = [cell for cell in cells if (cell.recipe, cell.context) == (recipe, context)]
+        own = _cells(results, recipe, context)
         reason = next((cell.fallback_reason for cell in own if cell.fallback_reason), None)
         if reason is not None:
             count, samples = sum(cell.fallbacks for cell in own), sum(len(cell.scores) for cell in own)
@@ -70,6 +88,10 @@ def print_overview(results: EvalResults) -> None:
     """A table for every context, and how `exact` compares with transformers where that is known."""
     for context in dict.fromkeys(cell.context for cell in results.cells):
         _print_table(title(results, context), [HEADER, *overview_rows(results, context)])
+        by_turn = list(turn_rows(results, context))
+        if by_turn:
+            header = (HEADER[0], *(f"turn {place}" for place in range(1, len(by_turn[0]) - 1)), "last to first")
+            _print_table(f"{results.suite} at {context} tokens: share of right answers by turn", [header, *by_turn])
     for note in notes(results):
         print(f"note: {note}")
     if results.against is not None:

@@ -29,14 +29,14 @@ class Point:
 
     Attributes:
         family: what recipes of one colour have in common.
-        bytes_share: bytes shipped as a share of the cache in bf16.
+        cost: above 0; what the horizontal axis says.
         mean, low, high: score and its 95 % interval.
     """
 
     label: str
     family: str
     context: int
-    bytes_share: float
+    cost: float
     mean: float
     low: float
     high: float
@@ -74,8 +74,9 @@ def accuracy_against_bytes(points: Sequence[Point], families: Sequence[str], tit
         grid = figure.subplots(len(contexts), 1, sharex=True, sharey=True, squeeze=False)
         figure.subplots_adjust(left=0.07, right=0.985, top=1 - top / height, bottom=bottom / height, hspace=0.1)
         for axes, context in zip(grid[:, 0], contexts, strict=True):
-            shown = sorted((p for p in points if p.context == context), key=lambda p: (p.bytes_share, -p.mean, p.label))
-            _bytes_panel(axes, shown, points, families)
+            shown = sorted((p for p in points if p.context == context), key=lambda p: (p.cost, -p.mean, p.label))
+            panel_of(axes, shown, points, families)
+            axes.set_ylabel("average score")
             axes.set_title(f"{context:,} tokens", loc="left", fontsize=9, pad=4)
         grid[-1, 0].set_xlabel("bytes shipped ÷ bytes of the KV cache in bf16")
         figure.legend(
@@ -132,16 +133,22 @@ def needle_maps(scores: Mapping[tuple[str, int, float], float], labels: Sequence
         return as_text(figure)
 
 
-def _bytes_panel(axes: Axes, shown: Sequence[Point], everything: Sequence[Point], families: Sequence[str]) -> None:
-    shares = [point.bytes_share for point in everything]
+def panel_of(
+    axes: Axes,
+    shown: Sequence[Point],
+    everything: Sequence[Point],
+    families: Sequence[str],
+    marks: Sequence[float] = TICKS,
+) -> None:
+    """Draw points with their intervals and names, over an axis as wide as `everything` is; `marks` are its ticks."""
+    shares = [point.cost for point in everything]
     low, high = min(shares) / 1.25, max(shares) * 1.25
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(-0.03, 1.03)
-    ticks = [tick for tick in TICKS if low <= tick <= high]
+    ticks = [tick for tick in marks if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylabel("average score")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for family, (colour, marker) in zip(families, STYLES, strict=False):
@@ -149,7 +156,7 @@ def _bytes_panel(axes: Axes, shown: Sequence[Point], everything: Sequence[Point]
         if not own:
             continue
         axes.errorbar(
-            [point.bytes_share for point in own],
+            [point.cost for point in own],
             [point.mean for point in own],
             yerr=[[max(0.0, p.mean - p.low) for p in own], [max(0.0, p.high - p.mean) for p in own]],
             fmt=marker,
@@ -177,18 +184,18 @@ def _name_points(axes: Axes, shown: Sequence[Point]) -> None:
 
     taken = []
     for point in shown:
-        x, y = place(point.bytes_share, point.mean)
-        bottom, top = place(point.bytes_share, point.low)[1], place(point.bytes_share, point.high)[1]
+        x, y = place(point.cost, point.mean)
+        bottom, top = place(point.cost, point.low)[1], place(point.cost, point.high)[1]
         taken.append(Box(x - MARKER_RADIUS, y - MARKER_RADIUS, 2 * MARKER_RADIUS, 2 * MARKER_RADIUS))
         taken.append(Box(x - 1.0, bottom, 2.0, top - bottom))
     for point in shown:
-        x, y = place(point.bytes_share, point.mean)
+        x, y = place(point.cost, point.mean)
         box, gap = _best_box(point.label, x, y, frame, taken)
         taken.append(box)
         line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0.0, "shrinkB": MARKER_RADIUS}
         axes.annotate(
             point.label,
-            (point.bytes_share, point.mean),
+            (point.cost, point.mean),
             xytext=(box.x + box.width / 2 - x, box.y + box.height / 2 - y),
             textcoords="offset points",
             ha="center",

@@ -14,7 +14,9 @@ from .results import AVERAGE, TRANSFORMERS, Summary
 from .simulation import VARIANTS
 from .statistics import beside
 from .tasks import SUITE
+from .turn_tasks import TURN_SUITE
 
+TASKS = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE)}
 NOT_MEASURED = "Not measured yet."
 FINGERPRINT_DIGITS = 8
 READ_ALL, READ_CHUNKS, LEFT_OUT, DROPPED = FAMILIES = (
@@ -63,7 +65,7 @@ def _command(run: Run) -> str:
             parts.append(f"--variant '{label}={VARIANTS.get(label) or recipe.name.removesuffix('-custom') + ':{…}'}'")
     contexts = ",".join(map(str, settings["contexts"]))
     parts.append(f"--context {contexts} --samples {settings['samples']} --seed {settings['seed']}")
-    if results.suite == "ruler" and set(settings["tasks"]) != set(SUITE):
+    if results.suite in TASKS and set(settings["tasks"]) != set(TASKS[results.suite]):
         parts.append(f"--task {','.join(settings['tasks'])}")
     if "depths" in settings:
         parts.append(f"--depth {','.join(f'{depth:g}' for depth in settings['depths'])}")
@@ -237,7 +239,7 @@ def peers(name: str, raw: Mapping[str, Any]) -> str:
     """The comparison with kvpress, from a file that `benchmarks/peer_kvpress.py` wrote."""
     rows = []
     for row in _averages_of(raw):
-        between = f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}]"
+        between = f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}]"
         scores = (f"{row['ours']:.3f}", f"{row['kvpress']:.3f}", between, "yes" if row["agrees"] else "no")
         same = (f"{row['equal_tokens']} of {row['samples']}", f"{row['equal_rows']} of {row['samples']}")
         rows.append((f"`{row['comparison']}`", *scores, *same))
@@ -293,10 +295,11 @@ def difference(row: Summary) -> str:
     """A difference to `exact` with its interval, "" where there is none."""
     if row.difference is None or row.difference_low is None or row.difference_high is None:
         return ""
-    return f"{_signed(row.difference)} [{_signed(row.difference_low)}, {_signed(row.difference_high)}]"
+    return f"{signed(row.difference)} [{signed(row.difference_low)}, {signed(row.difference_high)}]"
 
 
-def _signed(number: float) -> str:
+def signed(number: float) -> str:
+    """Three digits with a sign, none for zero."""
     text = f"{number:+.3f}"
     return "0.000" if float(text) == 0 else text.replace("-", "−")
 

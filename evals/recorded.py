@@ -19,11 +19,13 @@ class Run:
     def contexts(self) -> list[int]:
         return list(dict.fromkeys(cell.context for cell in self.results.cells))
 
-    def summary(self, recipe: str, context: int, task: str = AVERAGE) -> Summary | None:
-        """The row of a recipe, or None where there is none."""
-        wanted = (recipe, context, task, None)
-        rows = (row for row in self.results.summary if (row.recipe, row.context, row.task, row.depth) == wanted)
-        return next(rows, None)
+    def summary(self, recipe: str, context: int, task: str = AVERAGE, turn: int | None = None) -> Summary | None:
+        """The row of a recipe, of one turn or of all, or None where there is none."""
+        wanted = (recipe, context, task, None, turn)
+        for row in self.results.summary:
+            if (row.recipe, row.context, row.task, row.depth, row.turn) == wanted:
+                return row
+        return None
 
     def by_average(self, context: int) -> list[Summary]:
         """The averages of a context, best first; those of transformers' own model left out."""
@@ -66,6 +68,6 @@ class Run:
         return [cell for cell in self.results.cells if (cell.recipe, cell.context) == (recipe, context)]
 
     def num_fallbacks(self, recipe: str, context: int) -> tuple[int, int]:
-        """How many samples ran `exact` instead, and of how many."""
-        cells = self.cells(recipe, context)
+        """How many samples ran `exact` instead, and of how many; the turns of a sample are one."""
+        cells = [cell for cell in self.cells(recipe, context) if cell.turn in (None, 1)]
         return sum(cell.fallbacks for cell in cells), sum(len(cell.scores) for cell in cells)

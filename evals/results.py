@@ -4,7 +4,7 @@ One JSON file a run. It says which model, adapter and recipes ran where, so that
 that are quoted together can be checked to be about the same thing: both carry the recipe's fingerprint.
 
     environment  hardware, versions, commit
-    suite        ruler, niah or ppl
+    suite        ruler, multiturn, niah or ppl
     model        name, fingerprint, adapter, dtype
     settings     contexts, samples, seed, tasks, texts by name with their SHA-256, how answers were judged
     recipes      label -> name, fingerprint and slots of the resolved recipe
@@ -68,7 +68,7 @@ class EvaluatedRecipe:
 
 @dataclass(frozen=True)
 class Cell:
-    """All samples of one recipe, context and task (and needle depth).
+    """All samples of one recipe, context and task (and needle depth, or turn of a conversation).
 
     Attributes:
         recipe: its label.
@@ -82,6 +82,7 @@ class Cell:
         fallbacks: samples that ran `exact` instead, being too short for the recipe.
         fallback_reason: of the first of them.
         prefill_flops: mean floating-point operations of prefill, as the engine counted them; None in older files.
+        turn: from 1; None where there is but one.
     """
 
     recipe: str
@@ -96,6 +97,7 @@ class Cell:
     fallbacks: int
     fallback_reason: str | None = None
     prefill_flops: float | None = None
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ class Summary:
     """A mean with its 95 % interval.
 
     Attributes:
-        task: a task, or `average` for the mean of the tasks' (and depths') means.
+        task: a task, or `average` for the mean of the tasks' (and depths', and turns') means.
         difference: mean difference to `exact` over the same samples; None where `exact` did not run.
+        turn: whose mean this is; None = of all turns, or of the one that there is.
     """
 
     recipe: str
@@ -117,6 +120,7 @@ class Summary:
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class TokenDifference:
     """The first answer token at which `exact` and transformers part.
 
     Attributes:
-        token: index in the answer.
+        token: index in the answer, or in the answers of all turns, one after another.
         answer, exact, transformers: token ids: the right one, and what each would have said.
         gap: by how much transformers' best logit there lies above its second best.
         exact_gap: by how much it lies above that of the token that `exact` chose.

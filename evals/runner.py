@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -29,6 +30,7 @@ from .progress import progress, say
 from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
 from .statistics import summarize
 from .suites import Unit
+from .turn_tasks import NUM_TURNS
 from .work_processes import evaluate_in_processes
 from .workfile import Record, WorkFile, check_writable, unit_of, work_path
 
@@ -147,6 +149,8 @@ def _results(
         settings["depths"] = list(options.depths)
     if options.suite == "ppl":
         settings["scored_tokens"] = options.scored_tokens
+    if options.suite == "multiturn":
+        settings |= {"turns": NUM_TURNS, "between_turns": "right answers"}
     recipes = {}
     for label, recipe in plan.recipes.items():
         slots = json.loads(recipe.to_json())
@@ -157,30 +161,31 @@ def _results(
 
 
 def collect_cells(records: Sequence[Record], labels: Sequence[str], *, with_reference: bool) -> tuple[Cell, ...]:
-    """Records by context, task and depth, for every recipe and then transformers; scores by the sample's index."""
+    """Records by context, task and depth, and by turn where there are several, for every recipe and then transformers;
+    scores by the sample's index."""
     places: dict[tuple[int, str, float | None], list[Record]] = {}
     for record in sorted(records, key=lambda record: record["sample"]):  # stable: tasks stay in their order
         places.setdefault((record["context"], record["task"], record["depth"]), []).append(record)
-    cells = [_cell(label, *place, own) for label in labels for place, own in places.items()]
+    cells = [cell for label in labels for place, own in places.items() for cell in _cells(label, *place, own)]
     if with_reference:
         nothing = {"payload_bytes": 0, "resident_bytes": 0, "prefill_flops": 0.0, "fallback": None}
         for (context, task, depth), own in places.items():
             judged = [
-                record | {"outcomes": {TRANSFORMERS: nothing | {"score": record["reference"]["score"]}}}
+                record | {"outcomes": {TRANSFORMERS: nothing | {"turns": record["reference"]["turns"]}}}
                 for record in own
             ]
-            cells.append(_cell(TRANSFORMERS, context, task, depth, judged))
+            cells += _cells(TRANSFORMERS, context, task, depth, judged)
     return tuple(cells)
 
 
-def _cell(label: str, context: int, task: str, depth: float | None, records: Sequence[Record]) -> Cell:
+def _cells(label: str, context: int, task: str, depth: float | None, records: Sequence[Record]) -> Iterator[Cell]:
     outcomes = [record["outcomes"][label] for record in records]
-    return Cell(
+    cell = Cell(
         recipe=label,
         context=context,
         task=task,
         depth=depth,
-        scores=tuple(outcome["score"] for outcome in outcomes),
+        scores=(),
         prompt_tokens=fmean(record["prompt_tokens"] for record in records),
         payload_bytes=fmean(outcome["payload_bytes"] for outcome in outcomes),
         resident_bytes=fmean(outcome["resident_bytes"] for outcome in outcomes),
@@ -189,6 +194,10 @@ def _cell(label: str, context: int, task: str, depth: float | None, records: Seq
         fallback_reason=next((reason for outcome in outcomes if (reason := outcome["fallback"])), None),
         prefill_flops=fmean(outcome["prefill_flops"] for outcome in outcomes),
     )
+    turns = zip(*(outcome["turns"] for outcome in outcomes), strict=True)
+    by_turn = dict(enumerate(turns, 1))
+    for turn, scores in by_turn.items():
+        yield replace(cell, scores=scores, turn=turn if len(by_turn) > 1 else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

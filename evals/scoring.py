@@ -10,6 +10,10 @@ says exactly the answer. So no token has to be generated: prefill's own first to
 and the rows of the answer run through decode's forward pass together, over the cache that decode would hold. Rows are
 cut where decode would seal generated rows, as a recipe seals at fixed positions. The samples and recipes of a call
 share the pass, as sequences share a decode batch.
+
+Later turns go on over the cache that the turns before have left, as a session's do: what is new is history that decode
+runs behind the prompt, up to the question's last row in blocks, and the answer's rows from there. Between the turns
+stand the right answers, whatever the recipe would have said, so that all recipes are asked the same.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,15 +57,17 @@ class Outcome:
     """What became of one sample under one recipe.
 
     Attributes:
-        score: see `suites.Rule`.
+        score: see `suites.Rule`; the mean of the turns'.
+        turns: score of each turn.
         payload_bytes: bytes of the frames from prefill to decode.
         resident_bytes: bytes of the prompt's cache on decode, before the answer.
         prefill_flops: operations that the engine counted for the prompt.
         fallback: why `exact` ran instead, or None.
-        predicted: the likeliest token for every token of the answer; empty under `nll`.
+        predicted: the likeliest token for every token of the answers, one turn after another; empty under `nll`.
     """
 
     score: float
+    turns: tuple[float, ...]
     payload_bytes: int
     resident_bytes: int
     prefill_flops: float
@@ -107,10 +114,11 @@ class _Sequence:
     Attributes:
         meter: counts the frames' bytes.
         wire: what layers really go through, or None.
-        answer: int64 [a], the answer on the model's device.
+        following: int64 [a], what follows the prompt, on the model's device.
+        spans: see `_spans`.
         layers: that have arrived.
-        num_done: answer tokens that were put in.
-        judged: one tensor a pass: predicted ids int64 [q], or under `nll` nats float32 [q].
+        num_done: tokens of `following` that were put in.
+        judged: one tensor a pass that was judged: predicted ids int64 [q], or under `nll` nats float32 [q].
     """
 
     case: Case
@@ -118,7 +126,8 @@ class _Sequence:
     cache: SequenceCache
     meter: FrameMeter
     wire: _Wire | None
-    answer: Tensor
+    following: Tensor
+    spans: Sequence[tuple[int, bool]]
     payload_bytes: int = 0
     resident_bytes: int = 0
     count: FlopCount = field(default_factory=FlopCount)
@@ -158,8 +167,18 @@ class _Sequence:
 
     @property
     def num_left(self) -> int:
-        """Answer tokens still to be put in; the last one predicts nothing that is judged."""
-        return len(self.case.answer_ids) - 1 - self.num_done
+        """Tokens still to be put in; the last one predicts nothing that is judged."""
+        return self.spans[-1][0] - self.num_done
+
+    @property
+    def span(self) -> tuple[int, bool]:
+        """That of the next row."""
+        return next(span for span in self.spans if span[0] > self.num_done)
+
+    @property
+    def targets(self) -> Tensor:
+        """int64, what the next rows predict."""
+        return self.following[self.num_done + 1 :]
 
     def next_rows(self, positions: Tensor) -> Rows:
         """The rows of the next pass, after sealing what is due before it.
@@ -173,9 +192,9 @@ class _Sequence:
             self.cache.seal(at)
         if not self._rows_left:
             self._rows_left = self.cache.rows_until_seal(at)
-        count = min(self.num_left, self._rows_left, MAX_PASS_ROWS)
+        count = min(self.span[0] - self.num_done, self._rows_left, MAX_PASS_ROWS)
         self._rows_left -= count
-        ids = self.answer[self.num_done : self.num_done + count]
+        ids = self.following[self.num_done : self.num_done + count]
         return Rows(ids, positions[at : at + count], self.cache, num_prompt_tokens)
 
 
@@ -223,7 +242,7 @@ class Scorer:
         recipe = self._recipes[label]
         # ids of one length, as every frame's header holds it
         request_id = f"eval-{next(self._counter):09d}"
-        model, num_tokens, num_new = self.model, len(case.prompt_ids), len(case.answer_ids) + 1
+        model, num_tokens, num_new = self.model, len(case.prompt_ids), len(case.following_ids) + 1
         resolved = resolve(recipe, self.shape, num_tokens, self._profile)
         ident = FrameIdent(
             request_id=RequestId(request_id),
@@ -244,7 +263,8 @@ class Scorer:
             make_cache(resolved.recipe, self.shape, num_tokens, lambda x, at: model.rotate(x, at, num_tokens)),
             FrameMeter(ident, num_tokens),
             wire,
-            torch.tensor(case.answer_ids, dtype=torch.int64, device=model.device),
+            torch.tensor(case.following_ids, dtype=torch.int64, device=model.device),
+            _spans(case),
         )
         # the first token must not end the request, or its last layer would not be encoded
         sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
@@ -266,20 +286,27 @@ class Scorer:
                 raise InternalError(f"frames of {sent} bytes were counted as {sequence.payload_bytes}")
 
     def _run_answers(self, sequences: Sequence[_Sequence]) -> None:
-        longest = max((len(one.case.prompt_ids) + len(one.case.answer_ids) for one in sequences), default=0)
+        longest = max((len(one.case.prompt_ids) + len(one.following) for one in sequences), default=0)
         positions = torch.arange(longest, device=self.model.device)
         while running := [sequence for sequence in sequences if sequence.num_left > 0]:
             batch = [sequence.next_rows(positions) for sequence in running]
-            hidden = forward_rows(self.model, batch)
-            pairs = zip(running, batch, strict=True)
-            targets = torch.cat([sequence.answer[sequence.num_done + 1 :][: len(rows.ids)] for sequence, rows in pairs])
-            nll = running[0].case.rule == "nll"
-            pieces = zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
-            judged = torch.cat([self._judge(rows, wanted, nll) for rows, wanted in pieces])
-            sizes = [len(rows.ids) for rows in batch]
-            for sequence, part in zip(running, torch.split(judged, sizes), strict=True):
-                sequence.judged.append(part)
-                sequence.num_done += len(part)
+            hidden = torch.split(forward_rows(self.model, batch), [len(rows.ids) for rows in batch])
+            self._judge_rows([pair for pair in zip(running, hidden, strict=True) if pair[0].span[1]])
+            for sequence, rows in zip(running, batch, strict=True):
+                sequence.num_done += len(rows.ids)
+
+    def _judge_rows(self, shown: Sequence[tuple[_Sequence, Tensor]]) -> None:
+        """Hold what the rows [q, D] of sequences predict against what follows them."""
+        if not shown:
+            return
+        sizes = [len(rows) for _, rows in shown]
+        hidden = torch.cat([rows for _, rows in shown])
+        targets = torch.cat([sequence.targets[:size] for (sequence, _), size in zip(shown, sizes, strict=True)])
+        nll = shown[0][0].case.rule == "nll"
+        pieces = zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
+        judged = torch.cat([self._judge(rows, wanted, nll) for rows, wanted in pieces])
+        for (sequence, _), part in zip(shown, torch.split(judged, sizes), strict=True):
+            sequence.judged.append(part)
 
     def _judge(self, hidden: Tensor, targets: Tensor, nll: bool) -> Tensor:
         """Rows [n, D] that predict the targets [n]: predicted ids or `NOT_FINITE`, or under `nll` nats."""
@@ -289,10 +316,34 @@ class Scorer:
         return logits.argmax(dim=-1).masked_fill(~logits.isfinite().all(dim=-1), NOT_FINITE)
 
 
+def _spans(case: Case) -> list[tuple[int, bool]]:
+    """Rows of `Case.following_ids` that run apart from those before and behind them: where they end, and whether what
+    they predict is judged. A row predicts the token behind it: the first answer's first token is prefill's, every other
+    answer's is predicted by its question's last row, and the last answer's last token predicts nothing."""
+    spans, done = [], 0
+    for begin, end in case.answers:
+        for stop, is_judged in ((begin - 1, False), (end - 1, True)):
+            if stop > done:
+                spans.append((stop, is_judged))
+                done = stop
+    return spans or [(0, True)]
+
+
+def turn_scores(case: Case, predicted: Sequence[int]) -> tuple[float, ...]:
+    """The score of each turn, by the likeliest token at each place of its answer, one answer after another."""
+    scores, done = [], 0
+    for begin, end in case.answers:
+        said, wanted = predicted[done : done + end - begin], case.following_ids[begin:end]
+        right = [token == expected for token, expected in zip(said, wanted, strict=True)]
+        scores.append(float(all(right)) if case.rule == "all" else sum(right) / len(right))
+        done += end - begin
+    assert done == len(predicted), "a token for each place of the answers"
+    return tuple(scores)
+
+
 def score_of(case: Case, predicted: Sequence[int]) -> float:
-    """The score of an answer, by the likeliest token at each of its places."""
-    right = [token == wanted for token, wanted in zip(predicted, case.answer_ids, strict=True)]
-    return float(all(right)) if case.rule == "all" else sum(right) / len(right)
+    """The mean of the turns' scores; see `turn_scores`."""
+    return fmean(turn_scores(case, predicted))
 
 
 def _outcome(label: str, sequence: _Sequence) -> Outcome:
@@ -302,13 +353,14 @@ def _outcome(label: str, sequence: _Sequence) -> Outcome:
         raise InternalError(f"{label}: decoding gave logits that are not finite")
     if case.rule == "nll":
         predicted: tuple[int, ...] = ()
-        score = sum(judged) / len(judged)
+        turns: tuple[float, ...] = (sum(judged) / len(judged),)
     else:
         assert sequence.first_token is not None, "prefill ended without an error"
         predicted = (sequence.first_token, *judged)
-        score = score_of(case, predicted)
+        turns = turn_scores(case, predicted)
     return Outcome(
-        score,
+        fmean(turns),
+        turns,
         sequence.payload_bytes,
         sequence.resident_bytes,
         sequence.count.flops.total,

@@ -3,14 +3,14 @@
 Every recipe sees the same samples, so one resampling of sample indices serves all of them, and a difference between
 two recipes is resampled as a difference: what is hard about a sample cancels. A mean of tasks resamples the samples of
 each task on its own, for the tasks are fixed and the samples drawn (Efron and Tibshirani 1993, chapters 8 and 13).
-Sample i of a needle's depths is one text and one number, so depths are resampled together: they are not so many
-independent samples.
+Sample i of a needle's depths is one text and one number, and the turns of sample i are one document, so depths and
+turns are resampled together: they are not so many independent samples.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +53,7 @@ def interval(scores: Floats, resampled: Floats) -> Interval:
 
 @dataclass(frozen=True)
 class _Stratum:
-    """One task (and depth) of one context; the depths of a task resample the same indices.
+    """One task (and depth, and turn) of one context; depths and turns of a task resample the same indices.
 
     Attributes:
         scores: recipe -> float64 [samples].
@@ -62,19 +62,42 @@ class _Stratum:
 
     task: str
     depth: float | None
+    turn: int | None
     scores: Mapping[str, Floats]
     resampled: Mapping[str, Floats]
 
 
 def summarize(cells: Sequence[Cell]) -> tuple[Summary, ...]:
-    """Means and intervals of every cell, and of the mean of each context's tasks and depths, which comes first."""
+    """Means and intervals of every cell, and before them of the mean of each context's tasks, depths and turns; where
+    there are turns, also of the mean of each turn's tasks, and of each task's turns."""
     rows: list[Summary] = []
     for context in dict.fromkeys(cell.context for cell in cells):
         strata = _strata([cell for cell in cells if cell.context == context])
         for recipe in dict.fromkeys(cell.recipe for cell in cells if cell.context == context):
             rows.append(_row(recipe, context, AVERAGE, None, strata))
-            rows += [_row(recipe, context, one.task, one.depth, [one]) for one in strata]
+            rows += _means_of_turns(recipe, context, strata)
+            rows += [_row(recipe, context, one.task, one.depth, [one], one.turn) for one in strata]
     return tuple(rows)
+
+
+def _means_of_turns(recipe: str, context: int, strata: Sequence[_Stratum]) -> Iterator[Summary]:
+    turns = [one.turn for one in strata if one.turn is not None]
+    for turn in dict.fromkeys(turns):
+        yield _row(recipe, context, AVERAGE, None, [one for one in strata if one.turn == turn], turn)
+    for task in dict.fromkeys(one.task for one in strata) if turns else ():
+        yield _row(recipe, context, task, None, [one for one in strata if one.task == task])
+
+
+def over_turns(cells: Sequence[Cell]) -> Interval:
+    """How far the mean of tasks in the last turn lies above that in the first, over the same samples.
+
+    Args:
+        cells: of one recipe and context, one a task and turn.
+    """
+    turns = [cell.turn for cell in cells if cell.turn is not None]
+    names = {min(turns): "first", max(turns): "last"}
+    ends = [replace(cell, recipe=names[cell.turn], turn=None) for cell in cells if cell.turn in names]
+    return _mean_of_strata(_strata(ends), "last", "first")
 
 
 def beside(own: Sequence[Cell], other: Sequence[Cell]) -> Interval:
@@ -95,18 +118,29 @@ def beside(own: Sequence[Cell], other: Sequence[Cell]) -> Interval:
 
 def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
     strata = []
-    for task, depth in dict.fromkeys((cell.task, cell.depth) for cell in cells):
-        own = [cell for cell in cells if (cell.task, cell.depth) == (task, depth)]
+    for task, depth, turn in dict.fromkeys(map(_place, cells)):
+        own = [cell for cell in cells if _place(cell) == (task, depth, turn)]
         scores = np.array([cell.scores for cell in own], dtype=np.float64)
         resampled = resampled_means(scores, f"{own[0].context} {task}")
         names = [cell.recipe for cell in own]
         strata.append(
-            _Stratum(task, depth, dict(zip(names, scores, strict=True)), dict(zip(names, resampled, strict=True)))
+            _Stratum(task, depth, turn, dict(zip(names, scores, strict=True)), dict(zip(names, resampled, strict=True)))
         )
     return strata
 
 
-def _row(recipe: str, context: int, task: str, depth: float | None, strata: Sequence[_Stratum]) -> Summary:
+def _place(cell: Cell) -> tuple[str, float | None, int | None]:
+    return cell.task, cell.depth, cell.turn
+
+
+def _row(
+    recipe: str,
+    context: int,
+    task: str,
+    depth: float | None,
+    strata: Sequence[_Stratum],
+    turn: int | None = None,
+) -> Summary:
     own = _mean_of_strata(strata, recipe)
     difference = None
     if all(EXACT in one.scores for one in strata):
@@ -122,6 +156,7 @@ def _row(recipe: str, context: int, task: str, depth: float | None, strata: Sequ
         None if difference is None else difference.mean,
         None if difference is None else difference.low,
         None if difference is None else difference.high,
+        turn,
     )
 
 

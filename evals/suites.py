@@ -1,8 +1,9 @@
 """What `kvsluice eval` asks: suites of samples that a seed, a context and an index fix.
 
-    ruler   the eleven tasks of `tasks.py`
-    niah    one needle in natural text, over depth and context
-    ppl     how well held-out text is continued
+    ruler      the eleven tasks of `tasks.py`
+    multiturn  five questions over one document, see `turn_tasks.py`
+    niah       one needle in natural text, over depth and context
+    ppl        how well held-out text is continued
 
 A word of caution on `ppl`: natural text rewards recency. The next word mostly depends on the last few hundred, so a
 recipe that keeps a window at the end and forgets everything else does well there and finds no needle. It shows that a
@@ -12,7 +13,7 @@ recipe does not break a model; that it keeps what matters, only the other suites
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal, Protocol
 
@@ -27,8 +28,9 @@ from .tasks import (
     random_key,
     random_value,
 )
+from .turn_tasks import TURN_SUITE, TurnMaker
 
-SUITE_NAMES = ("ruler", "niah", "ppl")
+SUITE_NAMES = ("ruler", "multiturn", "niah", "ppl")
 NEEDLE = "needle"
 ROOM = 64  # prompt and answer together stay by this much below the context
 LEAST_CONTEXT = 256
@@ -53,19 +55,50 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A later turn of a conversation.
+
+    Attributes:
+        prompt_ids: what goes behind the answer before, up to where the new answer starts; at least one token.
+        answer_ids: what must follow, at least one token.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Case:
-    """A unit's prompt and answer.
+    """A unit's prompt and answer, and those of later turns.
 
     Attributes:
         prompt_ids: what is prefilled.
         answer_ids: what must follow, at least one token.
-        rule: how the answer is judged. Under `nll` the first token is given and those behind it are judged, so that
-            every judged token was predicted over the compressed cache.
+        rule: how the answers are judged. Under `nll` the first token is given and those behind it are judged, so that
+            every judged token was predicted over the compressed cache; such a case has no later turns.
+        later: turns that follow, over the cache that the turns before have left. Between them stand the right answers.
     """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     rule: Rule
+    later: tuple[Turn, ...] = ()
+
+    @property
+    def following_ids(self) -> tuple[int, ...]:
+        """All that follows the prompt: answers, and questions between them."""
+        parts = [self.answer_ids, *(part for turn in self.later for part in (turn.prompt_ids, turn.answer_ids))]
+        return tuple(token for part in parts for token in part)
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """Where in `following_ids` the answer of each turn begins and ends."""
+        found, end = [(0, len(self.answer_ids))], len(self.answer_ids)
+        for turn in self.later:
+            begin = end + len(turn.prompt_ids)
+            end = begin + len(turn.answer_ids)
+            found.append((begin, end))
+        return tuple(found)
 
 
 class Suite(Protocol):
@@ -102,6 +135,29 @@ class Ruler:
         random = _random(f"{unit.task}{unit.context}{unit.sample}", self._seed)
         sample = SUITE[unit.task](self._maker, random, unit.context - ROOM)
         return _case(sample, "share" if unit.task == "quote" else "all")
+
+
+class MultiTurn:
+    """Five questions over one document that is prefilled once, with the first of them (SCBench, arXiv:2412.10319)."""
+
+    name = "multiturn"
+
+    def __init__(self, encode: Encode, texts: Mapping[str, Sequence[int]], seed: int) -> None:
+        self._maker = TurnMaker(TaskMaker(encode, list(texts.values())))
+        self._seed = seed
+
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(TURN_SUITE)
+
+    def units(self, contexts: Sequence[int], num_samples: int, tasks: Sequence[str]) -> list[Unit]:
+        return [Unit(context, i, task) for context in contexts for i in range(num_samples) for task in tasks]
+
+    def case(self, unit: Unit) -> Case:
+        random = _random(f"turns {unit.task}{unit.context}{unit.sample}", self._seed)
+        sample = TURN_SUITE[unit.task](self._maker, random, unit.context - ROOM)
+        first = _case(sample.first, "share" if unit.task == "quote" else "all")
+        later = (Turn(tuple(turn.prompt_ids), tuple(turn.answer_ids)) for turn in sample.later)
+        return replace(first, later=tuple(later))
 
 
 class NeedleGrid:

@@ -109,6 +109,16 @@ def needle_question(kind: ValueKind, keys: Sequence[str], values: Sequence[str],
     )
 
 
+def state_question(who: str, place: str) -> Question:
+    """Ask where somebody is in the end."""
+    return Question(
+        intro="Read the following text; some people move between places in it.\n",
+        question=f"Where is {who} at the end of the text?",
+        answer_prefix=f"At the end of the text, {who} is in the",
+        answer=place,
+    )
+
+
 class TaskMaker:
     """Makes samples; every random choice comes from the generator that is passed in.
 
@@ -118,7 +128,7 @@ class TaskMaker:
     """
 
     def __init__(self, encode: Encode, texts: Sequence[Sequence[int]]) -> None:
-        self._encode = encode
+        self.encode = encode
         self._texts = [list(text) for text in texts]
         self._noise = encode(NOISE)
         self._before_user = encode(BEFORE_USER)
@@ -160,9 +170,13 @@ class TaskMaker:
 
     def frame(self, question: Question) -> tuple[list[int], list[int], list[int]]:
         """Token ids that stand before the text, after it, and in the answer."""
-        before = self._before_user + self._encode(question.intro)
-        asked, prefix = self._encode("\n" + question.question), self._encode(question.answer_prefix)
-        return before, asked + self._before_answer + prefix, self._encode(" " + question.answer) + self._end_of_turn
+        before = self.before_text(question.intro)
+        asked, prefix = self.encode("\n" + question.question), self.encode(question.answer_prefix)
+        return before, asked + self._before_answer + prefix, self.encode(" " + question.answer) + self._end_of_turn
+
+    def before_text(self, intro: str) -> list[int]:
+        """Token ids that open a prompt."""
+        return self._before_user + self.encode(intro)
 
     def needles(
         self,
@@ -180,7 +194,7 @@ class TaskMaker:
         values = {key: [random_value(random, kind) for _ in range(num_values if key in asked else 1)] for key in keys}
         pairs = [(key, value) for key in keys for value in values[key]]
         random.shuffle(pairs)
-        facts = [self._encode(needle_text(kind, key, value)) for key, value in pairs]
+        facts = [self.encode(needle_text(kind, key, value)) for key, value in pairs]
         answers = [value for wanted in asked for key, value in pairs if key == wanted]
         question = needle_question(kind, asked, answers, several=num_values * num_queries > 1)
         return self.assemble(random, num_tokens, hay, facts, question)
@@ -199,7 +213,7 @@ class TaskMaker:
             chains.append([f" VAR {own[0]} = {numbers[-1]}. ", *copies])
         facts = []
         while left := [chain for chain in chains if chain]:
-            facts.append(self._encode(random.choice(left).pop(0)))
+            facts.append(self.encode(random.choice(left).pop(0)))
         question = Question(
             intro="Memorize and track the chain(s) of variable assignment hidden in the following text.\n",
             question=f"Find all variables that are assigned the value {numbers[0]} in the text above.",
@@ -214,13 +228,8 @@ class TaskMaker:
         people = random.sample(PEOPLE, num_people)
         moves = [(random.choice(people), random.choice(PLACES)) for _ in range(num_moves)]
         who = random.choice(moves)[0]
-        question = Question(
-            intro="Read the following text; some people move between places in it.\n",
-            question=f"Where is {who} at the end of the text?",
-            answer_prefix=f"At the end of the text, {who} is in the",
-            answer=[place for person, place in moves if person == who][-1],
-        )
-        facts = [self._encode(f" {person} went to the {place}. ") for person, place in moves]
+        question = state_question(who, [place for person, place in moves if person == who][-1])
+        facts = [self.encode(f" {person} went to the {place}. ") for person, place in moves]
         return self.assemble(random, num_tokens, hay, facts, question)
 
     def quote(self, random: Random, num_tokens: int, num_given: int = 24, num_asked: int = 24) -> Sample:
@@ -229,10 +238,9 @@ class TaskMaker:
         hay = self.haystack(random, num_tokens - around - num_given - num_asked, "text")
         start = random.randrange(len(hay) - num_given - num_asked)
         prompt = (
-            self._before_user
-            + self._encode("Here is a text.\n")
+            self.before_text("Here is a text.\n")
             + hay
-            + self._encode("\nContinue the quotation from the text above exactly.")
+            + self.encode("\nContinue the quotation from the text above exactly.")
             + self._before_answer
         )
         middle, end = start + num_given, start + num_given + num_asked

@@ -1,8 +1,8 @@
 """Puts what was measured of the recipes into README.md, docs/recipes.md and docs/recipes/, and draws docs/images/.
 
-The numbers come from benchmarks/results/{ruler,niah,ppl,peer_kvpress}*.json, the tables of slots from the recipes
-themselves. What was not measured says so. With --check it only says whether pages and images hold all that. With
---results and --out it makes a page and images of other files that `kvsluice eval` wrote, and leaves the project's
+The numbers come from benchmarks/results/{ruler,multiturn,niah,ppl,peer_kvpress}*.json, the tables of slots from the
+recipes themselves. What was not measured says so. With --check it only says whether pages and images hold all that.
+With --results and --out it makes a page and images of other files that `kvsluice eval` wrote, and leaves the project's
 alone.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsluice.errors import InvalidRequest, KvsluiceError
-from kvsluice.evals import recipe_slots, recipe_tables, simulation
+from kvsluice.evals import cost_tables, recipe_slots, recipe_tables, simulation
 from kvsluice.evals.pages import apart, block, filled, write
 from kvsluice.evals.recipe_tables import NOT_MEASURED
 from kvsluice.evals.recorded import Run
@@ -30,7 +30,8 @@ README = Path("README.md")
 LIBRARY = Path("docs") / "recipes.md"
 PAGES = Path("docs") / "recipes"
 IMAGES = Path("docs") / "images"
-DRAWN = ("ruler", "niah")  # suites that have an image a file
+DRAWN = ("ruler", "multiturn", "niah")  # suites that have images
+COSTS, TURNS = "_costs", "_turns"  # ends of the names of images of one file, beside its own
 MAIN = "ruler"  # the file that README.md shows
 TITLES = {
     MAIN: "Every recipe",
@@ -50,13 +51,14 @@ class Measurements:
 
     ruler: Sequence[Run]
     references: Sequence[Run]
+    multiturn: Sequence[Run]
     niah: Sequence[Run]
     ppl: Sequence[Run]
     peers: Sequence[tuple[str, Any]]
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.ruler, *self.niah, *self.ppl]
+        return [*self.ruler, *self.multiturn, *self.niah, *self.ppl]
 
     @property
     def main(self) -> Run | None:
@@ -81,7 +83,7 @@ def read(root: Path) -> Measurements:
         InvalidRequest: a file is not what its name says.
     """
     found = {}
-    for suite in ("ruler", "niah", "ppl"):
+    for suite in ("ruler", "multiturn", "niah", "ppl"):
         files = sorted((root / RESULTS).glob(f"{suite}*.json"), key=lambda path: path.stem)
         found[suite] = [Run(path.stem, load(path)) for path in files]
     found["references"] = [run for run in found["ruler"] if run.is_reference]
@@ -93,7 +95,13 @@ def read(root: Path) -> Measurements:
 def images(found: Measurements) -> dict[Path, str]:
     """Every image by its path."""
     drawn = {IMAGES / f"{run.name}.svg": recipe_tables.bytes_plot(run) for run in found.ruler if _worth_drawing(run)}
-    return drawn | {IMAGES / f"{run.name}.svg": recipe_tables.needle_plot(run) for run in found.niah}
+    drawn |= {IMAGES / f"{run.name}.svg": recipe_tables.needle_plot(run) for run in found.niah}
+    drawn |= {IMAGES / f"{run.name}{TURNS}.svg": cost_tables.turns_plot(run) for run in found.multiturn}
+    return drawn | {
+        IMAGES / f"{run.name}{COSTS}.svg": cost_tables.costs_plot(run)
+        for run in [*found.ruler, *found.multiturn]
+        if _costs_are_drawn(run)
+    }
 
 
 def readme_blocks(found: Measurements) -> dict[str, str]:
@@ -101,7 +109,8 @@ def readme_blocks(found: Measurements) -> dict[str, str]:
     run = found.main
     if run is None:
         return {"recipes": NOT_MEASURED}
-    return {"recipes": f"{_image(run, 'docs/images')}\n\n{recipe_tables.overview(run)}"}
+    image = _costs_image(run, "docs/images") or _image(run, "docs/images")
+    return {"recipes": f"{image}\n\n{recipe_tables.overview(run)}"}
 
 
 def library_blocks(found: Measurements) -> dict[str, str]:
@@ -116,6 +125,7 @@ def library_blocks(found: Measurements) -> dict[str, str]:
         "accuracy": each([f"{_title(run)}{_drawn(run)}{recipe_tables.averages(run)}" for run in found.ruler]),
         "tasks": each([f"{_title(run)}{recipe_tables.task_scores(run)}" for run in found.ruler]),
         "reference": each([recipe_tables.beside_reference(found.beside(one), one) for one in found.references]),
+        "turns": each([f"{_drawn_turns(run, 'images')}{cost_tables.turn_scores(run)}" for run in found.multiturn]),
         "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
         "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
         "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),
@@ -173,7 +183,23 @@ def _worth_drawing(run: Run) -> bool:
 
 
 def _drawn(run: Run) -> str:
-    return f"{_image(run, 'images')}\n\n" if _worth_drawing(run) else ""
+    drawn = [_costs_image(run, "images"), _image(run, "images") if _worth_drawing(run) else ""]
+    return "".join(f"{image}\n\n" for image in drawn if image)
+
+
+def _costs_are_drawn(run: Run) -> bool:
+    return _worth_drawing(run) and cost_tables.costs_differ(run)
+
+
+def _costs_image(run: Run, folder: str) -> str:
+    """The plot of scores against costs, as a page shows it; "" where there is none."""
+    what = "scores against prefill's operations and against bytes held"
+    return f"![{what}]({folder}/{run.name}{COSTS}.svg)" if _costs_are_drawn(run) else ""
+
+
+def _drawn_turns(run: Run, folder: str) -> str:
+    images = (f"![scores by turn]({folder}/{run.name}{TURNS}.svg)", _costs_image(run, folder))
+    return "".join(f"{image}\n\n" for image in images if image)
 
 
 def _title(run: Run) -> str:
@@ -198,6 +224,12 @@ def own_report(paths: Sequence[Path]) -> dict[Path, str]:
         page.append(f"## {path.name}")
         if run.results.suite == "ppl":
             page.append(recipe_tables.perplexity(run))
+            continue
+        if _costs_are_drawn(run):
+            made[Path(f"{run.name}{COSTS}.svg")] = cost_tables.costs_plot(run)
+        if run.results.suite == "multiturn":
+            made[Path(f"{run.name}{TURNS}.svg")] = cost_tables.turns_plot(run)
+            page += [f"{_drawn_turns(run, '.')}{recipe_tables.averages(run)}", cost_tables.turn_scores(run)]
             continue
         is_ruler = run.results.suite == "ruler"
         made[Path(f"{run.name}.svg")] = recipe_tables.bytes_plot(run) if is_ruler else recipe_tables.needle_plot(run)

@@ -35,7 +35,7 @@ def counted(model, prefill, prompt, sink, sampling):
         engine, count = prefill.engine(chunk=chunk, pack=3 * chunk), FlopCount()
         job = PrefillJob("a", 1, prompt(length), resolved.recipe, sampling.greedy(max_tokens))
         with FlopCounterMode(display=False) as torchs:
-            engine.submit(job, sink("a"), count)
+            engine.submit(job, sink("a"), count=count)
             prefill.run(engine)
         return resolved.recipe, count.flops, torchs.get_flop_counts()["Global"]
 
@@ -122,7 +122,7 @@ def test_a_prompt_that_shares_its_packs_takes_what_it_takes_alone(model, prefill
         resolved = resolve(get_recipe(recipe), shape, length, PROFILE).recipe
         jobs.append((PrefillJob(name, 1, prompt(length), resolved, sampling.greedy()), FlopCount()))
     for job, count in jobs:
-        engine.submit(job, sink(job.request_id), count)
+        engine.submit(job, sink(job.request_id), count=count)
     prefill.run(engine)
     for job, count in jobs:
         foretold = prompt_flops(model.config, shape, job.recipe, len(job.prompt_ids))

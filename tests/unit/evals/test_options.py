@@ -35,7 +35,10 @@ def test_recipes_presets_and_variants_have_labels():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, niah, ppl"),
+        ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, multiturn, niah, ppl"),
+        ({"suite": "prefix"}, "--suite: 'prefix'; allowed: ruler, multiturn, niah, ppl"),
+        ({"suite": "multiturn", "task": "vt"}, "--task: 'vt'; allowed: numbers_in_noise, numbers_in_text, "),
+        ({"suite": "multiturn", "depth": "0.5"}, "--depth: is of no use to --suite multiturn; allowed: --suite niah"),
         ({"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
         ({"context": "512,512"}, "--context: '512,512'; allowed: values that differ"),
         ({"context": "512,0512"}, "--context: '512,512'; allowed: values that differ"),
@@ -83,6 +86,10 @@ def test_what_cannot_be_is_refused_by_name(given, said):
         ({"context": "5000"}, "--context: 5000; allowed: at most 4055, the model's positions less the 41"),
         ({"suite": "ruler", "context": "300", "task": "niah_multikey_3"}, "--context: 300 has no room for niah_mul"),
         ({"suite": "niah", "context": "300"}, "--context: 300 has no room for needle; allowed: more, 512 are"),
+        (
+            {"suite": "multiturn", "context": "300", "task": "state"},
+            "--context: 300 has no room for state; allowed: more",
+        ),
         ({"task": "novel"}, "--task: 'novel'; allowed: bible, python, debian"),
         ({"recipe": "kivi", "against": "transformers"}, "--against: needs a recipe to compare with; allowed: exact"),
         (

@@ -240,7 +240,7 @@ def test_an_interrupted_run_says_how_to_go_on(options, monkeypatch, capsys):
 def test_cells_are_in_order_whatever_the_records_order():
     def record(sample: int, task: str) -> dict:
         outcome = {
-            "score": float(sample),
+            "turns": [float(sample)],
             "payload_bytes": 1,
             "resident_bytes": 2,
             "prefill_flops": 3.0,

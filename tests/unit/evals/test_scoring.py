@@ -75,7 +75,7 @@ def test_an_answer_scores_one_iff_generation_says_it(longctx, profile, cases, ou
     requests = [(case.prompt_ids, recipe, sampling) for recipe in RECIPES.values()]
     for label, answer in zip(RECIPES, pipeline.generate_many(requests), strict=True):
         generated, outcome = tuple(answer.token_ids[0]), scored[label]
-        assert (generated == case.answer_ids) == (score_of(case, outcome.predicted) == 1.0), label
+        assert (generated == case.answer_ids) == (outcome.score == 1.0), label
         # up to the first wrong token both have seen the same, so both say the same
         pairs = zip(outcome.predicted, case.answer_ids, strict=True)
         same = next((at + 1 for at, (said, wanted) in enumerate(pairs) if said != wanted), len(generated))
@@ -142,7 +142,8 @@ def test_an_answer_of_one_token_is_judged_by_prefill_alone(scorer):
 
 def test_exact_scores_as_transformers_and_perplexity_too(longctx, reference, topics, cases, outcomes):
     for case, row in zip(cases, outcomes, strict=True):
-        assert reference.judge(case, row["exact"]) == {"score": row["exact"].score, "difference": None}
+        score = row["exact"].score
+        assert reference.judge(case, row["exact"]) == {"score": score, "turns": [score], "difference": None}
     case = Perplexity(topics, 0, 60).case(Unit(256, 0, "python-topics"))
     (row,) = Scorer(longctx, {}, {"exact": get_recipe("exact")}).score([case])
     assert row["exact"].predicted == ()
