@@ -85,6 +85,28 @@ def test_needles_have_cells_for_every_depth(options):
     assert results.settings["depths"] == [0.0, 1.0]
 
 
+def test_a_conversation_has_cells_for_every_turn(options, capsys):
+    chosen = options(
+        suite="multiturn", recipe="exact,snapkv", context="2400", samples="2", task="numbers_in_noise,state"
+    )
+    results = run(chosen)
+    assert load(chosen.json) == results
+    assert results.settings["turns"] == 5
+    expected = [(task, turn) for task in ("numbers_in_noise", "state") for turn in range(1, 6)]
+    for label in ("exact", "snapkv"):
+        own = [cell for cell in results.cells if cell.recipe == label]
+        assert [(cell.task, cell.turn) for cell in own] == expected
+        assert all(len(cell.scores) == 2 and cell.fallbacks == 0 for cell in own)
+    exact, snapkv = (next(cell for cell in results.cells if cell.recipe == label) for label in ("exact", "snapkv"))
+    assert exact.prefill_flops < snapkv.prefill_flops < 1.2 * exact.prefill_flops, "it scores its rows, too"
+    assert snapkv.resident_bytes < 0.3 * exact.resident_bytes
+    turns = [row.turn for row in results.summary if (row.recipe, row.task) == ("snapkv", AVERAGE)]
+    assert turns == [None, 1, 2, 3, 4, 5]
+    print_overview(results)
+    assert "by turn" in capsys.readouterr().out
+    assert run(chosen) == results, "from the work file"
+
+
 def test_what_is_done_is_not_done_again(options, counted):
     chosen = options()
     first = run(chosen)
