@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..compression.recipe import Recipe, Resolved, get_recipe, resolve
+from ..compression.recipe import ModelShape, Recipe, Resolved, get_recipe, resolve
 from ..compression.sizes import bound_nbytes, encoded_nbytes, host_pages
 from ..errors import ConfigError
 from ..models.config import ModelConfig
@@ -209,8 +209,7 @@ def make_plan(model: str, config: ModelConfig, recipe: str, load: Load, gpu: Gpu
         )
     running, parked = _fitting(sequence, cache, gpu)
     step_s = _step_s(config, resolved.recipe, sequence, weights, running, gpu)
-    flops = prompt_flops(config, shape, resolved.recipe, load.context).of_model
-    prefill_s = flops / (PREFILL_SHARE * gpu.matrix_flops_per_s)
+    prefill_s = _prefill_s(config, shape, resolved.recipe, load, gpu)
     handoff_s = 8 * sequence.handoff_bytes / load.network_bits_per_s
     splits = sorted(
         _splits(load, prefill_s, handoff_s, step_s / running), key=lambda one: (one.both, -one.requests_per_s)
@@ -252,6 +251,10 @@ def _fitting(sequence: Sequence, cache_bytes: int, gpu: Gpu) -> tuple[int, int]:
 def _reads_whole_rows(recipe: Recipe) -> bool:
     kinds = {codec.kind for tier in recipe.tiers() for codec in (tier.key_codec, tier.value_codec)}
     return kinds <= {"native", "dense"} and not recipe.retrieval.needs_grid
+
+
+def _prefill_s(config: ModelConfig, shape: ModelShape, recipe: Recipe, load: Load, gpu: Gpu) -> float:
+    return prompt_flops(config, shape, recipe, load.context).of_model / (PREFILL_SHARE * gpu.matrix_flops_per_s)
 
 
 def _step_s(config: ModelConfig, recipe: Recipe, sequence: Sequence, weights: int, running: int, gpu: Gpu) -> float:
