@@ -21,6 +21,8 @@ CHUNK, MIB = 64, 1 << 20
 DOCUMENT = 9 * CHUNK + 30
 # fp32 sums of at most 512 terms in another order: 512 * 2^-24 relative to values of order 1, with room for 4 layers
 TOLERANCE = 2e-4
+SLUICE = get_recipe("sluice")
+RECALLING = replace(SLUICE, name="recalling", propagation=replace(SLUICE.propagation, recall=0.1))
 
 
 @dataclass
@@ -145,8 +147,8 @@ def asks(prompt, question: int, length: int = 75) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("recipe", recipe_names())
-def test_a_hit_gives_what_a_miss_gives(rig, prompt, recipe: str, temperature: float) -> None:
+@pytest.mark.parametrize("recipe", [*recipe_names(), RECALLING], ids=lambda one: getattr(one, "name", one))
+def test_a_hit_gives_what_a_miss_gives(rig, prompt, recipe: str | Recipe, temperature: float) -> None:
     params = SamplingParams(max_tokens=4, temperature=temperature, seed=3, n=3, logprobs=2, ignore_eos=True)
     shared, alone = rig(), rig(0)
     missed = shared.run(asks(prompt, 0), recipe, params)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kvsluice.client import AsyncClient
-from kvsluice.compression.recipe import ModelShape
+from kvsluice.compression.recipe import ModelShape, get_recipe, register, unregister
 from kvsluice.kvstore.store import Store
 from kvsluice.models.config import config_from_hf
 from kvsluice.models.model import Model
@@ -422,6 +423,16 @@ def tiny_model(num_layers: int, max_positions: int) -> Model:
         }
     )
     return Model(config, random_weights(config, torch.float32, torch.device("cpu"), 0), fingerprint="f" * 32)
+
+
+@pytest.fixture
+def recalling() -> Iterator[str]:
+    """The name of a recipe that recalls, for prompts as short as those here."""
+    propagation = {"kind": "tsp", "layer": 1, "rate": 0.3, "window": 32, "recall": 0.1, "recall_step": 4}
+    made = replace(get_recipe("exact", json.dumps({"propagation": propagation})), name="recalling")
+    register(made)
+    yield made.name
+    unregister(made.name)
 
 
 @pytest.fixture

@@ -79,8 +79,12 @@ async def lost_at(fleet, position: int, store, **options):
         ("tokens", "sluice-full", GREEDY),
         ("tokens", "kivi", SEEDED),
         ("tokens", "streaming", GREEDY),
+        ("none", "recalling", GREEDY),
+        ("handoff", "recalling", SEEDED),
+        ("tokens", "recalling", SEEDED),
     ],
 )
+@pytest.mark.usefixtures("recalling")
 async def test_the_stream_goes_on_token_for_token(make_real_fleet, durability, recipe, sampling):
     store = SharedStore(1 << 30)
     fleet = await make_real_fleet(store=store, store_keep_every=4)

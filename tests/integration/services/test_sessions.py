@@ -64,8 +64,9 @@ async def tiers_of(fleet) -> wpb.TierSnapshot:
         return (await worker_pb2_grpc.DecodeWorkerStub(channel).Info(wpb.InfoRequest())).tiers
 
 
-@pytest.mark.parametrize("recipe", ["exact", "sluice-full", "kivi", "streaming"])
+@pytest.mark.parametrize("recipe", ["exact", "sluice-full", "kivi", "streaming", "recalling"])
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.usefixtures("recalling")
 async def test_turns_are_the_same_wherever_they_run(make_real_fleet, store, recipe, sampling):
     fleet = await make_real_fleet(store=store, store_keep_every=4)
     options = {"recipe": recipe, **sampling}
