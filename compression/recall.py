@@ -291,7 +291,11 @@ class Recall:
         self._let_go()
         chunks: list[_Chunk] = []
         for position in dict.fromkeys(stamp for _, stamp in stamps):
-            chunks += self._bring(position, [number for number, stamp in stamps if stamp == position])
+            numbers = [number for number, stamp in stamps if stamp == position]
+            here = {one.number for one in self._chunks if one.gone == NEVER}
+            if here & set(numbers) or len(set(numbers)) < len(numbers):
+                raise FrameMismatch(f"the row at position {position} recalls what is here already")
+            chunks += self._bring(position, numbers)
         for one, group in zip(deep, groups, strict=True):
             k, v, same = group["recalled_k"], group["recalled_v"], group["recalled"]
             rows = len(stamps) * self.plan.chunk

@@ -22,6 +22,7 @@ from kvsluice.services.decode.start import check_ranks
 from kvsluice.services.model_shape import model_shape
 from tests.integration.engines.test_kept_rows import EVERY, TOKENS, check_going_on, kept_of, run_keeping
 from tests.integration.engines.test_kept_sessions import first_turn, next_turn
+from tests.integration.engines.test_overflow import pressed, run_with_depot, wipe
 from tests.integration.engines.test_tiers import arena, oversubscribed, run_all
 
 T, SIZE, STEPS = 1, 240, 24
@@ -242,6 +243,15 @@ def test_turns_of_the_device_change_no_token(bench, encode, prompt, sampling, re
     assert b.engine.tier_snapshot().preemptions > 2
 
 
+def test_the_store_changes_no_token(bench, encode, prompt, sampling, recipe) -> None:
+    """Hidden rows in host memory leave it for the store, and come back to other pages."""
+    encoded = [encode(prompt(SIZE + 4 * i, i), sampling.drawn(16, n=1 + i % 2, seed=i), recipe) for i in range(4)]
+    wanted = [run_all(bench(), [one]) for one in encoded]
+    b = pressed(bench, encoded)
+    assert run_with_depot(b, encoded, lambda: wipe(b)) == [answer for one in wanted for answer in one]
+    assert b.engine.tier_snapshot().store_reads >= 1
+
+
 @pytest.mark.parametrize("length", [3, 90], ids=["one by one", "in blocks"])
 def test_a_turn_goes_on_with_the_cache_or_with_what_is_stored(bench, encode, prompt, sampling, recipe, length) -> None:
     encoded = encode(prompt(SIZE), sampling.drawn(20, seed=3), recipe)
@@ -321,6 +331,12 @@ def test_recalled_rows_that_do_not_fit_are_refused(model, encode, prompt, sampli
         group = {name: tensor for name, tensor in group.items() if tensor is not None}
         return [EncodedLayer(layer, {Part.TAIL: group}) if one.layer == layer else one for one in rows]
 
+    def twice(one: EncodedLayer, count: int) -> EncodedLayer:
+        """The last row that came back is another one that did."""
+        tensors = {name: tensor.clone() for name, tensor in one.tensors[Part.TAIL].items()}
+        tensors["recalled"][count - 1, 0] = tensors["recalled"][0, 0]
+        return EncodedLayer(one.layer, {Part.TAIL: tensors})
+
     own = rows[T + 1].tensors[Part.TAIL]
     stamps = own["recalled"]
     propagated = next(p for p in range(SIZE) if cache._recall.hidden.number_at(p) is None)
@@ -333,6 +349,7 @@ def test_recalled_rows_that_do_not_fit_are_refused(model, encode, prompt, sampli
         changed(T + 1, recalled_k=own["recalled_k"][:-1]),
         changed(T + 2, recalled=stamps.flip(0)),
         changed(T + 2, recalled_v=None),
+        [*rows[: T + 1], *(twice(one, len(stamps)) for one in rows[T + 1 :])],
     ):
         with pytest.raises(FrameMismatch):
             cache_of(model, encoded).put_rows(SIZE, broken)
