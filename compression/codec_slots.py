@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import InvalidRecipe
 from .filling import Filling, as_float, check_choice, check_int, check_rate
+from .subspace_plan import subspace_flops
 
 if TYPE_CHECKING:  # the torch side; never imported at run time here
     from .codecs import Codec
@@ -271,8 +272,6 @@ class LowRank(CodecFilling):
         return self.rank or 1
 
     def flops(self, num_rows: int, num_kv_heads: int, head_dim: int) -> float:
-        from .subspace import subspace_flops
-
         assert self.rank is not None, "counted after resolution"
         width = num_kv_heads * head_dim
         fit = 0.0

@@ -8,10 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# products by the matrix between one orthonormalisation and the next. The first leaves columns that all lean towards the
-# strongest eigenvectors, so only those behind it, whose columns are in order, bear two; the last makes up for what
-# rounding has taken from columns whose eigenvalues are far apart
-PRODUCTS = (1, 2, 2, 1)
+from .subspace_plan import PRODUCTS
+
 # added to all eigenvalues, as a share of their sum: more than sums in float32 leave open, and what keeps columns apart
 # where rows are fewer than columns, equal or zero. Directions so weak count for less than bfloat16 takes from rows
 FLOOR = 2.0**-22
@@ -47,13 +45,6 @@ def leading_subspace(gram: Tensor, rank: int) -> Tensor:
             columns = gram @ columns
         columns = _orthonormal(columns)
     return columns
-
-
-def subspace_flops(width: int, rank: int) -> float:
-    """Operations of `leading_subspace`, a multiply-add counted as two: products by the matrix, and for each
-    orthonormalisation one of the columns with themselves, a Cholesky factor and a triangular solve."""
-    orthonormal = 2.0 * width * rank**2 + rank**3 / 3 + width * rank**2
-    return sum(PRODUCTS) * 2.0 * width**2 * rank + len(PRODUCTS) * orthonormal
 
 
 @lru_cache(maxsize=32)

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvsluice.compression.recipe import get_recipe, recipe_names, resolve
-from kvsluice.compression.subspace import leading_subspace, subspace_flops
+from kvsluice.compression.subspace import leading_subspace
+from kvsluice.compression.subspace_plan import subspace_flops
 from kvsluice.services.model_shape import model_shape
 from kvsluice.services.prefill.engine import PrefillJob
 from kvsluice.services.prefill.flops import FlopCount, prompt_flops
