@@ -191,7 +191,7 @@ def short_reason(recipe: Recipe, shape: ModelShape, num_tokens: int) -> str | No
     end = sealed_end(recipe, num_tokens, num_tokens)
     if end <= window.sinks:
         exact = window.sinks + window.local_rows(num_tokens)
-        return f"{num_tokens} tokens are no more than the {exact} exact ones at both ends, in blocks of {recipe.block}"
+        return f"{num_tokens} tokens leave no block of {recipe.block} beside the {exact} exact ones at both ends"
     if recipe.budget.fixed and not window.local and window.local_rate and window.local_rows(num_tokens) < recipe.block:
         local = window.local_rows(num_tokens)
         return f"{num_tokens} tokens leave {local} local rows, fewer than the {recipe.block} that are forgotten at once"

@@ -25,7 +25,8 @@ from .cli_sessions import register as register_sessions
 if TYPE_CHECKING:
     from .config import ServeConfig
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# help is plain: in a terminal of 80 columns the tables of rich cut the names of options off
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 EXIT_FAILED = 1
 

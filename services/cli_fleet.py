@@ -42,7 +42,10 @@ def down(
     name: _Name = "kvsluice",
     grace_s: Annotated[float, typer.Option(help="how long running requests may take", metavar="SECONDS", min=0)] = 30.0,
 ) -> None:
-    """Let running requests finish, and end a fleet with all its processes."""
+    """Let running requests finish, and end a fleet with all its processes.
+
+    Of fleets that `kvsluice up` has started; Ctrl-C or SIGTERM ends a service that `serve` runs.
+    """
     from .fleet_commands import take_down
 
     sys.exit(take_down(address, name, grace_s))
@@ -79,7 +82,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="go on showing it until Ctrl-C")] = False,
     json: Annotated[bool, typer.Option("--json", help="all that is known, as one JSON object")] = False,
 ) -> None:
-    """Show a fleet's groups and processes: state, load, cache, queue, versions."""
+    """Show a fleet's groups and processes: state, load, cache, queue, versions.
+
+    Of fleets that `kvsluice up` has started; `kvsluice models` and /metrics tell of a service that `serve` runs.
+    """
     from .fleet_commands import show_status
 
     sys.exit(show_status(address, name, watch, json))

@@ -37,21 +37,28 @@ CONNECT_S = 10.0
 
 
 def start_ray(config: ServeConfig, temp_dir: str, num_actors: int, namespace: str = "kvsluice") -> None:
-    """Start a Ray instance for this service alone, on loopback; `serve.prepare_environment` puts it behind a token."""
+    """Start a Ray instance for this service alone, on loopback; `serve.prepare_environment` puts it behind a token.
+
+    Raises:
+        InternalError: Ray does not start.
+    """
     verbose = config.log_level in ("debug", "info")
-    with _driver_elsewhere(temp_dir):
-        ray.init(
-            address="local",
-            namespace=namespace,
-            num_cpus=num_actors,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            object_store_memory=config.object_store_bytes,
-            logging_level=logging.WARNING if verbose else logging.ERROR,
-            log_to_driver=verbose,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=temp_dir,
-        )
+    try:
+        with _driver_elsewhere(temp_dir):
+            ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=num_actors,
+                include_dashboard=config.dashboard,
+                dashboard_host="127.0.0.1",
+                object_store_memory=config.object_store_bytes,
+                logging_level=logging.WARNING if verbose else logging.ERROR,
+                log_to_driver=verbose,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=temp_dir,
+            )
+    except Exception as exc:  # of many kinds: its own, time-outs, the file system's
+        raise InternalError(f"Ray did not start here ({type(exc).__name__}: {_first_line(exc)})") from exc
 
 
 def connect(address: str, namespace: str) -> None:
@@ -70,7 +77,8 @@ def connect(address: str, namespace: str) -> None:
     except AuthenticationError as exc:
         raise ConfigError(
             f"address: the cluster at {address} asks for its token; "
-            "allowed: with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH set as on its nodes"
+            "allowed: with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH set as on its nodes "
+            "(that of a service which `kvsluice serve` runs is its own, and takes no commands)"
         ) from exc
     except (ConnectionError, RuntimeError, ValueError, RayError) as exc:
         raise ConfigError(

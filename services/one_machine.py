@@ -61,6 +61,10 @@ class Fleet:
             KvsluiceError: what kept a worker from starting.
         """
         config = self._config
+        if config.device != "cpu":
+            from .device import check_device  # brings torch, which a driver for CPUs does without
+
+            check_device(config.device)
         wanted = cluster_of(config, 0.0)
         num_workers = sum(group.range.max for group in wanted.groups)
         cluster.start_ray(config, self._temp_dir, num_workers + 2, wanted.name)

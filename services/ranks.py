@@ -106,7 +106,9 @@ def load_parallel_model(config: ServeConfig, role: str, host: str) -> tuple[Mode
 def load_part(config: ServeConfig, ranks: Ranks | None, device: torch.device) -> Model:
     """What a process holds of the model."""
     from ..models.loader import load_model
+    from .device import check_device
 
+    check_device(str(device))
     return load_model(
         config.model,
         dtype=compute_dtype(config.dtype),

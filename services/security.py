@@ -30,6 +30,7 @@ MIN_TOKEN_CHARS, MAX_TOKEN_CHARS = 32, 512
 MAX_TOKENS = 16
 _TOKEN = re.compile(rf"[!-~]{{{MIN_TOKEN_CHARS},{MAX_TOKEN_CHARS}}}")
 _SCHEME = "bearer "
+_GIVEN = "Bearer KEY, which clients take as api_key, --api-key-file or KVSLUICE_API_KEY"
 
 
 NO_TENANT = TenantId("")
@@ -139,7 +140,7 @@ def check_role(caller: Caller, method: str) -> Caller:
 def bearer(authorization: str | None) -> str:
     """The key in an `authorization` entry. Raises `Unauthenticated` where there is none."""
     if authorization is None:
-        raise Unauthenticated("authorization: is missing; allowed: Bearer KEY")
+        raise Unauthenticated(f"authorization: is missing; allowed: {_GIVEN}")
     if authorization[: len(_SCHEME)].lower() != _SCHEME or not authorization[len(_SCHEME) :].strip():
         raise Unauthenticated("authorization: is no bearer key; allowed: Bearer KEY")
     return authorization[len(_SCHEME) :].strip()

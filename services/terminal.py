@@ -114,7 +114,7 @@ def _summary(done: Completion) -> str:
         parts.append(f"shipped {_size(recipe.handoff_bytes)} ({share:.0%} of bf16)")
     kept = done.durability
     if kept.level != "none":
-        parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "not kept to its end")
+        parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "nothing of it is kept")
     if done.session is not None:
         again = f", {usage.cached_tokens} prompt tokens not run again" if done.session.turn > 1 else ""
         parts.append(f"turn {done.session.turn} of session {done.session.session_id}{again}")

@@ -1,4 +1,4 @@
-"""Whether a `kvsluice …` that stands somewhere, in a page or in a pod, is one that the command line takes."""
+"""Whether a `kvsluice …` that stands somewhere, in a page or in a pod, is one that the command line takes; its help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
+from typer.testing import CliRunner
 
 from kvsluice.services import cli
 
@@ -33,3 +34,19 @@ def refusal(words: Sequence[str]) -> str | None:
     except USAGE_ERROR as exc:
         return f"{path}: {exc.format_message()}"
     return None
+
+
+def help_options(*words: str) -> dict[str, str]:
+    """What the help of `kvsluice WORDS…` says of each option, in a terminal of 80 columns: values, then text."""
+    shown = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"}).invoke(cli.app, [*words, "--help"])
+    assert shown.exit_code == 0
+    found: dict[str, list[str]] = {}
+    said: list[str] = []
+    for line in shown.stdout.partition("Options:")[2].splitlines():
+        parts = line.split()
+        if line.startswith("  -"):
+            long = next(i for i, part in enumerate(parts) if part.startswith("--"))
+            said = found.setdefault(parts[long], [])
+            parts = parts[long + 1 :]
+        said += parts
+    return {name: " ".join(said) for name, said in found.items()}

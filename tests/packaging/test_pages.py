@@ -12,7 +12,7 @@ from kvsluice.tests.pages import NEEDS, ROOT, RUN, Command, commands, pages
 
 COVERED = {  # beginning of a command -> a test that does the same
     "kvsluice serve": "integration/services/test_service.py::test_the_command_line_generates",
-    "kvsluice generate --durability": "faults/test_failover.py::test_streams_under_load_all_go_on",
+    "kvsluice generate --chat --durability": "faults/test_failover.py::test_streams_under_load_all_go_on",
     "kvsluice generate --chat --session": (
         "integration/services/test_sessions.py::test_turns_are_the_same_wherever_they_run"
     ),

@@ -25,7 +25,7 @@ from ..intake import Intake
 from . import shapes, translate
 from .answers import Answer
 from .bodies import BodyReader
-from .errors import failure
+from .errors import SessionNotFound, failure
 from .schemas import AnyBody, ChatBody, CompletionBody, parse_body
 from .translate import Ask
 
@@ -111,7 +111,7 @@ class Routes:
     async def delete_session(self, session_id: str, tenant: str = "") -> Response:
         """Of the key's own tenant, or for an admin of another one."""
         if not await self._intake.delete_session(session_id, tenant):
-            raise HTTPException(404, "there is no such session")
+            raise SessionNotFound
         return JSONResponse({"id": session_id, "object": "session.deleted", "deleted": True})
 
     async def _answer(

@@ -36,6 +36,13 @@ _HTTP_CODES = {
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
+class SessionNotFound(HTTPException):
+    """There is no session that could be deleted."""
+
+    def __init__(self) -> None:
+        super().__init__(404, "there is no such session")
+
+
 @dataclass(frozen=True)
 class Failure:
     """What a client is told.
@@ -56,6 +63,8 @@ def failure(error: Exception) -> Failure:
     """What a client is told of an error: the tree's, the framework's, or a foreign one, which is logged and closed."""
     if isinstance(error, HTTPException):
         code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        if isinstance(error, SessionNotFound):
+            code = "session_not_found"
         return Failure(error.status_code, _body(error.detail, error.status_code, None, code), dict(error.headers or {}))
     if not isinstance(error, KvsluiceError):
         log.error("unexpected error: %s", where(error))

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from kvsluice.benchmarks import runner, subject
 from kvsluice.benchmarks.options import PARTS, argument_parser, parse_options
 from kvsluice.errors import InvalidRequest, KvsluiceError
 from kvsluice.services import cli
+from kvsluice.tests.command_line import help_options
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -98,14 +98,12 @@ def test_what_model_and_device_cannot_do_is_refused_before_weights_are_made(benc
 
 @pytest.mark.parametrize("part", PARTS)
 def test_both_command_lines_take_the_same_options(part, capsys):
-    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, ["bench", part, "--help"])
-    assert shown.exit_code == 0
+    shown = help_options("bench", part)
     with pytest.raises(SystemExit):
         argument_parser().parse_args([part, "--help"])
     plain = capsys.readouterr().out
     for option in PARTS[part].options:
-        line = next(line for line in shown.stdout.splitlines() if f" --{option.name} " in line)
-        assert option.default in line
+        assert option.default in shown[f"--{option.name}"]
         assert f"--{option.name} " in plain
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from kvsluice.errors import InvalidRequest, KvsluiceError
 from kvsluice.evals import runner
 from kvsluice.evals.evaluator import make_plan
 from kvsluice.evals.options import OPTIONS, argument_parser, parse_options
 from kvsluice.services import cli
+from kvsluice.tests.command_line import help_options
 
 KIVI_SLOTS = '{"window":{"kind":"ends","sinks":0,"local":64,"seal_block":64}}'
 
@@ -135,12 +135,10 @@ def test_a_device_that_is_not_there_is_refused_by_name(options, monkeypatch):
 
 
 def test_both_command_lines_take_the_same_options():
-    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, ["eval", "--help"])
-    assert shown.exit_code == 0
+    shown = help_options("eval")
     plain = argument_parser().format_help()
     for option in OPTIONS:
-        line = next(line for line in shown.stdout.splitlines() if f" --{option.name} " in line)
-        assert option.default in line
+        assert option.default in shown[f"--{option.name}"]
         assert f"--{option.name} " in plain + " "
 
 

@@ -6,7 +6,6 @@ import io
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from kvsluice import __version__
 from kvsluice.compression.recipe import PRESETS, recipe_names
@@ -14,6 +13,7 @@ from kvsluice.errors import WorkerLost
 from kvsluice.services import cli, terminal
 from kvsluice.services.api import Chunk
 from kvsluice.services.config import ServeConfig, config_keys
+from kvsluice.tests.command_line import help_options
 
 
 @pytest.fixture
@@ -28,12 +28,6 @@ def kvsluice(monkeypatch, capsys):
         return ended.value.code or 0, said.out, said.err
 
     return run
-
-
-def shown_help(command: str) -> str:
-    shown = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(cli.app, [command, "--help"])
-    assert shown.exit_code == 0
-    return shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -80,8 +74,7 @@ def test_every_recipe_is_listed_with_what_it_does(kvsluice):
 
 
 def test_the_help_of_serve_says_of_every_setting_what_it_takes_and_what_holds_without_it():
-    lines = [line.split() for line in shown_help("serve").splitlines() if " --" in line]
-    flags = {words[1]: " ".join(words[2:]) for words in lines if len(words) > 1}
+    flags = help_options("serve")
     for name in config_keys():
         field = ServeConfig.model_fields[name]
         text = flags["--" + name.replace("_", "-")]
@@ -97,10 +90,9 @@ def test_the_help_of_serve_says_of_every_setting_what_it_takes_and_what_holds_wi
 
 
 def test_the_help_of_generate_says_what_holds_without_an_option():
-    text = shown_help("generate")
+    shown = help_options("generate")
     for flag in ("--max-tokens", "--temperature", "--top-p", "--recipe", "--seed", "--timeout-s"):
-        line = next(line for line in text.splitlines() if f" {flag} " in line)
-        assert "default: " in line
+        assert "default: " in shown[flag]
 
 
 def test_a_prompt_beside_a_file_is_the_question_about_it(tmp_path, monkeypatch):
