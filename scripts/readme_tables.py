@@ -105,6 +105,26 @@ def soak_lines(results: Mapping[str, Any]) -> str:
     )
 
 
+def prefix_table(results: Mapping[str, Any]) -> str:
+    """Times to the first token of prompts whose document was there, and was not."""
+    rows = []
+    for one in results["results"]:
+        tokens = one["document_tokens"] + one["question_tokens"]
+        seconds = (f"{one[name]:.2f} s" for name in ("alone_s", "fills_s", "hits_s"))
+        found = f"{one['found_tokens']:,} of {tokens:,}"
+        rows.append((f"`{one['recipe']}`", found, *seconds, f"{one['hit_over_alone']:.3f}"))
+    header = ("recipe", "tokens found", "nothing kept", "first question, kept", "second question, a hit", "hit ÷ alone")
+    first, device = results["results"][0], results["device"]
+    same = sum(one["same_tokens"] for one in results["results"])
+    rounds = sum(len(one["rounds"]) for one in results["results"])
+    origin = (
+        f"Time to the first token of the prefill engine, medians of {len(first['rounds'])} rounds, "
+        f"`{results['model']}` in {device['dtype']} on {_where(results)}. In {same} of {rounds} rounds a hit drew the "
+        "token that it drew alone."
+    )
+    return f"{table(header, rows)}\n\n{origin}"
+
+
 def _where(results: Mapping[str, Any]) -> str:
     made = results["environment"]
     return f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}, commit {made['commit']}"
@@ -126,6 +146,7 @@ BLOCKS = (
     Block("docs/faults.md", "fault runs", "faults.json", fault_table),
     Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
     Block("docs/faults.md", "soak", "soak.json", soak_lines),
+    Block("docs/prefixes.md", "hits", "bench_prefix_cpu.json", prefix_table),
 )
 
 
