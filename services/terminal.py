@@ -116,8 +116,9 @@ def _summary(done: Completion) -> str:
     if kept.level != "none":
         parts.append(f"kept {_size(kept.stored_bytes)} ({kept.level})" if kept.kept else "nothing of it is kept")
     if done.session is not None:
-        again = f", {usage.cached_tokens} prompt tokens not run again" if done.session.turn > 1 else ""
-        parts.append(f"turn {done.session.turn} of session {done.session.session_id}{again}")
+        parts.append(f"turn {done.session.turn} of session {done.session.session_id}")
+    if usage.cached_tokens:
+        parts.append(f"{usage.cached_tokens} prompt tokens not run again")
     if kept.migrations:
         parts.append(f"moved {kept.migrations} times, {kept.stalled_s:.1f} s without a token")
     return " · ".join(parts)

@@ -14,6 +14,7 @@ gave out is the caller's, who either makes a node of it (`add`) or gives it back
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -101,18 +102,26 @@ class PrefixTree:
             above = above.parent
         self._drop_if_bare(node)
 
-    def reserve(self, num_bytes: int) -> Region | None:
-        """Room for a chunk, at the cost of what was used longest ago. None, and nothing is dropped, where what is held
-        leaves too little; also None where what is free lies too scattered."""
-        if aligned(num_bytes) > self._regions.free_bytes + self._droppable_bytes():
-            return None
-        while (region := self._regions.take(num_bytes)) is None:
-            leaf = min(self._leaves(), key=lambda node: node.used, default=None)
-            if leaf is None:
-                return None
-            self._drop(leaf)
-        self._reserved.add(region)
-        return region
+    def reserve(self, sizes: Sequence[int]) -> list[Region]:
+        """Room for the first of chunks of these sizes in bytes, for as many as there is room, at the cost of what was
+        used longest ago. Nothing is dropped for a chunk that what is held leaves too little for; a chunk also gets none
+        where what is free lies too scattered."""
+        regions: list[Region] = []
+        leaves: list[tuple[int, int, Node]] | None = None
+        droppable_bytes = 0
+        for size in sizes:
+            region = self._regions.take(size)
+            if region is None and leaves is None:
+                leaves, droppable_bytes = self._leaves(), self._droppable_bytes()
+            while region is None and leaves and aligned(size) <= self._regions.free_bytes + droppable_bytes:
+                leaf = heapq.heappop(leaves)[-1]
+                droppable_bytes -= self._drop(leaf, leaves)
+                region = self._regions.take(size)
+            if region is None:
+                break
+            self._reserved.add(region)
+            regions.append(region)
+        return regions
 
     def free(self, region: Region) -> None:
         """Give back what was reserved."""
@@ -153,8 +162,11 @@ class PrefixTree:
             waiting += node.children.values()
             yield node
 
-    def _leaves(self) -> Iterator[Node]:
-        return (n for n in self._nodes() if n.parent is not None and not n.children and not n.holders)
+    def _leaves(self) -> list[tuple[int, int, Node]]:
+        """A heap of the chunks that can be dropped now, the one used longest ago first; numbers tell ties apart."""
+        found = [(node.used, number, node) for number, node in enumerate(self._nodes()) if _is_free(node)]
+        heapq.heapify(found)
+        return found
 
     def _droppable_bytes(self) -> int:
         """Of chunks with nobody who holds them or one below them."""
@@ -167,13 +179,22 @@ class PrefixTree:
                 above = above.parent
         return sum(node.region.num_bytes for node in nodes if node.region is not None and node not in kept)
 
-    def _drop(self, leaf: Node) -> None:
-        assert leaf.parent is not None and leaf.region is not None and not leaf.children and not leaf.holders
-        del leaf.parent.children[leaf.key]
-        self._regions.give_back(leaf.region)
+    def _drop(self, leaf: Node, leaves: list[tuple[int, int, Node]]) -> int:
+        """Forget a chunk; the one above it may be a leaf now. Returns the bytes that are free again."""
+        above, region = leaf.parent, leaf.region
+        assert above is not None and region is not None and _is_free(leaf)
+        del above.children[leaf.key]
+        self._regions.give_back(region)
         self.num_dropped += 1
-        self._drop_if_bare(leaf.parent)
+        if _is_free(above):
+            heapq.heappush(leaves, (above.used, -self.num_dropped, above))
+        self._drop_if_bare(above)
+        return region.num_bytes
 
     def _drop_if_bare(self, node: Node) -> None:
         if node.parent is None and not node.children and not node.holders:
             self._roots.pop(node.key, None)
+
+
+def _is_free(node: Node) -> bool:
+    return node.parent is not None and not node.children and not node.holders

@@ -121,7 +121,7 @@ class PrefixCache:
         kept = Kept(layers, layers < self._shape.num_layers, compressor.wants_mass, compressor.wants_query_peak)
         window = max(1, *(compressor.query_window(layer) for layer in range(layers)))
         keys = [
-            array("q", prompt_ids[begin : begin + chunk]).tobytes() for begin in range(0, num_tokens - chunk + 1, chunk)
+            array("i", prompt_ids[begin : begin + chunk]).tobytes() for begin in range(0, num_tokens - chunk + 1, chunk)
         ]
         return PromptPrefix(self, (tenant, kept), kept, keys, max(0, num_tokens - window) // chunk)
 
@@ -191,10 +191,14 @@ class PromptPrefix:
 
     def start(self) -> None:
         """The prompt's first item is about to run: reserve room for chunks that are not known, as far as it goes."""
-        for index in range(len(self._found), len(self._keys)):
-            region = self._tree.reserve(self._cache.chunk_bytes(self.kept, index))
-            if region is None:
-                break
+        assert self._held is not None, "not closed"
+        # what is known of the rows that run all the same need not be kept again
+        known = self._tree.follow(self._held, self._keys[len(self._found) :])
+        if known:
+            self._hold(known[-1])
+        first = len(self._found) + len(known)
+        sizes = [self._cache.chunk_bytes(self.kept, index) for index in range(first, len(self._keys))]
+        for index, region in enumerate(self._tree.reserve(sizes), first):
             self._filled[index] = (region, self._cache.views(self.kept, index, region))
 
     def load(self, obs: LayerObs) -> None:

@@ -172,7 +172,8 @@ def running_fleet(
         given = ["--model", "smollm2-135m", "--torch-threads", "1", "--default-recipe", "sluice-full"]
         given += ["--log-level", "info", "--worker-lease-s", str(LEASE_S), "--max-migrations", "64"]
         given += ["--store-url", f"redis://{HOST}:{proxy.port}", "--store-keep-every", "8"]
-        given += ["--store-cache-bytes", str(16 << 20)]  # full soon: what grows behind that is a leak
+        # full soon: what grows behind that is a leak
+        given += ["--store-cache-bytes", str(16 << 20), "--prefix-cache-bytes", str(64 << 20)]
         token = secrets.token_hex(32)
         (folder / "token").write_text(token)
         given += ["--fleet-token-file", str(folder / "token")]

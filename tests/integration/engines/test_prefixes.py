@@ -220,6 +220,20 @@ def test_the_same_prompt_again_leaves_a_chunk_to_run(rig, prompt, length: int) -
     same(hit, alone.run(ids))
 
 
+def test_what_is_known_is_not_kept_again(rig, prompt) -> None:
+    """Also of chunks that are run because the prompt ends in them: in a full cache, others would go for it."""
+    other, ids = prompt(2 * CHUNK, 5), prompt(4 * CHUNK)
+    sized = rig()
+    sized.run(other)
+    sized.run(ids)
+    full = rig(sized.tree.used_bytes)
+    full.run(other)
+    for _ in range(3):
+        full.run(ids)
+    assert full.tree.num_dropped == 0
+    assert full.run(other).found == [CHUNK]
+
+
 def test_rows_whose_queries_a_recipe_wants_run(rig, prompt) -> None:
     shared, ids = rig(), asks(prompt, 0, 1)
     shared.run(ids, "sluice")

@@ -21,10 +21,10 @@ def put(tree: PrefixTree, salt: str, keys: str, size: int = SIZE) -> Node:
         tree.release(held)
         held = found[-1]
     for key in keys[len(found) :]:
-        region = tree.reserve(size)
-        if region is None:
+        regions = tree.reserve([size])
+        if not regions:
             break
-        node = tree.add(held, key, region)
+        node = tree.add(held, key, regions[0])
         tree.hold(node)
         tree.release(held)
         held = node
@@ -81,11 +81,11 @@ def test_what_is_held_stays_and_all_above_it() -> None:
     tree = PrefixTree(3 * SIZE)
     end = put(tree, "a", "abc")
     tree.hold(end)
-    assert tree.reserve(SIZE) is None
+    assert tree.reserve([SIZE]) == []
     assert (known(tree, "a", "abc"), tree.num_dropped) == (3, 0), "nothing is dropped in vain"
     tree.release(end)
-    region = tree.reserve(2 * SIZE)
-    assert region is not None and known(tree, "a", "abc") == 1
+    (region,) = tree.reserve([2 * SIZE])
+    assert known(tree, "a", "abc") == 1
     tree.free(region)
     tree.check_integrity()
 
@@ -93,15 +93,29 @@ def test_what_is_held_stays_and_all_above_it() -> None:
 def test_more_than_there_ever_is_drops_nothing() -> None:
     tree = PrefixTree(3 * SIZE)
     put(tree, "a", "abc")
-    assert tree.reserve(4 * SIZE) is None
+    assert tree.reserve([4 * SIZE]) == []
     assert known(tree, "a", "abc") == 3
+
+
+def test_room_is_made_for_as_many_as_there_ever_is() -> None:
+    tree = PrefixTree(5 * SIZE)
+    put(tree, "a", "abc")
+    held = put(tree, "a", "xy")
+    tree.hold(held)
+    regions = tree.reserve([SIZE, SIZE, SIZE, SIZE])
+    assert len(regions) == 3
+    assert [known(tree, "a", keys) for keys in ("abc", "xy")] == [0, 2]
+    for region in regions:
+        tree.free(region)
+    tree.release(held)
+    tree.check_integrity()
+    assert tree.used_bytes == 2 * SIZE
 
 
 def test_of_two_that_fill_the_same_chunk_the_first_counts() -> None:
     tree = PrefixTree(4 * SIZE)
     root = tree.root("a")
-    first, second = tree.reserve(SIZE), tree.reserve(SIZE)
-    assert first is not None and second is not None
+    first, second = tree.reserve([SIZE, SIZE])
     node = tree.add(root, "k", first)
     assert tree.add(root, "k", second) is node
     assert node.region == first and tree.used_bytes == SIZE
@@ -124,8 +138,7 @@ def test_keys_of_the_same_hash_are_told_apart() -> None:
     root = tree.root("a")
     nodes = {}
     for text in (b"one", b"two"):
-        region = tree.reserve(SIZE)
-        assert region is not None
+        (region,) = tree.reserve([SIZE])
         nodes[text] = tree.add(root, Colliding(text), region)
     assert [tree.follow(root, [Colliding(text)]) for text in (b"one", b"two")] == [[nodes[b"one"]], [nodes[b"two"]]]
     assert tree.follow(root, [Colliding(b"three")]) == []
