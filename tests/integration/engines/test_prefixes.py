@@ -158,6 +158,18 @@ def test_a_hit_gives_what_a_miss_gives(rig, prompt, recipe: str | Recipe, temper
     same(hit, alone.run(asks(prompt, 1), recipe, params))
 
 
+def test_rows_that_decode_may_call_back_are_sent_of_what_was_found_as_well(rig, prompt) -> None:
+    """Hidden rows that go no further leave with the layer that selects: those of found chunks come from memory."""
+    plain = get_recipe("sluice")
+    recipe = replace(plain, propagation=replace(plain.propagation, recall=0.05))
+    shared, alone = rig(), rig(0)
+    shared.run(asks(prompt, 0), recipe)
+    hit = shared.run(asks(prompt, 1), recipe)
+    assert hit.found[0] >= 8 * CHUNK
+    assert any(":HIDDEN:" in name for name, _ in tensors(hit))
+    same(hit, alone.run(asks(prompt, 1), recipe))
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_rows_that_were_found_do_not_run(rig, prompt, monkeypatch, recipe: str) -> None:
     shared, ran = rig(), []
