@@ -112,7 +112,9 @@ def prefix_table(results: Mapping[str, Any]) -> str:
         tokens = one["document_tokens"] + one["question_tokens"]
         seconds = (f"{one[name]:.2f} s" for name in ("alone_s", "fills_s", "hits_s"))
         found = f"{one['found_tokens']:,} of {tokens:,}"
-        rows.append((f"`{one['recipe']}`", found, *seconds, f"{one['hit_over_alone']:.3f}"))
+        ratios = [each["hits_s"] / each["alone_s"] for each in one["rounds"]]
+        spread = f"{one['hit_over_alone']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rows.append((f"`{one['recipe']}`", found, *seconds, spread))
     header = ("recipe", "tokens found", "nothing kept", "first question, kept", "second question, a hit", "hit ÷ alone")
     first, device = results["results"][0], results["device"]
     same = sum(one["same_tokens"] for one in results["results"])
