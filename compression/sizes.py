@@ -118,11 +118,11 @@ def _own_nbytes(
     capacity = -(-num_tail // TAIL_ROWS) * TAIL_ROWS
     itemsize = 2 if window.dtype == "bfloat16" or native == "bfloat16" else 4
     hot_nbytes = 0 if place is None else place.hot_nbytes
-    plan = recall_plan(recipe, num_tokens)
+    plan, num_exact = recall_plan(recipe, num_tokens), capacity
     if plan is not None and layer > plan.layer:
-        hot_nbytes += 2 * plan.num_slots * plan.chunk * heads * dim * itemsize
+        num_exact += plan.num_slots * plan.chunk
     kept_nbytes = heads * (4 * recipe.retrieval.selected_chunks(num_tokens) + 8) if _keeps_choice(recipe) else 0
-    return hot_nbytes + kept_nbytes + 2 * capacity * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
+    return hot_nbytes + kept_nbytes + 2 * num_exact * heads * dim * itemsize + sum(_nbytes(specs) for specs in grown)
 
 
 def _keeps_choice(recipe: Recipe) -> bool:

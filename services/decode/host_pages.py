@@ -4,8 +4,9 @@
     [ page 0 | page 1 | page 2 | … | page n - 1 ]
 
     pages of   taken by                                  given back when
-    values     a layer's arrival, out of what the        the last choice of the prompt lets go of its cache
-               request's admission has reserved
+    values, or a layer's arrival, out of what the        the last choice of the prompt lets go of its cache
+    hidden     request's admission has reserved
+    rows
     a parked   its leaving the device, out of what the   it is back on the device, is in the store, or has
     request    choice of it has reserved                 ended
 

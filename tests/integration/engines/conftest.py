@@ -173,9 +173,11 @@ class Encoded:
 
 @pytest.fixture
 def encode(model) -> Callable[..., Encoded]:
-    """encode(ids, params, recipe) -> the prompt's layers and first tokens."""
+    """encode(ids, params, recipe, model) -> the prompt's layers and first tokens."""
 
-    def run(ids: Sequence[int], params: SamplingParams, recipe: Recipe | str = "exact") -> Encoded:
+    def run(
+        ids: Sequence[int], params: SamplingParams, recipe: Recipe | str = "exact", model: Model = model
+    ) -> Encoded:
         engine = PrefillEngine(model, chunk_tokens=64, max_pack_tokens=256)
         if isinstance(recipe, str):
             recipe = get_recipe(recipe)

@@ -156,6 +156,21 @@ def test_rows_in_one_pass_do_what_they_do_one_by_one(model, encode, prompt, samp
     assert one.nbytes() == block.nbytes()
 
 
+@torch.inference_mode()
+def test_a_layer_with_a_sliding_window_wants_what_it_sees(make_model, encode, prompt, sampling) -> None:
+    """And rows beyond the window of a deep layer are attended to by none that come later."""
+    width = 90
+    model = make_model(model_type="mistral", sliding_window=width)
+    for recipe in (plain(), chunks()):
+        encoded = encode(prompt(SIZE), sampling.greedy(), recipe, model)
+        ids, seen = prompt(STEPS, seed=5), []
+        one, block = cache_of(model, encoded), cache_of(model, encoded)
+        alone, together = run(model, one, SIZE, ids, seen=seen), run(model, block, SIZE, ids, most=7)
+        torch.testing.assert_close(alone, together, atol=2e-4, rtol=2e-4)
+        chunk = encoded.recipe.retrieval.chunk
+        assert seen[-1] and all(p + chunk > stamp - width + 1 for p, stamp in seen[-1])
+
+
 def test_without_recall_nothing_else_happens(bench, encode, prompt, sampling) -> None:
     """Numbers that only recall knows change neither the recipe nor what is sent of a prompt."""
     without = chunks(recall=0.0)

@@ -85,6 +85,14 @@ async def test_a_gateway_counts_requests_from_the_door_to_the_last_token(real_fl
     assert now("tier_capacity_bytes", worker="worker-0", tier="device") == real_fleet.decode.capacity_bytes
 
 
+async def test_rows_that_came_back_are_counted_when_their_request_ends(real_fleet, recalling):
+    options = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    await real_fleet.client.generate(prompt(300), recipe="exact", **options)
+    assert of_gateway(real_fleet)("recall_rows_total") == 0
+    await real_fleet.client.generate(prompt(300), recipe=recalling, n=2, **options)
+    assert 0 < of_gateway(real_fleet)("recall_rows_total") <= 2 * 11 * 4
+
+
 async def test_a_worker_counts_what_its_engines_do(make_real_fleet):
     fleet = await make_real_fleet(store=MemoryStore(1 << 26))
     options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "recipe": "exact", "durability": "tokens"}
