@@ -297,6 +297,9 @@ def test_rows_that_were_not_selected_go_no_further_and_positions_stay(monkeypatc
         def query_window(self, layer: int) -> int:
             return 5
 
+        def wants_hidden(self, layer: int) -> bool:
+            return False
+
         def finish_layer(self, obs):
             seen.append((obs.layer, obs.positions.tolist(), obs.q_window.clone(), obs.k.clone(), obs.k_pre.clone()))
             return [EncodedLayer(obs.layer, {})], kept if obs.layer == 1 else None

@@ -73,19 +73,19 @@ async def test_prompts_over_one_beginning_go_to_the_worker_that_has_run_it(make_
         await fleet.add_worker(f"prefill-{number}", "prefill")
     links = fleet.gateway.pool._prefills
 
-    def pending(worker_id: str) -> int:
-        return next(link.info.pending_tokens for link in links() if link.member.worker_id == worker_id)
+    async def say(**pending: int) -> None:
+        """Have workers report these queues, the others none, and wait until the gateway has heard it of all."""
+        fleet.script.pending = {name.replace("_", "-"): tokens for name, tokens in pending.items()}
+        heard = fleet.script.pending.get
+        await until(lambda: all(link.info.pending_tokens == heard(link.member.worker_id, 0) for link in links()))
 
     await until(lambda: [link.info.prefix_chunk_tokens for link in links()] == [CHUNK] * 3)
-    fleet.script.pending["prefill-0"] = 1000  # busier than the others: not taken for a prompt that none knows
-    await until(lambda: pending("prefill-0") == 1000)
+    await say(prefill_0=1000)  # busier than the others: not taken for a prompt that none knows
     await fleet.client.generate(asks(0), max_tokens=2)
-    fleet.script.pending = {"prefill-1": 70}  # a queue shorter than what a hit there saves
-    await until(lambda: pending("prefill-1") == 70)
+    await say(prefill_1=70)  # a queue shorter than what a hit there saves
     await fleet.client.generate(asks(1), max_tokens=2)
     await fleet.client.generate(prompt(60, 9), max_tokens=2)
-    fleet.script.pending = {"prefill-1": 200}
-    await until(lambda: pending("prefill-1") == 200)
+    await say(prefill_1=200)
     await fleet.client.generate(asks(2), max_tokens=2)
     assert fleet.script.prefilled_by == ["prefill-1", "prefill-1", "prefill-0", "prefill-0"]
 
