@@ -226,10 +226,11 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
         asked = arguments(given)
         if asked.measure is not None:
             measure(asked, root / RESULTS / f"loadtest_{asked.measure}.json")
-        return make_or_check(root, wanted, ["--check"] if asked.check else [])
+        status: int = make_or_check(root, wanted, ["--check"] if asked.check else [])
     except (KvsluiceError, ServiceFailed) as exc:
         print(f"loadtest_report: {exc}", file=sys.stderr)
         return 1
+    return status
 
 
 if __name__ == "__main__":

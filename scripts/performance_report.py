@@ -56,10 +56,11 @@ def wanted(root: Path) -> dict[Path, str]:
 
 def main(root: Path = ROOT) -> int:
     try:
-        return make_or_check(root, wanted, sys.argv[1:])
+        status: int = make_or_check(root, wanted, sys.argv[1:])
     except KvsluiceError as exc:
         print(f"performance_report: {exc.message}", file=sys.stderr)
         return 1
+    return status
 
 
 if __name__ == "__main__":
