@@ -148,7 +148,7 @@ BLOCKS = (
     Block("docs/faults.md", "fault runs", "faults.json", fault_table),
     Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
     Block("docs/faults.md", "soak", "soak.json", soak_lines),
-    Block("docs/prefixes.md", "hits", "bench_prefix_cpu.json", prefix_table),
+    Block("docs/prefixes.md", "hits", "prefix_hits_cpu.json", prefix_table),
 )
 
 
