@@ -170,9 +170,7 @@ class PrefillEngine:
         """Run one pack. False when nothing can run: no prompts, or all are held back by their sinks."""
         if self._encoder.overlaps:
             self._hand_over_encoded()
-        for running in self._running.values():
-            if running.prefix is not None and running.prompt is None and running.prefix.look():
-                self._found(running)
+        self._look_for_prefixes()
         planned = self._batcher.plan(self._is_ready)
         if not planned:
             return self._hand_over_first()
@@ -196,6 +194,13 @@ class PrefillEngine:
         num_rows = self._prompt(item.request_id).num_rows
         recipe = running.job.recipe
         running.count.add(item_flops(self.model.whole, self.shape, recipe, item.layer, num_rows, item.begin, item.end))
+
+    def _look_for_prefixes(self) -> None:
+        """Find what came to be known since prompts were submitted. Not a part of `step`: an error that a sink keeps
+        would keep that frame's prompts, too."""
+        for running in self._running.values():
+            if running.prefix is not None and running.prompt is None and running.prefix.look():
+                self._found(running)
 
     def _is_ready(self, request_id: str) -> bool:
         try:
