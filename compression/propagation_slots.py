@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the torch side; never imported at run time here
 MAX_SCORING_WINDOW = 512  # last rows whose queries score all others: their scores are window x heads floats a row
 RECALL_GROUP = 64  # columns of a hidden row that share a scale
 RECALL_PASS_ROWS = 32  # known rows that recall in one pass, at most
+MOST_RECALL_STEP = 64
+MOST_JOINING = 128  # rows that join one pass: neighbours wait for it, and its masks and rows are held beside the caches
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class TspPropagation(PropagationFilling):
         if self.recall is not None:
             check_number("recipe.propagation.recall", self.recall, 0.0, 1.0)
         check_choice("recipe.propagation.recall_bits", self.recall_bits, (8, 4))
-        check_int("recipe.propagation.recall_step", self.recall_step, 1, 1024)
+        check_int("recipe.propagation.recall_step", self.recall_step, 1, MOST_RECALL_STEP)
         as_float(self, "rate", "recall")
         if not self.recalls:  # recipes that do the same are equal
             for name in _OF_RECALL:
@@ -169,7 +171,8 @@ class TspPropagation(PropagationFilling):
         if capacity < 1:
             return None
         a_row = min(max(1, self.recall_step // chunk), capacity)
-        return RecallPlan(self.layer, chunk, num_hidden, capacity, a_row, min(capacity // a_row, RECALL_PASS_ROWS))
+        pass_rows = min(capacity // a_row, RECALL_PASS_ROWS, max(1, MOST_JOINING // (a_row * chunk)))
+        return RecallPlan(self.layer, chunk, num_hidden, capacity, a_row, pass_rows)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if self.recalls or key not in _OF_RECALL}

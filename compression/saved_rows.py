@@ -52,6 +52,8 @@ def _first(group: Mapping[str, Tensor], begin: int, count: int) -> dict[str, Ten
     if RECALLED[0] not in group:
         return own
     chunks = group[RECALLED[0]]
+    if chunks.dim() != 2 or chunks.shape[1] != 2:
+        raise FrameMismatch(f"recalled rows are named by a tensor of shape {tuple(chunks.shape)}, not [n, 2]")
     kept, all_chunks = int((chunks[:, 1] < begin + count).sum()), max(1, len(chunks))
     more = {name: group[name][: len(group[name]) // all_chunks * kept] for name in RECALLED if name in group}
     return own | more if kept else own

@@ -201,7 +201,7 @@ class SequenceWriter:
         ttl_s: how long what is written lives, unless it is renewed.
 
     Attributes:
-        stored_bytes: of all values that were written.
+        stored_bytes: of all values of the sequence that were written, or taken over.
     """
 
     def __init__(self, store: Store, ident: FrameIdent, ttl_s: float) -> None:
@@ -237,12 +237,14 @@ class SequenceWriter:
         self._head = found.head
         self._base = (found.manifest_key, found.manifest_checksum)
         self._frames = [entry.key for entry in found.manifest.frames]
+        self.stored_bytes = sum(entry.size_bytes for entry in found.manifest.frames)
         parts = []
         for choice, end in sorted(ends.items()):
             for rows in found.rows_of(choice):
                 if rows.tokens[1] <= end:
                     self._rows.append(rows)
                     self._frames += [entry.key for entry in rows.frames]
+                    self.stored_bytes += sum(entry.size_bytes for entry in rows.frames)
                 elif rows.tokens[0] < end:
                     parts.append(choice)
         return parts

@@ -72,7 +72,7 @@ class DurabilityReport:
     Attributes:
         level: none, handoff or tokens.
         kept: the store held it until its end.
-        stored_bytes: written to the store by the last worker.
+        stored_bytes: of it in the store, as the last worker left it.
         migrations: how often other workers went on with it.
         recomputed_tokens, recomputed_prompt_tokens: that were run more than once.
         stalled_s: between the last token before a migration and the first one behind it.

@@ -50,7 +50,7 @@ class Keeper:
 
     Attributes:
         is_kept: it has not been given up.
-        stored_bytes: that were written.
+        stored_bytes: of the sequence that were written, by this worker or those before it.
     """
 
     def __init__(

@@ -30,6 +30,11 @@ class PromptPrefixes:
         self._prompt_ids = prompt_ids
         self._names: dict[int, list[bytes]] = {}
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole prompt."""
+        return len(self._prompt_ids)
+
     def names(self, chunk_tokens: int) -> list[bytes]:
         """A name for the first chunk, the first two, and so on, as far as chunks are whole; none where there is no
         chunk."""
@@ -53,10 +58,16 @@ class RunPrefixes:
         self._most = most
         self._names: OrderedDict[bytes, None] = OrderedDict()
 
-    def remember(self, prefixes: PromptPrefixes, chunk_tokens: int) -> None:
-        """The worker has run a prompt that begins so."""
+    def remember(self, prefixes: PromptPrefixes, chunk_tokens: int, cached_tokens: int = 0) -> None:
+        """The worker has run a prompt that begins so, of which it had the first `cached_tokens`. Where it was taken to
+        have more it has made room, or has none for so much: the rest is forgotten."""
+        names = prefixes.names(chunk_tokens)
+        if cached_tokens < self.found(prefixes, chunk_tokens):
+            for name in names[cached_tokens // chunk_tokens :]:
+                self._names.pop(name, None)
+            names = names[: cached_tokens // chunk_tokens]
         # the shortest beginning, which most prompts have, is forgotten last
-        for name in reversed(prefixes.names(chunk_tokens)):
+        for name in reversed(names):
             self._names[name] = None
             self._names.move_to_end(name)
         while len(self._names) > self._most:

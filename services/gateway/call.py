@@ -22,7 +22,7 @@ from .attempt import Attempt
 from .failover import Failover, RetryBudget, Start
 from .job import Epochs, Job, Write, public_error
 from .pool import Route, WorkerPool
-from .sessions import Sessions, Turn, TurnTokenizer, after_turn, said_ids
+from .sessions import Sessions, TurnTokenizer, after_turn, said_ids
 
 
 class Call:
@@ -185,7 +185,7 @@ class Call:
             attempt.epoch,
             job.prompt_ids,
             history,
-            _stored_bytes(job.turn, attempt),
+            0 if finished is None else finished.stored_bytes,
         )
         await self._sessions.keep(self._kept, job.turn, route.decode.member.worker_id)
 
@@ -259,11 +259,3 @@ class Call:
             bf16_bytes = route.model.shape.bf16_kv_bytes(len(self._job.prompt_ids))
             self._metrics.handoff(resolved.recipe.name, shipped.payload_bytes, bf16_bytes)
             self._metrics.handoff_took(shipped.handoff_s, shipped.exposed_s)
-
-
-def _stored_bytes(turn: Turn, attempt: Attempt) -> int:
-    """Of a session's cache in the store, once a turn has ended with this attempt."""
-    written = 0 if attempt.finished is None else attempt.finished.stored_bytes
-    if turn.session is None or attempt.shipped.frames > 0:  # the prompt was written, or written again
-        return written
-    return turn.session.stored_bytes + written

@@ -234,9 +234,11 @@ class PrefillLink(Link):
 
     def first(self, request_id: str, epoch: int, prefixes: PromptPrefixes, cached_tokens: int) -> None:
         """The prompt has run, but for its first `cached_tokens`."""
-        # a prompt that ran in part says nothing of how fast one runs: what it takes is not in proportion to its rows
-        self._throughput.end(0 if cached_tokens else self._ours.get((request_id, epoch), 0))
-        self._has_run.remember(prefixes, self.info.prefix_chunk_tokens)
+        # where little of a prompt ran, what it took is not in proportion to its rows
+        num_run = prefixes.num_tokens - cached_tokens
+        counts = (request_id, epoch) in self._ours and 2 * num_run > prefixes.num_tokens
+        self._throughput.end(num_run if counts else 0)
+        self._has_run.remember(prefixes, self.info.prefix_chunk_tokens, cached_tokens)
         self.done(request_id, epoch)
 
     def done(self, request_id: str, epoch: int) -> None:

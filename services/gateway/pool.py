@@ -170,13 +170,14 @@ class WorkerPool:
     ) -> Route | None:
         prefills = [link for link in self._prefills() if link.model]
         decodes = [link for link in self._decodes() if link.model]
-        if store:
-            decodes = [link for link in decodes if link.info.has_store] or decodes
         served = {link.model.fingerprint for link in decodes if link.model}
         if prefill:
             served &= {link.model.fingerprint for link in prefills if link.model}
         if model_fingerprint is not None:
             served &= {model_fingerprint}
+        if store:
+            keeping = [one for one in decodes if one.info.has_store and one.model and one.model.fingerprint in served]
+            decodes = keeping or decodes
         decode = _picked(decodes, served, blame, lambda links: pick_decode([one.load() for one in links], near))
         if decode is None or decode.model is None:
             return None

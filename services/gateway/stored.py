@@ -21,10 +21,12 @@ class _Account:
     Attributes:
         sessions: id -> bytes, and when they are gone.
         looked_s: when the store was asked; None = never.
+        changed: what this gateway has done while it is asked; None = it is gone.
     """
 
     sessions: dict[str, tuple[int, float]] = field(default_factory=dict)
     looked_s: float | None = None
+    changed: dict[str, tuple[int, float] | None] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
 
@@ -63,8 +65,9 @@ class StoredBytes:
         async with account.lock:
             now_s = self._clock()
             if account.looked_s is None or not 0 <= now_s - account.looked_s < LOOK_AGAIN_S:
-                found = await self._sessions(tenant)
-                account.sessions = {one.session_id: self._entry(one) for one in found}
+                account.changed = {}
+                found = {one.session_id: self._entry(one) for one in await self._sessions(tenant)} | account.changed
+                account.sessions = {name: entry for name, entry in found.items() if entry is not None}
                 account.looked_s = now_s
         account.sessions = {name: one for name, one in account.sessions.items() if one[1] > now_s}
         held = sum(count for count, _ in account.sessions.values())
@@ -79,12 +82,13 @@ class StoredBytes:
     def kept(self, session: Session) -> None:
         """A turn of a session has been written."""
         if (account := self._accounts.get(session.tenant)) is not None:
-            account.sessions[session.session_id] = self._entry(session)
+            account.sessions[session.session_id] = account.changed[session.session_id] = self._entry(session)
 
     def deleted(self, tenant: TenantId, session_id: str) -> None:
         """A session is gone."""
         if (account := self._accounts.get(tenant)) is not None:
             account.sessions.pop(session_id, None)
+            account.changed[session_id] = None
 
     def _entry(self, session: Session) -> tuple[int, float]:
         return session.stored_bytes, session.used_unix_s + self._ttl_s

@@ -223,3 +223,15 @@ def only_unnamed(values, heads) -> bool:
             return False
         left.setdefault(sequence, set()).add(tokens)
     return all(len(extents) <= MOST_CHOICES for extents in left.values())
+
+
+async def test_what_a_session_stores_is_counted_whole_wherever_it_went_on(make_real_fleet):
+    store = SharedStore(1 << 30)
+    fleet = await make_real_fleet(store=store, store_keep_every=4)
+    options = {"temperature": 0.0}
+    await fleet.client.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True, session_id="plain", **options)
+    done = await lost_at(fleet, 40, store, session_id="moved", **options)
+    assert done.durability.migrations == 1
+    stored = {one.session_id: one.stored_bytes for one in await fleet.client.sessions()}
+    # rows may have been kept in other parts, each with its own head
+    assert 0.9 * stored["plain"] < stored["moved"] < 1.1 * stored["plain"]

@@ -106,6 +106,7 @@ BAD_SLOTS: list[tuple[dict[str, Any], str, str]] = [
     ({"propagation": {"kind": "tsp", "recall": True}}, "recipe.propagation.recall", "from 0 to 1"),
     ({"propagation": {"kind": "tsp", "recall": 0.1, "recall_bits": 2}}, "recipe.propagation.recall_bits", "8, 4"),
     ({"propagation": {"kind": "tsp", "recall": 0.1, "recall_step": 0}}, "recipe.propagation.recall_step", "1 to"),
+    ({"propagation": {"kind": "tsp", "recall": 0.1, "recall_step": 65}}, "recipe.propagation.recall_step", "to 64"),
     (
         GRID | {"propagation": GRID["propagation"] | {"recall": 0.1, "recall_step": 6}},
         "recipe.propagation.recall_step",

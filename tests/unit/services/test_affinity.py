@@ -59,3 +59,12 @@ def test_no_more_is_remembered_than_asked_for_and_short_beginnings_stay_longest(
     assert run.found(prompt(*range(200, 300)), CHUNK) == 20
     run.clear()
     assert run.found(prompt(*range(200, 300)), CHUNK) == 0
+
+
+def test_what_a_worker_turns_out_not_to_have_is_forgotten():
+    run = RunPrefixes()
+    run.remember(prompt(*range(12)), CHUNK)
+    run.remember(prompt(*range(12)), CHUNK, CHUNK)  # it had the first chunk alone
+    assert run.found(prompt(*range(12)), CHUNK) == CHUNK
+    run.remember(prompt(*range(12)), CHUNK, CHUNK)  # as was expected: it may have the rest now
+    assert run.found(prompt(*range(12)), CHUNK) == 12

@@ -87,3 +87,13 @@ async def test_a_store_that_is_away_is_asked_again(stored):
         await stored.ledger.check(ALICE, 100)
     stored.broken, stored.found = False, [stored.session("a", 200)]
     await stored.refusal()
+
+
+async def test_what_happens_while_the_store_is_asked_counts(stored):
+    async def sessions(tenant):
+        stored.ledger.kept(stored.session("b", 200))
+        stored.ledger.deleted(ALICE, "a")
+        return [stored.session("a", 500)]  # as it was when it was asked
+
+    stored.ledger = StoredBytes(sessions, TTL_S, lambda: stored.now_s)
+    assert "200 bytes" in (await stored.refusal()).message
