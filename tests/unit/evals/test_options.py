@@ -153,7 +153,7 @@ def test_a_refusal_is_one_line(command, monkeypatch, capsys):
     assert status == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "--suite: 'glue'; allowed: ruler, niah, ppl" in said
+    assert "--suite: 'glue'; allowed: ruler, multiturn, niah, ppl" in said
 
 
 def test_the_runner_needs_none_of_the_services_libraries():
