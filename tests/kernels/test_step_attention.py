@@ -173,7 +173,13 @@ def test_steps_that_attend_to_what_an_earlier_one_chose(device):
             torch.testing.assert_close(rows[0], expected[layer][ahead], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("names", [("sluice",), ("shadowkv", "sluice", "exact")], ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("sluice",), marks=pytest.mark.acceptance, id="sluice"),
+        pytest.param(("shadowkv", "sluice", "exact"), id="shadowkv+sluice+exact"),
+    ],
+)
 def test_values_in_host_memory_give_the_same_bits(names, device):
     """The hot set has two slots a chosen chunk, so chunks come, go and come again; some rows are sealed on the way."""
     if device.type == "cuda":

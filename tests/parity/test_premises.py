@@ -61,6 +61,7 @@ def loss() -> dict[str, float]:
     return {label: outcome.score for label, outcome in outcomes.items()}
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize(
     ("better", "worse", "margin"),
     [

@@ -127,6 +127,7 @@ def test_decode_measures_batches_and_hit_rates(bench):
     assert "exact, tokens/s" in few[0].ratios
 
 
+@pytest.mark.acceptance
 def test_values_in_host_memory_are_fetched_as_often_as_the_hit_rate_says(bench):
     """Through the batched kernels, under the interpreter."""
     with forced(TRITON):
