@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .plots import STYLES, TICKS, Point, panel_of
+from .plots import STYLES, TICKS, Point, legend_above, order_of, panel_of
 from .svg import as_text, drawing
 
 if TYPE_CHECKING:
@@ -60,20 +60,12 @@ def accuracy_against_costs(costs: Sequence[Cost], reference: str, families: Sequ
             for axes, cost in zip(row, costs, strict=True):
                 own = [point for point in cost.points if point.context == context]
                 _draw_reference(axes, own, reference)
-                panel_of(axes, sorted(own, key=_place), cost.points, families, cost.ticks)
+                panel_of(axes, sorted(own, key=order_of), cost.points, families, cost.ticks)
             row[0].set_ylabel("average score")
             row[0].set_title(f"{context:,} tokens", loc="left", fontsize=9, pad=4)
         for axes, cost in zip(grid[-1], costs, strict=True):
             axes.set_xlabel(cost.name)
-        figure.legend(
-            *grid[0, 0].get_legend_handles_labels(),
-            loc="upper left",
-            bbox_to_anchor=(0.052, 1 - 0.22 / height),
-            ncols=len(families),
-            frameon=False,
-            handletextpad=0.1,
-            columnspacing=1.2,
-        )
+        legend_above(figure, grid[0, 0], 0.052, len(families))
         figure.suptitle(title, x=0.06, y=1 - 0.07 / height, ha="left", va="top", fontsize=10)
         return as_text(figure)
 
@@ -98,10 +90,6 @@ def accuracy_by_turn(scores: Mapping[int, Mapping[str, Sequence[TurnScore]]], ti
         grid[-1].set_xlabel("turn")
         figure.suptitle(title, x=0.07, y=1 - 0.07 / height, ha="left", va="top", fontsize=10)
         return as_text(figure)
-
-
-def _place(point: Point) -> tuple[float, float, str]:
-    return point.cost, -point.mean, point.label
 
 
 def _draw_reference(axes: Axes, points: Sequence[Point], label: str) -> None:

@@ -15,6 +15,7 @@ from .svg import LABEL_SIZE, as_text, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 POINTS_PER_INCH = 72.0
@@ -74,22 +75,34 @@ def accuracy_against_bytes(points: Sequence[Point], families: Sequence[str], tit
         grid = figure.subplots(len(contexts), 1, sharex=True, sharey=True, squeeze=False)
         figure.subplots_adjust(left=0.07, right=0.985, top=1 - top / height, bottom=bottom / height, hspace=0.1)
         for axes, context in zip(grid[:, 0], contexts, strict=True):
-            shown = sorted((p for p in points if p.context == context), key=lambda p: (p.cost, -p.mean, p.label))
+            shown = sorted((p for p in points if p.context == context), key=order_of)
             panel_of(axes, shown, points, families)
             axes.set_ylabel("average score")
             axes.set_title(f"{context:,} tokens", loc="left", fontsize=9, pad=4)
         grid[-1, 0].set_xlabel("bytes shipped ÷ bytes of the KV cache in bf16")
-        figure.legend(
-            *grid[0, 0].get_legend_handles_labels(),
-            loc="upper left",
-            bbox_to_anchor=(0.062, 1 - 0.22 / height),
-            ncols=len(families),
-            frameon=False,
-            handletextpad=0.1,
-            columnspacing=1.2,
-        )
+        legend_above(figure, grid[0, 0], 0.062, len(families))
         figure.suptitle(title, x=0.07, y=1 - 0.07 / height, ha="left", va="top", fontsize=10)
         return as_text(figure)
+
+
+def order_of(point: Point) -> tuple[float, float, str]:
+    """In which points are drawn and labelled."""
+    return point.cost, -point.mean, point.label
+
+
+def legend_above(figure: Figure, axes: Axes, left: float, columns: int) -> None:
+    """One line under the title that says what the marks of a panel are, from `left` of the figure's width on."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(left, 1 - 0.22 / figure.get_figheight()),
+        ncols=columns,
+        frameon=False,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
 
 
 def needle_maps(scores: Mapping[tuple[str, int, float], float], labels: Sequence[str], title: str) -> str:

@@ -111,6 +111,11 @@ class Suite(Protocol):
     def case(self, unit: Unit) -> Case: ...
 
 
+def _each_task(contexts: Sequence[int], num_samples: int, tasks: Sequence[str]) -> list[Unit]:
+    """So many samples of every task at every context, all tasks of one sample together."""
+    return [Unit(context, i, task) for context in contexts for i in range(num_samples) for task in tasks]
+
+
 def _random(text: str, seed: int) -> Random:
     """The generator of a sample; seed 0 draws what the adapter's own report drew."""
     return Random(text if seed == 0 else f"{text} seed {seed}")
@@ -129,7 +134,7 @@ class Ruler:
         return tuple(SUITE)
 
     def units(self, contexts: Sequence[int], num_samples: int, tasks: Sequence[str]) -> list[Unit]:
-        return [Unit(context, i, task) for context in contexts for i in range(num_samples) for task in tasks]
+        return _each_task(contexts, num_samples, tasks)
 
     def case(self, unit: Unit) -> Case:
         random = _random(f"{unit.task}{unit.context}{unit.sample}", self._seed)
@@ -150,7 +155,7 @@ class MultiTurn:
         return tuple(TURN_SUITE)
 
     def units(self, contexts: Sequence[int], num_samples: int, tasks: Sequence[str]) -> list[Unit]:
-        return [Unit(context, i, task) for context in contexts for i in range(num_samples) for task in tasks]
+        return _each_task(contexts, num_samples, tasks)
 
     def case(self, unit: Unit) -> Case:
         random = _random(f"turns {unit.task}{unit.context}{unit.sample}", self._seed)
@@ -224,7 +229,7 @@ class Perplexity:
         return context + 1 + self._num_scored
 
     def units(self, contexts: Sequence[int], num_samples: int, tasks: Sequence[str]) -> list[Unit]:
-        return [Unit(context, i, task) for context in contexts for i in range(num_samples) for task in tasks]
+        return _each_task(contexts, num_samples, tasks)
 
     def case(self, unit: Unit) -> Case:
         text, wanted = self._texts[unit.task], self.num_tokens(unit.context)
