@@ -74,6 +74,11 @@ class Call:
         """Of the input, that were not run: a session had kept them, or an earlier prompt began with them."""
         return self._turn_tokens + self._prefix_tokens
 
+    @property
+    def cached_share(self) -> float | None:
+        """Of the prompt, that did not run, as an earlier one began with it; None where that was not looked up."""
+        return self._prefix_tokens / self._queried_tokens if self._queried_tokens else None
+
     async def run(self) -> None:
         """Work until the `complete` message is written. Raises an error of the tree otherwise."""
         job = self._job

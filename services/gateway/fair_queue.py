@@ -27,14 +27,14 @@ class Place:
 
     Attributes:
         need: choices that it takes up.
-        prompt_tokens: of it, as far as they are known.
+        prompt_tokens: that its prompt costs, as far as that is known.
         tokens: of prompt and answer, as far as they are known; what its tenant is charged.
     """
 
     tenant: TenantId
     limits: TenantLimits
     need: int
-    prompt_tokens: int
+    prompt_tokens: float
     tokens: float
     number: int = field(default_factory=lambda: next(_numbers))
 

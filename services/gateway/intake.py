@@ -36,6 +36,7 @@ from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..tracing import current_span, incoming_trace, spanning
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission, AdmissionPolicy, Ask, Held
+from .affinity import InputPrefixes, PromptPrefixes
 from .call import Call
 from .failover import RetryBudget
 from .job import Epochs, Job, Ticket, Write
@@ -45,7 +46,6 @@ from .pool import WorkerPool
 from .sessions import Sessions, Turn, TurnTokenizer
 
 MAX_TOKENIZING = 2
-CHARS_PER_TOKEN = 4  # about, where a prompt is not tokenized yet
 
 
 class Tokenizer(TurnTokenizer, Protocol):
@@ -104,6 +104,7 @@ class Intake:
         self._tickets: dict[tuple[TenantId, str], Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
+        self._has_run = InputPrefixes()
         self._num_early = 0  # requests that wait for the first workers
         self._idle = Event()
         self._idle.set()
@@ -228,12 +229,14 @@ class Intake:
                 else:
                     check_prompt(checked, len(checked.token_ids), served)
                 # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
-                async with self.admission.slot(self._ask(tenant, checked, deadline_s)) as held:
+                prefixes = _prefixes(tenant, checked)
+                async with self.admission.slot(self._ask(tenant, checked, prefixes, deadline_s)) as held:
                     held.used_tokens = 0
                     job = await self._job(request_id, checked, served, accepted_s, deadline_s)
                     if counted is not None:
                         counted(job.num_input_tokens)
-                    await self._run(job, write, held)
+                    cached_share = await self._run(job, write, held)
+                    self._has_run.remember(prefixes, cached_share)
         finally:
             del self._tickets[tenant, request_id]
             if not self._tickets:
@@ -280,20 +283,19 @@ class Intake:
             tenant=tenant,
         )
 
-    def _ask(self, tenant: TenantId, checked: CheckedRequest, deadline_s: float) -> Ask:
-        texts = [checked.prompt or "", *(message["content"] for message in checked.messages or ())]
-        num_chars = sum(map(len, texts))
-        prompt_tokens = num_chars // CHARS_PER_TOKEN + 1 if checked.token_ids is None else len(checked.token_ids)
+    def _ask(self, tenant: TenantId, checked: CheckedRequest, prefixes: PromptPrefixes, deadline_s: float) -> Ask:
         return Ask(
             num_choices=checked.sampling.n,
             tenant=tenant,
             limits=self._limits(tenant),
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=prefixes.num_tokens,
+            cached_tokens=self._has_run.found(prefixes),
             max_tokens=checked.max_tokens,
             remaining_s=deadline_s - time.monotonic(),
         )
 
-    async def _run(self, job: Job, write: Write, held: Held) -> None:
+    async def _run(self, job: Job, write: Write, held: Held) -> float | None:
+        """Returns the share of the prompt that did not have to run, where that was looked up."""
         self._report_load()
         call = Call(
             job,
@@ -312,6 +314,7 @@ class Intake:
         finally:
             held.used_tokens = call.used_tokens
         self.admission.answered(call.answer_tokens / job.sampling.n)
+        return call.cached_share
 
     async def _tokenize(self, checked: CheckedRequest, turn: Turn | None = None) -> list[int]:
         if checked.token_ids is not None:
@@ -350,6 +353,14 @@ def _tenant(caller: Caller, named: str) -> TenantId:
     if caller.role is not Role.ADMIN:
         raise PermissionDenied("tenant: is another one; allowed: the key's own, or a key with the role admin")
     return TenantId(named)
+
+
+def _prefixes(tenant: TenantId, checked: CheckedRequest) -> PromptPrefixes:
+    """How a request's input begins; where it is a text that is not tokenized yet, by the text."""
+    if checked.token_ids is not None:
+        return PromptPrefixes.of_ids(tenant, checked.recipe_name, checked.token_ids)
+    parts = [part for message in checked.messages or () for part in (message["role"], message["content"])]
+    return PromptPrefixes.of_text(tenant, checked.recipe_name, "\n".join([checked.prompt or "", *parts]))
 
 
 def _seed_source(seed: int | None) -> Callable[[], int]:

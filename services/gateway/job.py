@@ -104,7 +104,7 @@ class Job:
     @cached_property
     def prefixes(self) -> PromptPrefixes:
         """How the prompt begins."""
-        return PromptPrefixes(self.tenant, self.checked.recipe_name, self.prompt_ids)
+        return PromptPrefixes.of_ids(self.tenant, self.checked.recipe_name, self.prompt_ids)
 
     @property
     def num_input_tokens(self) -> int:

@@ -27,7 +27,7 @@ from .affinity import PromptPrefixes, RunPrefixes
 from .inbox import Event, Inbox
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
-from .waits import Throughput, Waits
+from .waits import Throughput, Waits, saved, work
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -196,7 +196,7 @@ class PrefillLink(Link):
     def __init__(self, member: Member, settings: LinkSettings, on_change: Callable[[], None]) -> None:
         super().__init__(member, settings, on_change)
         self._stub: PrefillWorkerStub | None = None
-        self._ours: dict[tuple[str, int], int] = {}
+        self._ours: dict[tuple[str, int], float] = {}  # what each costs, in tokens
         self._throughput = Throughput()
         self._has_run = RunPrefixes()
 
@@ -212,32 +212,30 @@ class PrefillLink(Link):
     @property
     def wait_s(self) -> float:
         """How long a prompt that comes now would wait until it is its turn, as far as that is known."""
-        return self._throughput.seconds(self.load().pending_tokens)
+        return sum(map(work, self.prompts())) * self._throughput.seconds_per_token
 
-    def prompts(self) -> list[int]:
-        """Tokens of each prompt that has not run; those of other gateways are taken for one."""
+    def prompts(self) -> list[float]:
+        """Tokens that each prompt costs that has not run; those of other gateways are taken for one prompt."""
         others = self.info.pending_tokens - sum(self._ours.values())
         return [*self._ours.values(), *([others] if others > 0 else [])]
 
     @property
     def seconds_per_token(self) -> float:
-        """Of prompts, as far as that is known; 0 = it is not."""
-        return self._throughput.seconds(1)
+        """Of prompts' work, as far as that is known; 0 = it is not."""
+        return self._throughput.seconds_per_token
 
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float, prefixes: PromptPrefixes) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
         if self._stub is None or not self.up:
             raise WorkerLost(f"the {self.called} was lost")
         self._throughput.begin(idle=not self._ours)
-        self._ours[request.request_id, request.epoch] = len(request.prompt_ids) - self._found(prefixes)
+        self._ours[request.request_id, request.epoch] = prefixes.num_tokens - saved(self._found(prefixes))
         return self._stub.Prefill(request, timeout=timeout_s, metadata=current_span.get().carrier)
 
     def first(self, request_id: str, epoch: int, prefixes: PromptPrefixes, cached_tokens: int) -> None:
         """The prompt has run, but for its first `cached_tokens`."""
-        # where little of a prompt ran, what it took is not in proportion to its rows
-        num_run = prefixes.num_tokens - cached_tokens
-        counts = (request_id, epoch) in self._ours and 2 * num_run > prefixes.num_tokens
-        self._throughput.end(num_run if counts else 0)
+        is_ours = (request_id, epoch) in self._ours
+        self._throughput.end(prefixes.num_tokens - saved(cached_tokens) if is_ours else None)
         self._has_run.remember(prefixes, self.info.prefix_chunk_tokens, cached_tokens)
         self.done(request_id, epoch)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .waits import saved
+
 
 @dataclass(frozen=True)
 class DecodeLoad:
@@ -34,12 +36,12 @@ class PrefillLoad:
     """What is known of a prefill worker's load.
 
     Attributes:
-        pending_tokens: of prompts, that have not run.
+        pending_tokens: that prompts cost that have not run.
         found_tokens: of the prompt that a worker is picked for, that it should not have to run.
     """
 
     worker_id: str
-    pending_tokens: int
+    pending_tokens: float
     found_tokens: int = 0
 
 
@@ -67,4 +69,4 @@ def pick_prefill(loads: Sequence[PrefillLoad]) -> str | None:
     beginning is taken until its queue is longer than another's by more than that saves. Ties go to the smaller id."""
     if not loads:
         return None
-    return min(loads, key=lambda load: (load.pending_tokens - load.found_tokens, load.worker_id)).worker_id
+    return min(loads, key=lambda load: (load.pending_tokens - saved(load.found_tokens), load.worker_id)).worker_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ RECENT_S = 10.0
 MAX_RECENT = 64
 AHEAD_S = 0.25  # of prompts that prefill workers are given ahead of those that they run
 PROMPTS_AHEAD = 2  # that each is given whatever they take, so that none waits for the next one
-WEIGHT = 0.3  # of the newest prompt in the mean of a worker's speed
+CACHED_SHARE = 1 / 16  # of running a token, what one that need not run costs
+FIXED_TOKENS = 32.0  # as many tokens' time a prompt takes beside its own
+MEMORY_TOKENS = 16384.0  # of work, after which what a worker's speed was counts for 1/e
 
 
 class Waits:
@@ -52,8 +55,20 @@ class Waits:
         return max([mean_s, *(now - since_s for since_s in self._since_s.values())])
 
 
+def work(num_tokens: float) -> float:
+    """What a prompt costs, in tokens: however short it is, a pass through the model and a handoff are made for it."""
+    return num_tokens + FIXED_TOKENS
+
+
+def saved(cached_tokens: float) -> float:
+    """What a prompt costs less, in tokens, whose first `cached_tokens` need not run: they are loaded and attended to.
+    Under recipes that share only their lower layers they save less than that; it is an estimate."""
+    return cached_tokens * (1 - CACHED_SHARE)
+
+
 class Throughput:
-    """How fast a worker runs prompts: tokens over the time in which it had any.
+    """How fast a worker runs prompts: their work over the time in which it had any. What a prompt says counts by its
+    length, so that short ones, which say little of long ones, do not push those out of the mean.
 
     Args:
         clock: monotonic seconds.
@@ -62,7 +77,7 @@ class Throughput:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since_s = 0.0
-        self._seconds_per_token: float | None = None
+        self._seconds = self._work = 0.0  # the newest counts most
 
     def begin(self, idle: bool) -> None:
         """A prompt was given to the worker.
@@ -73,18 +88,20 @@ class Throughput:
         if idle:
             self._since_s = self._clock()
 
-    def end(self, num_tokens: int) -> None:
-        """A prompt of so many tokens has run."""
-        now = self._clock()
-        if num_tokens:
-            sample = (now - self._since_s) / num_tokens
-            known = self._seconds_per_token
-            self._seconds_per_token = sample if known is None else known * (1 - WEIGHT) + sample * WEIGHT
+    def end(self, num_tokens: float | None) -> None:
+        """A prompt has run that cost so many tokens; None = something else has that does not count."""
+        now, since_s = self._clock(), self._since_s
         self._since_s = now
+        if num_tokens is None:
+            return
+        keep = math.exp(-work(num_tokens) / MEMORY_TOKENS)
+        self._seconds = self._seconds * keep + now - since_s
+        self._work = self._work * keep + work(num_tokens)
 
-    def seconds(self, num_tokens: int) -> float:
-        """How long so many tokens take; 0 where that is not known."""
-        return num_tokens * (self._seconds_per_token or 0.0)
+    @property
+    def seconds_per_token(self) -> float:
+        """Of `work`; 0 where that is not known."""
+        return self._seconds / self._work if self._work else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ class Backlog:
     Attributes:
         prompts: tokens of each.
         num_workers: that run them.
-        seconds_per_token: of a worker; 0 = not known.
+        seconds_per_token: of `work`, of a worker; 0 = not known.
     """
 
     prompts: Sequence[int] = ()
@@ -103,15 +120,17 @@ class Backlog:
     seconds_per_token: float = 0.0
 
     def seconds(self, own: float, others: float = 0.0) -> float:
-        """How long a prompt of `own` tokens takes that is given to a worker once `others` tokens have been, as far as
-        that is known; 0 where nothing is run: what nothing proves wrong keeps nobody out."""
+        """How long a prompt of `own` tokens takes that is given to a worker once others of so much work have been, as
+        far as that is known; 0 where nothing is run: what nothing proves wrong keeps nobody out."""
         if not self.prompts:
             return 0.0
-        ahead = sum(min(tokens, own) for tokens in self.prompts) + others
-        return self.seconds_per_token * (ahead / self.num_workers + own)
+        return self.seconds_per_token * ((self._ahead(own) + others) / self.num_workers + work(own))
 
     def has_room(self, own: float) -> bool:
         """Whether a prompt of `own` tokens should be given to a worker now, rather than wait where turns are fair."""
-        ahead = sum(min(tokens, own) for tokens in self.prompts)
-        ahead_s = self.seconds_per_token * ahead / self.num_workers
+        ahead_s = self.seconds_per_token * self._ahead(own) / self.num_workers
         return ahead_s <= AHEAD_S or len(self.prompts) < PROMPTS_AHEAD * self.num_workers
+
+    def _ahead(self, own: float) -> float:
+        """The work that a prompt of `own` tokens waits for."""
+        return sum(work(min(tokens, own)) for tokens in self.prompts)

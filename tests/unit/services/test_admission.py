@@ -14,7 +14,7 @@ from kvsluice.errors import InvalidRequest, Overloaded
 from kvsluice.services.gateway import fair_queue
 from kvsluice.services.gateway.admission import Admission, AdmissionPolicy, Ask
 from kvsluice.services.gateway.fair_queue import FairQueue, Place
-from kvsluice.services.gateway.waits import Backlog
+from kvsluice.services.gateway.waits import FIXED_TOKENS, Backlog
 from kvsluice.services.keys import TenantLimits
 
 
@@ -122,8 +122,10 @@ def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
     fill(policy, 3)
     running[:] = [600]
     error = refusal(policy, prompt_tokens=400)
-    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(2)), "prompts that are ahead count"
-    fill(policy, 1, prompt_tokens=100)  # it waits for no more of the longer one than it is long itself
+    wanted_s = 0.01 * 2 * (400 + FIXED_TOKENS) - 6
+    assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(wanted_s)), "prompts that are ahead count"
+    # the same prompt, of which little has to run: it waits for no more of the longer one than that
+    fill(policy, 1, prompt_tokens=400, cached_tokens=320)
     running.clear()
     fill(policy, 3)
     assert policy.num_waiting == 3
@@ -133,7 +135,7 @@ def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
 
 def test_prompts_wait_where_turns_are_fair():
     running = []
-    policy = AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.01))
+    policy = AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.001))
     fill(policy, 1)
     running[:] = [1000, 1000]
     long, short = (policy.offer(Ask(prompt_tokens=tokens, tenant=f"t{tokens}"))[0] for tokens in (500, 10))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvsluice.services.gateway.affinity import PromptPrefixes, RunPrefixes
+from kvsluice.services.gateway.affinity import CHUNK_TOKENS, InputPrefixes, PromptPrefixes, RunPrefixes
 
 CHUNK = 4
 
 
 def prompt(*ids: int, tenant: str = "t", recipe: str = "exact") -> PromptPrefixes:
-    return PromptPrefixes(tenant, recipe, ids)
+    return PromptPrefixes.of_ids(tenant, recipe, ids)
 
 
 def test_the_longest_beginning_counts_in_whole_chunks() -> None:
@@ -68,3 +68,19 @@ def test_what_a_worker_turns_out_not_to_have_is_forgotten():
     assert run.found(prompt(*range(12)), CHUNK) == CHUNK
     run.remember(prompt(*range(12)), CHUNK, CHUNK)  # as was expected: it may have the rest now
     assert run.found(prompt(*range(12)), CHUNK) == 12
+
+
+def test_a_text_is_known_by_its_beginning_before_it_is_tokenized():
+    document, seen = "a long document, " * 300, InputPrefixes()
+
+    def asked(question: str, tenant: str = "t") -> PromptPrefixes:
+        return PromptPrefixes.of_text(tenant, "exact", document + question)
+
+    assert asked("Why?").num_tokens == -(-len(document + "Why?") // 4)
+    seen.remember(asked("Why?"), None)
+    assert seen.found(asked("Why?")) == 0, "the workers share nothing"
+    seen.remember(asked("Why?"), 0.0)
+    assert seen.found(asked("How?")) == len(document) // 4 // CHUNK_TOKENS * CHUNK_TOKENS > 0
+    assert seen.found(asked("How?", tenant="other")) == 0
+    seen.remember(asked("How?"), 0.5)  # less than was thought
+    assert 0 < seen.found(asked("When?")) <= asked("When?").num_tokens / 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from kvsluice.services.gateway.job import GATEWAYS, Epochs
 from kvsluice.services.gateway.membership import Member, MembershipTable
 from kvsluice.services.gateway.routing import DecodeLoad, PrefillLoad, pick_decode, pick_prefill
-from kvsluice.services.gateway.waits import Throughput, Waits
+from kvsluice.services.gateway.waits import Throughput, Waits, work
 
 
 def decode(worker_id="a", free=1000, waiting=0, running=0, ours=0):
@@ -41,9 +43,8 @@ def test_a_worker_that_knows_a_prompts_beginning_is_taken_as_long_as_that_saves_
     def picked(queue: int, found: int = 500) -> str | None:
         return pick_prefill([PrefillLoad("a", 40), PrefillLoad("b", queue, found)])
 
-    assert picked(0) == picked(40) == picked(539) == "b"
-    assert picked(540) == "a", "none is better, and ties go to the smaller id"
-    assert picked(541) == picked(10_000) == "a"
+    assert picked(0) == picked(40) == picked(499) == "b"
+    assert picked(541) == picked(10_000) == "a", "what is loaded instead of run costs something, too"
     assert picked(41, found=0) == "a"
     assert pick_prefill([PrefillLoad("a", 0, 512), PrefillLoad("b", 100, 1024)]) == "b", "the longer beginning"
 
@@ -87,19 +88,38 @@ def test_waits_are_those_that_ended_lately_or_go_on():
 def test_throughput_leaves_idle_time_out():
     clock = Clock()
     speed = Throughput(clock)
-    assert speed.seconds(100) == 0.0
+    assert speed.seconds_per_token == 0.0
     speed.begin(idle=True)
     clock.now = 1.0
     speed.end(100)
-    assert speed.seconds(50) == 0.5
+    assert speed.seconds_per_token == pytest.approx(1 / work(100))
     clock.now = 500.0
     speed.begin(idle=True)
     speed.begin(idle=False)
     clock.now = 501.0
-    speed.end(100)
+    speed.end(None)  # what does not count takes its time with it
     clock.now = 502.0
     speed.end(100)
-    assert abs(speed.seconds(100) - 1.0) < 1e-9
+    assert speed.seconds_per_token == pytest.approx(1 / work(100))
+
+
+def test_short_prompts_say_little_of_long_ones():
+    clock = Clock()
+    speed = Throughput(clock)
+
+    def run(num_tokens: int, seconds: float) -> None:
+        speed.begin(idle=True)
+        clock.now += seconds
+        speed.end(num_tokens)
+
+    run(4096, 8.0)
+    long_s = speed.seconds_per_token
+    for _ in range(20):
+        run(1, 0.1)  # a hundred times as long a token
+    assert long_s < speed.seconds_per_token < 1.3 * long_s
+    for _ in range(20):
+        run(4096, 1.0)
+    assert speed.seconds_per_token < long_s / 7, "what was long ago is forgotten"
 
 
 async def settle():
