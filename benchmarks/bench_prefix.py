@@ -1,6 +1,6 @@
 """Time to the first token of a prompt whose document was asked about before, beside that of one whose was not.
 
-    python -P -m kvsluice.benchmarks.bench_prefix --out benchmarks/results/prefix_hits_cpu.json
+    python -P -m kvsluice.benchmarks.bench_prefix --out benchmarks/results/shared_prefixes_cpu.json
 
 Three times a round, over a new document of random tokens, the prefill engine runs a prompt from nothing to its first
 token: `fills` is the first question about the document, of which everything is kept; `hits` the second one; `alone` is

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .cost_plots import FLOPS_TICKS, Cost, TurnScore, accuracy_against_costs, accuracy_by_turn
 from .costs import prefill_share
+from .overview import HIT_HEADER, hit_rows
 from .pages import table
 from .plots import Point
 from .recipe_tables import FAMILIES, difference, family_of, mean, origin, signed
@@ -13,6 +14,7 @@ from .recorded import Run
 from .results import EXACT, Summary
 from .statistics import over_turns
 
+TITLES = {"ruler": "RULER-style tasks", "multiturn": "tasks of several turns"}
 LEAST_SPREAD = 1.05  # times the least operations are the most that are worth a plot
 
 
@@ -62,6 +64,21 @@ def turn_scores(run: Run) -> str:
     return "\n\n".join([*parts, origin(run)])
 
 
+def found_prefixes(run: Run) -> str:
+    """Two tables for each context: the mean of the first prompts and of those that found the document, and what was
+    found and saved."""
+    parts = []
+    for context in run.contexts:
+        rows = []
+        for row in run.by_average(context):
+            turns = _turns(run, row.recipe, context)
+            rows.append((f"`{row.recipe}`", *map(mean, turns)))
+        header = ("recipe", "miss [95 %]", *(f"hit {place} [95 %]" for place in range(1, len(turns))))
+        found = [(f"`{recipe}`", *cells) for recipe, *cells in hit_rows(run.results, context)]
+        parts += [f"**{context:,} tokens**", table(header, rows), table(HIT_HEADER, found)]
+    return "\n\n".join([*parts, origin(run)])
+
+
 def _turns(run: Run, recipe: str, context: int) -> list[Summary]:
     turns = sorted({cell.turn for cell in run.cells(recipe, context) if cell.turn is not None})
     found = (run.summary(recipe, context, turn=turn) for turn in turns)
@@ -79,5 +96,5 @@ def _points(run: Run, by_flops: bool) -> Iterator[Point]:
 
 
 def _title(run: Run) -> str:
-    what = "RULER-style tasks" if run.results.suite == "ruler" else "tasks of several turns"
+    what = TITLES.get(run.results.suite, "tasks")
     return f"Average of the {what}, {run.results.model.name}, {run.results.settings['samples']} samples a task"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from ..models.profiles import load_profile
 from ..models.tokenizer import load_tokenizer
 from ..services.model_shape import model_shape
 from .against import Reference
+from .hits import HitScorer
 from .options import PYTHON_TEXTS, EvalOptions
 from .processes import check_device
 from .results import EXACT
 from .scoring import Outcome, Scorer
-from .suites import LEAST_CONTEXT, Case, MultiTurn, NeedleGrid, Perplexity, Ruler, Suite, Unit
+from .suites import LEAST_CONTEXT, Case, NeedleGrid, Perplexity, Questions, Ruler, Suite, Unit
 from .texts import TextMissing, heldout_texts, python_topics, token_ids
 from .workfile import Record
 
@@ -99,7 +100,8 @@ class Evaluator:
         self.model = read_model(options)
         self._options = options
         self._suite = plan.suite
-        self._scorer = Scorer(self.model, plan.profile, plan.recipes, options.chunk_tokens)
+        how = (self.model, plan.profile, plan.recipes, options.chunk_tokens)
+        self._scorer = HitScorer(*how, max(options.contexts)) if options.suite == "prefix" else Scorer(*how)
 
     @cached_property
     def _reference(self) -> Reference:
@@ -137,6 +139,7 @@ class Evaluator:
                     "resident_bytes": outcome.resident_bytes,
                     "prefill_flops": outcome.prefill_flops,
                     "fallback": outcome.fallback,
+                    "hits": [asdict(hit) for hit in outcome.hits],
                 }
                 for label, outcome in outcomes.items()
             },
@@ -169,8 +172,8 @@ def _suite(options: EvalOptions, texts: Mapping[str, str]) -> Suite:
         raise ConfigError(f"--texts: {', '.join(empty)} in {options.texts} holds nothing")
     if options.suite == "ruler":
         return Ruler(encode, ids, options.seed)
-    if options.suite == "multiturn":
-        return MultiTurn(encode, ids, options.seed)
+    if options.suite in ("multiturn", "prefix"):
+        return Questions(encode, ids, options.seed, apart=options.suite == "prefix")
     if options.suite == "niah":
         return NeedleGrid(encode, ids, options.seed, options.depths)
     suite = Perplexity(ids, options.seed, options.scored_tokens)

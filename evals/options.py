@@ -62,9 +62,10 @@ OPTIONS = (
     Option(
         "suite",
         "|".join(SUITE_NAMES),
-        "ruler: eleven RULER-style tasks; multiturn: five questions over one document that is prefilled once; niah: "
-        "one needle over depth and context; ppl: nats a token of held-out text, which rewards recency: a recipe that "
-        "forgets all but the end does well there",
+        "ruler: eleven RULER-style tasks; multiturn: five questions over one document that is prefilled once; prefix: "
+        "the same questions as prompts of their own, which find the document of the first; niah: one needle over depth "
+        "and context; ppl: nats a token of held-out text, which rewards recency: a recipe that forgets all but the end "
+        "does well there",
         "ruler",
     ),
     Option("model", "MODEL", "built-in name, Hugging Face folder or .gguf file", DEFAULT_MODEL),
@@ -151,6 +152,8 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     for key, own in OF_SUITE.items():
         if suite != own and given.get(key) is not None:
             raise InvalidRequest(f"--{key.replace('_', '-')}", f"is of no use to --suite {suite}", f"--suite {own}")
+    if suite == "prefix" and text["against"]:
+        raise InvalidRequest("--against", "is of no use to --suite prefix", "another suite")
     json_file = Path(text["json"]) if text["json"] else None
     if json_file is not None:
         check_results_file(json_file)
@@ -241,7 +244,9 @@ def _tasks(suite: str, text: str) -> tuple[str, ...] | None:
     if not text:
         return None
     names = _listed("task", text)
-    known = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE), "niah": (NEEDLE,)}.get(suite)
+    known = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE), "prefix": tuple(TURN_SUITE), "niah": (NEEDLE,)}.get(
+        suite
+    )
     return names if known is None else tuple(_one_of("task", name, known) for name in names)
 
 

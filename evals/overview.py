@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from .costs import prefill_share
 from .results import AVERAGE, TRANSFORMERS, Cell, EvalResults, Summary
@@ -11,6 +12,7 @@ from .statistics import over_turns
 
 FILE_WIDTH = 120  # characters a line where no terminal says how many
 FEW_SAMPLES = 5  # a task
+HIT_HEADER = ("recipe", "found", "prefill of a hit ÷ of a miss", "answers unlike a miss's")
 HEADER = ("recipe", "mean [95 %]", "to exact [95 %]", "prefill", "shipped", "held", "fell back")
 
 
@@ -40,6 +42,18 @@ def turn_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...]]:
         cells = [cell for cell in results.cells if (cell.recipe, cell.context) == (recipe, context)]
         change = over_turns(cells)
         yield (recipe, *means, f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
+
+
+def hit_rows(results: EvalResults, context: int) -> Iterator[tuple[str, ...]]:
+    """One row a recipe: what prompts found of an earlier one's beginning, in the mean, and how many answered otherwise
+    than when they ran whole; nothing where none looked."""
+    for recipe in dict.fromkeys(cell.recipe for cell in results.cells):
+        cells = [one for one in results.cells if (one.recipe, one.context) == (recipe, context) and one.hit is not None]
+        hits = [one.hit for one in cells if one.hit is not None]
+        if hits:
+            shares = (fmean(one.cached_share for one in hits), fmean(one.flops_share for one in hits))
+            unlike, prompts = sum(one.unlike for one in hits), sum(len(one.scores) for one in cells)
+            yield (recipe, *(f"{share:.3f}" for share in shares), f"{unlike} of {prompts}")
 
 
 def _mean(row: Summary) -> str:
@@ -92,6 +106,10 @@ def print_overview(results: EvalResults) -> None:
         if by_turn:
             header = (HEADER[0], *(f"turn {place}" for place in range(1, len(by_turn[0]) - 1)), "last to first")
             _print_table(f"{results.suite} at {context} tokens: share of right answers by turn", [header, *by_turn])
+        hits = list(hit_rows(results, context))
+        if hits:
+            what = "share of prompts' tokens found, and what that saved"
+            _print_table(f"{results.suite} at {context} tokens: {what}", [HIT_HEADER, *hits])
     for note in notes(results):
         print(f"note: {note}")
     if results.against is not None:

@@ -16,7 +16,7 @@ from .statistics import beside
 from .tasks import SUITE
 from .turn_tasks import TURN_SUITE
 
-TASKS = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE)}
+TASKS = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE), "prefix": tuple(TURN_SUITE)}
 NOT_MEASURED = "Not measured yet."
 FINGERPRINT_DIGITS = 8
 READ_ALL, READ_CHUNKS, LEFT_OUT, DROPPED = FAMILIES = (

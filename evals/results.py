@@ -4,7 +4,7 @@ One JSON file a run. It says which model, adapter and recipes ran where, so that
 that are quoted together can be checked to be about the same thing: both carry the recipe's fingerprint.
 
     environment  hardware, versions, commit
-    suite        ruler, multiturn, niah or ppl
+    suite        ruler, multiturn, prefix, niah or ppl
     model        name, fingerprint, adapter, dtype
     settings     contexts, samples, seed, tasks, texts by name with their SHA-256, how answers were judged
     recipes      label -> name, fingerprint and slots of the resolved recipe
@@ -67,6 +67,21 @@ class EvaluatedRecipe:
 
 
 @dataclass(frozen=True)
+class FoundPrefix:
+    """What prompts found of earlier ones' beginnings, and what they gave beside the same prompts run whole; means.
+
+    Attributes:
+        cached_share: of the prompts' tokens, that were not run.
+        flops_share: operations of prefill, as a share of those of the prompts that ran whole.
+        unlike: samples whose likeliest tokens are not those of the prompt that ran whole.
+    """
+
+    cached_share: float
+    flops_share: float
+    unlike: int
+
+
+@dataclass(frozen=True)
 class Cell:
     """All samples of one recipe, context and task (and needle depth, or turn of a conversation).
 
@@ -82,7 +97,8 @@ class Cell:
         fallbacks: samples that ran `exact` instead, being too short for the recipe.
         fallback_reason: of the first of them.
         prefill_flops: mean floating-point operations of prefill, as the engine counted them; None in older files.
-        turn: from 1; None where there is but one.
+        turn: from 1, of a conversation or of prompts over one document; None where there is but one.
+        hit: what a prompt of this turn found of an earlier one's beginning; None where nothing was looked for.
     """
 
     recipe: str
@@ -98,6 +114,7 @@ class Cell:
     fallback_reason: str | None = None
     prefill_flops: float | None = None
     turn: int | None = None
+    hit: FoundPrefix | None = None
 
 
 @dataclass(frozen=True)
@@ -244,9 +261,15 @@ def _from_json(raw: Any) -> EvalResults:
         against = _record(Agreement, {**against, "differences": differences})
     parts["model"] = _record(EvaluatedModel, parts["model"])
     parts["recipes"] = {label: _record(EvaluatedRecipe, one) for label, one in parts["recipes"].items()}
-    parts["cells"] = tuple(_record(Cell, {**one, "scores": tuple(one["scores"])}) for one in parts["cells"])
+    parts["cells"] = tuple(map(_cell, parts["cells"]))
     parts["summary"] = tuple(_record(Summary, one) for one in parts["summary"])
     return _record(EvalResults, {**parts, "against": against})
+
+
+def _cell(raw: Mapping[str, Any]) -> Cell:
+    hit = raw.get("hit")
+    found = None if hit is None else _record(FoundPrefix, hit)
+    return _record(Cell, {**raw, "scores": tuple(raw["scores"]), "hit": found})
 
 
 def _record(kind: type[T], raw: Mapping[str, Any]) -> T:

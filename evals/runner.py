@@ -27,7 +27,7 @@ from .options import EvalOptions, argument_parser, parse_options
 from .overview import print_overview
 from .processes import environment_of
 from .progress import progress, say
-from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, save
+from .results import TRANSFORMERS, Cell, EvalResults, EvaluatedModel, EvaluatedRecipe, FoundPrefix, save
 from .statistics import summarize
 from .suites import Unit
 from .turn_tasks import NUM_TURNS
@@ -151,6 +151,8 @@ def _results(
         settings["scored_tokens"] = options.scored_tokens
     if options.suite == "multiturn":
         settings |= {"turns": NUM_TURNS, "between_turns": "right answers"}
+    if options.suite == "prefix":
+        settings |= {"turns": NUM_TURNS}
     recipes = {}
     for label, recipe in plan.recipes.items():
         slots = json.loads(recipe.to_json())
@@ -168,7 +170,7 @@ def collect_cells(records: Sequence[Record], labels: Sequence[str], *, with_refe
         places.setdefault((record["context"], record["task"], record["depth"]), []).append(record)
     cells = [cell for label in labels for place, own in places.items() for cell in _cells(label, *place, own)]
     if with_reference:
-        nothing = {"payload_bytes": 0, "resident_bytes": 0, "prefill_flops": 0.0, "fallback": None}
+        nothing = {"payload_bytes": 0, "resident_bytes": 0, "prefill_flops": 0.0, "fallback": None, "hits": []}
         for (context, task, depth), own in places.items():
             judged = [
                 record | {"outcomes": {TRANSFORMERS: nothing | {"turns": record["reference"]["turns"]}}}
@@ -197,7 +199,18 @@ def _cells(label: str, context: int, task: str, depth: float | None, records: Se
     turns = zip(*(outcome["turns"] for outcome in outcomes), strict=True)
     by_turn = dict(enumerate(turns, 1))
     for turn, scores in by_turn.items():
-        yield replace(cell, scores=scores, turn=turn if len(by_turn) > 1 else None)
+        hits = [outcome["hits"][turn - 2] for outcome in outcomes if turn > 1 and outcome["hits"]]
+        yield replace(cell, scores=scores, turn=turn if len(by_turn) > 1 else None, hit=_found(hits))
+
+
+def _found(hits: Sequence[Mapping[str, Any]]) -> FoundPrefix | None:
+    if not hits:
+        return None
+    return FoundPrefix(
+        sum(hit["cached_tokens"] for hit in hits) / sum(hit["prompt_tokens"] for hit in hits),
+        sum(hit["flops"] for hit in hits) / sum(hit["miss_flops"] for hit in hits),
+        sum(not hit["same"] for hit in hits),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,6 +40,7 @@ from ..services.framing import FrameMeter, FramePacker, LayerAssembler
 from ..services.model_shape import model_shape
 from ..services.prefill.engine import PrefillEngine, PrefillJob
 from ..services.prefill.flops import FlopCount
+from ..services.prefill.prefix_memory import make_prefix_memory
 from ..services.staging import make_host_copies
 from .suites import Case
 
@@ -53,6 +54,24 @@ CHUNKS_A_PACK = 4  # the prompts of a call share packs
 
 
 @dataclass(frozen=True)
+class Hit:
+    """A prompt whose beginning was found, beside the same prompt run whole.
+
+    Attributes:
+        cached_tokens: of it, that were found.
+        prompt_tokens: of all of it.
+        flops, miss_flops: operations of prefill, and of the prompt that ran whole.
+        same: whether the likeliest tokens are those of the prompt that ran whole.
+    """
+
+    cached_tokens: int
+    prompt_tokens: int
+    flops: float
+    miss_flops: float
+    same: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of one sample under one recipe.
 
@@ -62,8 +81,10 @@ class Outcome:
         payload_bytes: bytes of the frames from prefill to decode.
         resident_bytes: bytes of the prompt's cache on decode, before the answer.
         prefill_flops: operations that the engine counted for the prompt.
+        cached_tokens: of the prompt, that were not run.
         fallback: why `exact` ran instead, or None.
         predicted: the likeliest token for every token of the answers, one turn after another; empty under `nll`.
+        hits: of each further prompt over the same document, whose scores are `turns` from the second on.
     """
 
     score: float
@@ -71,8 +92,10 @@ class Outcome:
     payload_bytes: int
     resident_bytes: int
     prefill_flops: float
+    cached_tokens: int
     fallback: str | None
     predicted: tuple[int, ...]
+    hits: tuple[Hit, ...] = ()
 
 
 class _Wire:
@@ -135,6 +158,7 @@ class _Sequence:
     first_token: int | None = None
     error: KvsluiceError | None = None
     num_done: int = 0
+    cached_tokens: int = 0
     judged: list[Tensor] = field(default_factory=list)
     _rows_left: int | None = None  # until sealing is due; None before the first row
 
@@ -150,6 +174,9 @@ class _Sequence:
 
     def on_first_tokens(self, sampled: list[Sampled]) -> None:
         self.first_token = sampled[0].token_id
+
+    def on_found(self, num_tokens: int) -> None:
+        self.cached_tokens = num_tokens
 
     def on_done(self) -> None:
         self.payload_bytes += self.meter.measure_rest()
@@ -205,6 +232,7 @@ class Scorer:
         profile: calibrated settings of the model, as recipes are resolved with.
         recipes: by label, with open numbers or resolved.
         chunk_tokens: prompt rows of a work item of prefill; None = by the device.
+        prefix_bytes: memory for what prompts that begin alike share; 0 = they share nothing.
     """
 
     def __init__(
@@ -213,6 +241,7 @@ class Scorer:
         profile: Mapping[str, Any],
         recipes: Mapping[str, Recipe],
         chunk_tokens: int | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
         if chunk_tokens is None:
             chunk_tokens = CHUNK_TOKENS if model.device.type == "cpu" else CUDA_CHUNK_TOKENS
@@ -223,22 +252,26 @@ class Scorer:
         self._sent: set[str] = set()
         self._counter = count()
         self._copies = make_host_copies(model.device)
-        self._prefill = PrefillEngine(model, chunk_tokens, CHUNKS_A_PACK * chunk_tokens)
+        memory = make_prefix_memory(prefix_bytes, model.device) if prefix_bytes else None
+        self._prefill = PrefillEngine(model, chunk_tokens, CHUNKS_A_PACK * chunk_tokens, prefix_memory=memory)
 
     @torch.no_grad()
-    def score(self, cases: Sequence[Case]) -> list[dict[str, Outcome]]:
+    def score(self, cases: Sequence[Case], tenant: str = "local") -> list[dict[str, Outcome]]:
         """Every case under every recipe: case by case, label -> outcome.
+
+        Args:
+            tenant: prompts of one share their beginnings, those of each recipe apart.
 
         Raises:
             KvsluiceError: whatever the engines refuse or fail with, or what they would: logits that are not finite.
         """
-        sequences = [{label: self._open(case, label) for label in self._recipes} for case in cases]
+        sequences = [{label: self._open(case, label, tenant) for label in self._recipes} for case in cases]
         everything = [sequence for row in sequences for sequence in row.values()]
         self._run_prefill(everything)
         self._run_answers(everything)
         return [{label: _outcome(label, sequence) for label, sequence in row.items()} for row in sequences]
 
-    def _open(self, case: Case, label: str) -> _Sequence:
+    def _open(self, case: Case, label: str, tenant: str) -> _Sequence:
         recipe = self._recipes[label]
         # ids of one length, as every frame's header holds it
         request_id = f"eval-{next(self._counter):09d}"
@@ -268,8 +301,8 @@ class Scorer:
         )
         # the first token must not end the request, or its last layer would not be encoded
         sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
-        job = PrefillJob(request_id, EPOCH, case.prompt_ids, resolved.recipe, sampling)
-        self._prefill.submit(job, sequence, count=sequence.count)
+        job = PrefillJob(request_id, EPOCH, case.prompt_ids, resolved.recipe, sampling, tenant=f"{tenant} {label}")
+        self._prefill.submit(job, sequence, sequence.on_found, sequence.count)
         return sequence
 
     def _run_prefill(self, sequences: Sequence[_Sequence]) -> None:
@@ -364,6 +397,7 @@ def _outcome(label: str, sequence: _Sequence) -> Outcome:
         sequence.payload_bytes,
         sequence.resident_bytes,
         sequence.count.flops.total,
+        sequence.cached_tokens,
         sequence.resolved.fallback_reason,
         predicted,
     )

@@ -2,6 +2,7 @@
 
     ruler      the eleven tasks of `tasks.py`
     multiturn  five questions over one document, see `turn_tasks.py`
+    prefix     the same questions as prompts of their own, of which the later ones find the document
     niah       one needle in natural text, over depth and context
     ppl        how well held-out text is continued
 
@@ -30,7 +31,7 @@ from .tasks import (
 )
 from .turn_tasks import TURN_SUITE, TurnMaker
 
-SUITE_NAMES = ("ruler", "multiturn", "niah", "ppl")
+SUITE_NAMES = ("ruler", "multiturn", "prefix", "niah", "ppl")
 NEEDLE = "needle"
 ROOM = 64  # prompt and answer together stay by this much below the context
 LEAST_CONTEXT = 256
@@ -77,12 +78,14 @@ class Case:
         rule: how the answers are judged. Under `nll` the first token is given and those behind it are judged, so that
             every judged token was predicted over the compressed cache; such a case has no later turns.
         later: turns that follow, over the cache that the turns before have left. Between them stand the right answers.
+        apart: prompts that begin with the same document, each asked once this one's beginning is known.
     """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     rule: Rule
     later: tuple[Turn, ...] = ()
+    apart: tuple[Case, ...] = ()
 
     @property
     def following_ids(self) -> tuple[int, ...]:
@@ -142,12 +145,17 @@ class Ruler:
         return _case(sample, "share" if unit.task == "quote" else "all")
 
 
-class MultiTurn:
-    """Five questions over one document that is prefilled once, with the first of them (SCBench, arXiv:2412.10319)."""
+class Questions:
+    """Five questions over one document, the same ones under either name: as turns of a conversation whose document is
+    prefilled once, with the first of them, or as prompts of their own (SCBench, arXiv:2412.10319).
 
-    name = "multiturn"
+    Args:
+        apart: as prompts of their own.
+    """
 
-    def __init__(self, encode: Encode, texts: Mapping[str, Sequence[int]], seed: int) -> None:
+    def __init__(self, encode: Encode, texts: Mapping[str, Sequence[int]], seed: int, apart: bool = False) -> None:
+        self.name = "prefix" if apart else "multiturn"
+        self._apart = apart
         self._maker = TurnMaker(TaskMaker(encode, list(texts.values())))
         self._seed = seed
 
@@ -160,7 +168,10 @@ class MultiTurn:
     def case(self, unit: Unit) -> Case:
         random = _random(f"turns {unit.task}{unit.context}{unit.sample}", self._seed)
         sample = TURN_SUITE[unit.task](self._maker, random, unit.context - ROOM)
-        first = _case(sample.first, "share" if unit.task == "quote" else "all")
+        rule: Rule = "share" if unit.task == "quote" else "all"
+        first = _case(sample.first, rule)
+        if self._apart:
+            return replace(first, apart=tuple(_case(one, rule) for one in sample.apart))
         later = (Turn(tuple(turn.prompt_ids), tuple(turn.answer_ids)) for turn in sample.later)
         return replace(first, later=tuple(later))
 

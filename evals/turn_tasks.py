@@ -1,9 +1,11 @@
-"""Five questions over one document, as `tasks.py` asks one: retrieval in several turns (SCBench, arXiv:2412.10319).
+"""Five questions over one document, as `tasks.py` asks one: retrieval in several turns, or from several requests, over
+what is computed once (SCBench, arXiv:2412.10319).
 
 The document is that of a task of `tasks.py`, with five facts, people or passages to ask for. The first question stands
 behind it in the prompt; the others come as messages of the same conversation, each opened as the first one is, up to
 the first words of the answer. Which is asked when is drawn for each sample, apart from where the facts lie: so that
-turns differ by nothing but by how many came before.
+turns differ by nothing but by how many came before. The same questions also come as prompts of their own, each behind
+the same document.
 """
 
 from __future__ import annotations
@@ -49,10 +51,12 @@ class TurnsSample:
         first: the document with the first question, and the first answer.
         later: of each further turn, what goes behind the last answer, up to the first words of the new one; and the
             answer.
+        apart: the questions of `later` as prompts of their own, each behind the same document.
     """
 
     first: Sample
     later: list[Sample]
+    apart: list[Sample]
 
 
 class TurnMaker:
@@ -108,9 +112,9 @@ class TurnMaker:
         before = self._maker.before_text("Here is a text.\n")
         asked, opening = self._encode("\n" + QUOTE_REQUEST), self._encode(BEFORE_ANSWER)
         again = self._encode(END_OF_TURN + BEFORE_NEXT_USER + QUOTE_REQUEST) + opening
-        given, answer = turns[0]
+        alone = [Sample(before + hay + asked + opening + given, answer) for given, answer in turns]
         later = [Sample(again + given, answer) for given, answer in turns[1:]]
-        return TurnsSample(Sample(before + hay + asked + opening + given, answer), later)
+        return TurnsSample(alone[0], later, alone[1:])
 
     def _assemble(
         self, random: Random, num_tokens: int, hay: Haystack, facts: Sequence[list[int]], questions: Sequence[Question]
@@ -118,7 +122,10 @@ class TurnMaker:
         """All turns together take `num_tokens` tokens; more when the facts alone do."""
         later = [self._later(question) for question in questions[1:]]
         behind = sum(len(turn.prompt_ids) + len(turn.answer_ids) for turn in later)
-        return TurnsSample(self._maker.assemble(random, num_tokens - behind, hay, facts, questions[0]), later)
+        first = self._maker.assemble(random, num_tokens - behind, hay, facts, questions[0])
+        frames = [self._maker.frame(question) for question in questions]
+        document = first.prompt_ids[: len(first.prompt_ids) - len(frames[0][1])]
+        return TurnsSample(first, later, [Sample(document + asked, answer) for _, asked, answer in frames[1:]])
 
     def _later(self, question: Question) -> Sample:
         """A turn behind an answer that has ended its own."""

@@ -1,4 +1,4 @@
-"""Puts what `make acceptance` measured into README.md, docs/cluster.md and docs/faults.md;
+"""Puts what `make acceptance` measured into README.md and pages under docs/;
 scripts/recipe_report.py does the same for the recipes.
 
 With --check it only says whether the pages hold what the results say.
@@ -127,6 +127,19 @@ def prefix_table(results: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{origin}"
 
 
+def overload_table(results: Mapping[str, Any]) -> str:
+    """Goodput by how much more is asked than can be served."""
+    loads = [row["load"] for row in results["scenarios"][0]["rows"]]
+    rows = []
+    for one in results["scenarios"]:
+        within = [row["shed_within_50_ms"] for row in one["rows"] if row.get("shed_within_50_ms") is not None]
+        soon = f"{min(within):.1%}" if within else ""
+        rows.append((one["name"], *(f"{row['of_peak']:.2f}" for row in one["rows"]), soon))
+    header = ("goodput ÷ its peak", *(f"{load:g} ×" for load in loads), "refused within 50 ms, at least")
+    origin = f"Measured on {_where(results)}; the first three are the policy alone, on a simulated clock."
+    return f"{table(header, rows)}\n\n{origin}"
+
+
 def _where(results: Mapping[str, Any]) -> str:
     made = results["environment"]
     return f"{made['hardware']['cores']} cores of {made['hardware']['cpu']}, commit {made['commit']}"
@@ -148,7 +161,8 @@ BLOCKS = (
     Block("docs/faults.md", "fault runs", "faults.json", fault_table),
     Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
     Block("docs/faults.md", "soak", "soak.json", soak_lines),
-    Block("docs/prefixes.md", "hits", "prefix_hits_cpu.json", prefix_table),
+    Block("docs/prefixes.md", "hits", "shared_prefixes_cpu.json", prefix_table),
+    Block("docs/security.md", "overload", "overload.json", overload_table),
 )
 
 

@@ -1,7 +1,7 @@
 """Puts what was measured of the recipes into README.md, docs/recipes.md and docs/recipes/, and draws docs/images/.
 
-The numbers come from benchmarks/results/{ruler,multiturn,niah,ppl,peer_kvpress}*.json, the tables of slots from the
-recipes themselves. What was not measured says so. With --check it only says whether pages and images hold all that.
+The numbers come from benchmarks/results/{ruler,multiturn,prefix,niah,ppl,peer_kvpress}*.json, the tables of slots from
+the recipes themselves. What was not measured says so. With --check it only says whether pages and images hold all that.
 With --results and --out it makes a page and images of other files that `kvsluice eval` wrote, and leaves the project's
 alone.
 """
@@ -23,6 +23,7 @@ from kvsluice.evals.pages import apart, block, filled, write
 from kvsluice.evals.recipe_tables import NOT_MEASURED
 from kvsluice.evals.recorded import Run
 from kvsluice.evals.results import load
+from kvsluice.evals.suites import SUITE_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks") / "results"
@@ -52,13 +53,14 @@ class Measurements:
     ruler: Sequence[Run]
     references: Sequence[Run]
     multiturn: Sequence[Run]
+    prefix: Sequence[Run]
     niah: Sequence[Run]
     ppl: Sequence[Run]
     peers: Sequence[tuple[str, Any]]
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.ruler, *self.multiturn, *self.niah, *self.ppl]
+        return [*self.ruler, *self.multiturn, *self.prefix, *self.niah, *self.ppl]
 
     @property
     def main(self) -> Run | None:
@@ -83,7 +85,7 @@ def read(root: Path) -> Measurements:
         InvalidRequest: a file is not what its name says.
     """
     found = {}
-    for suite in ("ruler", "multiturn", "niah", "ppl"):
+    for suite in SUITE_NAMES:
         files = sorted((root / RESULTS).glob(f"{suite}*.json"), key=lambda path: path.stem)
         found[suite] = [Run(path.stem, load(path)) for path in files]
     found["references"] = [run for run in found["ruler"] if run.is_reference]
@@ -126,6 +128,7 @@ def library_blocks(found: Measurements) -> dict[str, str]:
         "tasks": each([f"{_title(run)}{recipe_tables.task_scores(run)}" for run in found.ruler]),
         "reference": each([recipe_tables.beside_reference(found.beside(one), one) for one in found.references]),
         "turns": each([f"{_drawn_turns(run, 'images')}{cost_tables.turn_scores(run)}" for run in found.multiturn]),
+        "prefixes": each([cost_tables.found_prefixes(run) for run in found.prefix]),
         "needles": each([f"{_image(run, 'images')}\n\n{recipe_tables.found_needles(run)}" for run in found.niah]),
         "perplexity": each([recipe_tables.perplexity(run) for run in found.ppl]),
         "peers": each([recipe_tables.peers(name, raw) for name, raw in found.peers]),
@@ -222,8 +225,9 @@ def own_report(paths: Sequence[Path]) -> dict[Path, str]:
     for path in paths:
         run = Run(path.stem, load(path))
         page.append(f"## {path.name}")
-        if run.results.suite == "ppl":
-            page.append(recipe_tables.perplexity(run))
+        if run.results.suite in ("ppl", "prefix"):
+            whole = recipe_tables.perplexity if run.results.suite == "ppl" else cost_tables.found_prefixes
+            page.append(whole(run))
             continue
         if _costs_are_drawn(run):
             made[Path(f"{run.name}{COSTS}.svg")] = cost_tables.costs_plot(run)

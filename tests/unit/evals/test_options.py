@@ -35,8 +35,8 @@ def test_recipes_presets_and_variants_have_labels():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, multiturn, niah, ppl"),
-        ({"suite": "prefix"}, "--suite: 'prefix'; allowed: ruler, multiturn, niah, ppl"),
+        ({"suite": "glue"}, "--suite: 'glue'; allowed: ruler, multiturn, prefix, niah, ppl"),
+        ({"suite": "prefix", "against": "transformers"}, "--against: is of no use to --suite prefix"),
         ({"suite": "multiturn", "task": "vt"}, "--task: 'vt'; allowed: numbers_in_noise, numbers_in_text, "),
         ({"suite": "multiturn", "depth": "0.5"}, "--depth: is of no use to --suite multiturn; allowed: --suite niah"),
         ({"context": "4096,x"}, "--context: 'x'; allowed: a whole number from 256"),
@@ -153,7 +153,7 @@ def test_a_refusal_is_one_line(command, monkeypatch, capsys):
     assert status == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "--suite: 'glue'; allowed: ruler, multiturn, niah, ppl" in said
+    assert "--suite: 'glue'; allowed: ruler, multiturn, prefix, niah, ppl" in said
 
 
 def test_the_runner_needs_none_of_the_services_libraries():

@@ -64,9 +64,9 @@ def test_operations_run_in_plain_torch_where_that_is_asked_for(options, monkeypa
     seen = set()
     plain = Scorer.score
 
-    def score(self, cases):
+    def score(self, cases, *others):
         seen.add(dispatch._forced)
-        return plain(self, cases)
+        return plain(self, cases, *others)
 
     monkeypatch.setattr(Scorer, "score", score)
     results = run(options(kernels=kernels))
@@ -105,6 +105,34 @@ def test_a_conversation_has_cells_for_every_turn(options, capsys):
     print_overview(results)
     assert "by turn" in capsys.readouterr().out
     assert run(chosen) == results, "from the work file"
+
+
+def test_prompts_that_find_a_document_stand_beside_themselves_run_whole(options, capsys):
+    chosen = options(
+        suite="prefix", recipe="exact,fastkv,snapkv", context="2400", samples="2", task="uuids_in_text,state"
+    )
+    results = run(chosen)
+    assert load(chosen.json) == results
+    for label in ("exact", "fastkv", "snapkv"):
+        cells = [cell for cell in results.cells if cell.recipe == label]
+        assert [(one.task, one.turn) for one in cells] == [
+            (task, turn) for task in ("uuids_in_text", "state") for turn in range(1, 6)
+        ]
+        first, later = [one for one in cells if one.turn == 1], [one for one in cells if one.turn != 1]
+        assert [one.hit for one in first] == [None, None]
+        assert {one.hit.unlike for one in later} == {0}, "a hit and a miss say the same"
+        assert all(one.hit.cached_share > 0.5 for one in later)
+    exact, fastkv, _ = ([one.hit.flops_share for one in results.cells if one.recipe == label and one.hit]
+                        for label in ("exact", "fastkv", "snapkv"))  # fmt: skip
+    assert max(exact) < 0.5
+    assert min(fastkv) > max(exact), "its deep layers run for each question"
+    print_overview(results)
+    said = capsys.readouterr().out
+    assert "0 of 16" in said and "found" in said
+    assert run(chosen) == results, "from the work file"
+    run_whole = run(options(suite="prefix", recipe="exact", context="2400", samples="2", task="state", json=None))
+    own = [cell for cell in results.cells if (cell.recipe, cell.task) == ("exact", "state")]
+    assert list(run_whole.cells) == own, "whatever else is asked"
 
 
 def test_what_is_done_is_not_done_again(options, counted):

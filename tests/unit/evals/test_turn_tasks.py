@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kvsluice.evals.suites import ROOM, Case, MultiTurn, Unit
+from kvsluice.evals.suites import ROOM, Case, Questions, Unit
 from kvsluice.evals.tasks import BEFORE_ANSWER, END_OF_TURN, TaskMaker
 from kvsluice.evals.turn_tasks import BEFORE_NEXT_USER, NUM_TURNS, TURN_SUITE, TurnMaker
 from kvsluice.models.checkpoint import DEFAULT_MODEL
@@ -17,8 +17,8 @@ CONTEXT = 1500
 
 
 @pytest.fixture(scope="module")
-def suite(encode, topics) -> MultiTurn:
-    return MultiTurn(encode, topics, 0)
+def suite(encode, topics) -> Questions:
+    return Questions(encode, topics, 0)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def find(part: tuple[int, ...], whole: tuple[int, ...]) -> int:
 
 def test_samples_are_fixed_by_their_unit_and_seed(encode, topics, suite):
     unit = Unit(700, 1, "uuids_in_text")
-    assert MultiTurn(encode, topics, 0).case(unit) == suite.case(unit)
-    others = [MultiTurn(encode, topics, 1).case(unit), suite.case(Unit(700, 2, "uuids_in_text"))]
+    assert Questions(encode, topics, 0).case(unit) == suite.case(unit)
+    others = [Questions(encode, topics, 1).case(unit), suite.case(Unit(700, 2, "uuids_in_text"))]
     assert len({case.following_ids for case in (suite.case(unit), *others)}) == 3
 
 
@@ -124,3 +124,16 @@ def test_a_document_without_room_for_five_questions_is_refused_or_told_by_its_le
 def test_where_answers_lie_in_what_follows(suite):
     case = suite.case(Unit(CONTEXT, 0, "state"))
     assert [case.following_ids[begin:end] for begin, end in case.answers] == answers(case)
+
+
+@pytest.mark.parametrize("task", TURN_SUITE)
+def test_questions_apart_are_those_of_the_turns_behind_the_same_document(encode, topics, suite, task):
+    unit = Unit(CONTEXT, 0, task)
+    turns, apart = suite.case(unit), Questions(encode, topics, 0, apart=True).case(unit)
+    prompts = [apart.prompt_ids, *(one.prompt_ids for one in apart.apart)]
+    assert apart.later == () and len(prompts) == NUM_TURNS and prompts[0] == turns.prompt_ids
+    assert len(set(prompts)) == NUM_TURNS, "each asks something else"
+    same = next(i for i, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    assert min(map(len, prompts)) - same < 100, "they differ in the question alone"
+    assert [apart.answer_ids, *(one.answer_ids for one in apart.apart)] == answers(turns)
+    assert {one.rule for one in (apart, *apart.apart)} == {turns.rule}
