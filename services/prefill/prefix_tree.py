@@ -15,10 +15,11 @@ gave out is the caller's, who either makes a node of it (`add`) or gives it back
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from .regions import Region, Regions, aligned
+from .regions import Region, Regions
 
 Key = Hashable
 
@@ -104,23 +105,24 @@ class PrefixTree:
 
     def reserve(self, sizes: Sequence[int]) -> list[Region]:
         """Room for the first of chunks of these sizes in bytes, for as many as there is room, at the cost of what was
-        used longest ago. Nothing is dropped for a chunk that what is held leaves too little for; a chunk also gets none
-        where what is free lies too scattered."""
+        used longest ago. Nothing is dropped for a chunk that what is held leaves too little for in one piece."""
         regions: list[Region] = []
         leaves: list[tuple[int, int, Node]] | None = None
-        droppable_bytes = 0
+        staying: list[Region] = []
         for size in sizes:
             region = self._regions.take(size)
             if region is None and leaves is None:
-                leaves, droppable_bytes = self._leaves(), self._droppable_bytes()
-            while region is None and leaves and aligned(size) <= self._regions.free_bytes + droppable_bytes:
-                leaf = heapq.heappop(leaves)[-1]
-                droppable_bytes -= self._drop(leaf, leaves)
-                region = self._regions.take(size)
-            if region is None:
+                leaves, staying = self._leaves(), self._staying()
+            if region is None and not self._regions.would_fit(size, staying):
                 break
+            while region is None and leaves:
+                self._drop(heapq.heappop(leaves)[-1], leaves)
+                region = self._regions.take(size)
+            assert region is not None, "all that may go leaves room for it"
             self._reserved.add(region)
             regions.append(region)
+            if leaves is not None:
+                insort(staying, region)
         return regions
 
     def free(self, region: Region) -> None:
@@ -168,19 +170,18 @@ class PrefixTree:
         heapq.heapify(found)
         return found
 
-    def _droppable_bytes(self) -> int:
-        """Of chunks with nobody who holds them or one below them."""
-        nodes = list(self._nodes())
+    def _staying(self) -> list[Region]:
+        """What is reserved, and chunks that somebody holds, or one below them; sorted."""
         kept: set[Node] = set()
-        for node in nodes:
+        for node in self._nodes():
             above: Node | None = node if node.holders else None
             while above is not None and above not in kept:
                 kept.add(above)
                 above = above.parent
-        return sum(node.region.num_bytes for node in nodes if node.region is not None and node not in kept)
+        return sorted([*self._reserved, *(node.region for node in kept if node.region is not None)])
 
-    def _drop(self, leaf: Node, leaves: list[tuple[int, int, Node]]) -> int:
-        """Forget a chunk; the one above it may be a leaf now. Returns the bytes that are free again."""
+    def _drop(self, leaf: Node, leaves: list[tuple[int, int, Node]]) -> None:
+        """Forget a chunk; the one above it may be a leaf now."""
         above, region = leaf.parent, leaf.region
         assert above is not None and region is not None and _is_free(leaf)
         del above.children[leaf.key]
@@ -189,7 +190,6 @@ class PrefixTree:
         if _is_free(above):
             heapq.heappush(leaves, (above.used, -self.num_dropped, above))
         self._drop_if_bare(above)
-        return region.num_bytes
 
     def _drop_if_bare(self, node: Node) -> None:
         if node.parent is None and not node.children and not node.holders:

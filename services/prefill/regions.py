@@ -10,6 +10,7 @@ A region is taken from the first gap that holds it; one that is given back joins
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGN = 64  # bytes: regions begin at multiples of it
@@ -65,6 +66,12 @@ class Regions:
         if at and self._gaps[at - 1].end == begin:
             begin = self._gaps.pop(at - 1).begin
         insort(self._gaps, Region(begin, end))
+
+    def would_fit(self, num_bytes: int, taken: Sequence[Region]) -> bool:
+        """Whether a region could be taken if only those were, which are sorted."""
+        begins = [0, *(region.end for region in taken)]
+        ends = [*(region.begin for region in taken), self.size_bytes]
+        return any(end - begin >= aligned(num_bytes) for begin, end in zip(begins, ends, strict=True))
 
     def check_integrity(self, taken: list[Region]) -> None:
         """Assert that the regions `taken` and the gaps are all bytes, each once."""

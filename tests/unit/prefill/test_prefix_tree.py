@@ -112,6 +112,21 @@ def test_room_is_made_for_as_many_as_there_ever_is() -> None:
     assert tree.used_bytes == 2 * SIZE
 
 
+def test_nothing_is_dropped_where_what_is_held_lies_in_between() -> None:
+    tree = PrefixTree(5 * SIZE)
+    put(tree, "a", "ab")
+    held = put(tree, "b", "x")  # in the middle
+    put(tree, "c", "cd")
+    tree.hold(held)
+    assert tree.reserve([3 * SIZE]) == [] and tree.num_dropped == 0, "four are free at best, in two pieces"
+    first, second = tree.reserve([2 * SIZE, 2 * SIZE, SIZE])
+    assert [known(tree, salt, keys) for salt, keys in (("a", "ab"), ("b", "x"), ("c", "cd"))] == [0, 1, 0]
+    for region in (first, second):
+        tree.free(region)
+    tree.release(held)
+    tree.check_integrity()
+
+
 def test_of_two_that_fill_the_same_chunk_the_first_counts() -> None:
     tree = PrefixTree(4 * SIZE)
     root = tree.root("a")
