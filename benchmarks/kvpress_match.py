@@ -13,8 +13,9 @@ import torch
 from ..compression.layout import layer_layout
 from ..compression.recipe import ModelShape, Recipe, fill, get_recipe, resolve
 from ..errors import InvalidRequest
+from ..evals.outcomes import score_of
 from ..evals.reference_model import load_long_context
-from ..evals.scoring import Scorer, score_of
+from ..evals.scoring import Scorer
 from ..evals.suites import Ruler, Unit
 from ..evals.texts import heldout_texts, token_ids
 from ..evals.workfile import Record

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..errors import InvalidRequest
 from ..models.checkpoint import BUILTIN_MODELS, DEFAULT_MODEL
 from . import reference_model
+from .outcomes import Outcome, turn_scores
 from .results import EXACT, Agreement, TokenDifference
-from .scoring import Outcome, turn_scores
 from .suites import Case
 from .workfile import Record
 

@@ -24,9 +24,10 @@ from ..services.model_shape import model_shape
 from .against import Reference
 from .hits import HitScorer
 from .options import PYTHON_TEXTS, EvalOptions
+from .outcomes import Outcome
 from .processes import check_device
 from .results import EXACT
-from .scoring import Outcome, Scorer
+from .scoring import Scorer
 from .suites import LEAST_CONTEXT, Case, NeedleGrid, Perplexity, Questions, Ruler, Suite, Unit
 from .texts import TextMissing, heldout_texts, python_topics, token_ids
 from .workfile import Record

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..compression.recipe import ModelShape, Recipe
 from ..models.model import Model
-from .scoring import Hit, Outcome, Scorer
+from .outcomes import Hit, Outcome
+from .scoring import Scorer
 from .suites import Case
 
 ROOM = 1.5  # times the keys and values of a document: hidden rows and attention masses lie with them

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvsluice.compression.recipe import get_recipe
-from kvsluice.evals.scoring import CHUNK_TOKENS, Outcome, Scorer
+from kvsluice.evals.outcomes import Outcome
+from kvsluice.evals.scoring import CHUNK_TOKENS, Scorer
 from kvsluice.evals.suites import Case
 from kvsluice.models.loader import load_model
 

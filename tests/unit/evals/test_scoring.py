@@ -12,8 +12,9 @@ from kvsluice.compression.recipe import get_recipe, resolve
 from kvsluice.errors import InternalError
 from kvsluice.evals import scoring
 from kvsluice.evals.against import Reference
+from kvsluice.evals.outcomes import Outcome, score_of
 from kvsluice.evals.pipeline import LocalPipeline
-from kvsluice.evals.scoring import Outcome, Scorer, score_of
+from kvsluice.evals.scoring import Scorer
 from kvsluice.evals.suites import Case, NeedleGrid, Perplexity, Ruler, Unit
 from kvsluice.models.checkpoint import DEFAULT_MODEL
 from kvsluice.models.profiles import load_profile
