@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -23,6 +24,7 @@ from kvsluice.tests.faults.rig.ray_cluster import TwoNodes, two_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 180.0
+RAY_CLIENT_PORT = 10001  # of every head, unless it is told another
 PROMPT = "A story about a lighthouse:"
 
 FLEET = {
@@ -143,6 +145,27 @@ def test_a_command_without_the_token_is_told_what_is_missing(running):
     said = done.stderr.strip().splitlines()[-1]  # Ray itself warns before
     assert said.startswith("kvsluice: address: ") and "RAY_AUTH_TOKEN" in said
     assert "Traceback" not in done.stderr
+
+
+def test_a_command_from_elsewhere_comes_through_rays_client_port(running, tmp_path):
+    head = running.nodes.head
+    door = ["--address", f"ray://{head.ip}:{RAY_CLIENT_PORT}"]
+    for command, told in (
+        (["status", "--json"], '"converged": true'),
+        (["up", "--config", str(running.file)], "serves"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "kvsluice.services.cli", *command, *door],
+            env=os.environ | dict(head.environment),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout + done.stderr
+    assert {one["state"] for one in head.status()["workers"]} == {"serving"}, "what is as wanted stays"
 
 
 @pytest.mark.acceptance
