@@ -1,6 +1,6 @@
 #!/bin/sh
 # Measures what recipes do to answers: every results file that docs/recipes.md and README.md take their numbers from.
-# Takes a GPU half an hour; stopped, it goes on where it was. Names of parts run those alone: see the list at the end.
+# Takes a GPU half an hour and more; stopped, it goes on where it was. Names of parts run those alone: see the list at the end.
 # OUT is where the files go, PROCESSES how many share the GPUs that are visible, RECIPES and CONTEXT what is measured
 # instead of all, so that DEVICE=cpu SAMPLES=1 RECIPES=exact,kivi CONTEXT=1024 OUT=/tmp/try … ppl tries it out.
 set -eu
@@ -31,6 +31,12 @@ chunks() {
 alone() {
   printf '{"retrieval": {"kind": "chunks", "chunk": %s, "outliers": %s, "budget_rate": %s, ' "$1" "$2" "$3"
   printf '"landmark_bits": 16}, "window": {"kind": "ends", "local": 32, "sinks": %s}}' "$4"
+}
+
+# a variant of `sluice`: LAYER RATE RECALL STEP
+recalling() {
+  printf -- '--variant\nT%s-%s-recall%s-%s=sluice:{"propagation": {"kind": "tsp", "layer": %s, "rate": %s, ' "$1" "$2" "$3" "$4" "$1" "$2"
+  printf '"window": 64, "chunk_aligned": true, "recall": %s, "recall_step": %s}}\n' "$3" "$4"
 }
 
 # every recipe, every task, two lengths, beside transformers
@@ -79,6 +85,34 @@ part_retrieval() {
     --variant 'shadowkv-half-rank=shadowkv:{"key_codec": {"kind": "lowrank", "share": 0.5}}'
 }
 
+# rows that come back: from which layer, how many, and how many for each row of a step; without any for comparison
+part_recall() {
+  set --
+  while IFS= read -r word; do set -- "$@" "$word"; done <<EOF
+$(for each in "19 0.2 0.05 16" "19 0.2 0.1 16" "18 0.2 0 16" "18 0.2 0.05 16" "18 0.2 0.1 16" "18 0.2 0.1 32" \
+    "17 0.15 0.05 16" "17 0.15 0.1 16" "17 0.2 0.1 32" "15 0.2 0.05 16" "15 0.2 0.1 32"; do
+    # shellcheck disable=SC2086 # words of $each are arguments
+    recalling $each
+  done)
+EOF
+  evaluate ruler_recall --recipe exact,sluice --context "${CONTEXT:-8192,16384}" --samples "$samples" "$@"
+}
+
+# five questions over one document: as turns, and as prompts of their own that share it
+part_multiturn() {
+  set --
+  while IFS= read -r word; do set -- "$@" "$word"; done <<EOF
+$(recalling 18 0.2 0.05 16)
+$(recalling 18 0.2 0.1 16)
+EOF
+  evaluate multiturn --suite multiturn --recipe exact,sluice,fastkv,snapkv,shadowkv --context "${CONTEXT:-8192,16384}" \
+    --samples "$samples" "$@"
+}
+
+part_prefix() {
+  evaluate prefix --suite prefix --recipe exact,sluice,fastkv,shadowkv --context "${CONTEXT:-8192}" --samples "$(((samples + 4) / 5))"
+}
+
 # the depths of a sample share its text, so what narrows the intervals is samples: six at six depths, not three at eleven
 part_niah() {
   evaluate niah --suite niah --recipe $recipes --context "${CONTEXT:-4096,8192,16384,32768}" --samples "$(((samples + 8) / 9))" \
@@ -94,9 +128,9 @@ part_peers() {
     --json "$out/peer_kvpress.json"
 }
 
-for part in ${*:-ruler reference float32 simulation chunks retrieval niah ppl peers}; do
+for part in ${*:-ruler reference float32 simulation chunks retrieval recall multiturn prefix niah ppl peers}; do
   case $part in
-  ruler | reference | float32 | simulation | chunks | retrieval | niah | ppl | peers) "part_$part" ;;
+  ruler | reference | float32 | simulation | chunks | retrieval | recall | multiturn | prefix | niah | ppl | peers) "part_$part" ;;
   *) echo "measure_recipes: unknown part $part" >&2; exit 1 ;;
   esac
 done

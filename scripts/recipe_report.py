@@ -41,6 +41,7 @@ TITLES = {
     "ruler_retrieval": "How much a step reads, and what packing costs beside it",
     "ruler_reach": "Three times the rows, or outlier chunks (four tasks, float32)",
     "ruler_sinks": "Sinks (four tasks, float32)",
+    "ruler_recall": "Rows that come back: from which layer, and how many",
     "ruler_variants": "Single parts, as an early simulation had them",
 }
 EXPLANATIONS = "explanations"
