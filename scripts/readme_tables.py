@@ -127,6 +127,27 @@ def prefix_table(results: Mapping[str, Any]) -> str:
     return f"{table(header, rows)}\n\n{origin}"
 
 
+def late_table(results: Mapping[str, Any]) -> str:
+    """How far answers' distributions lie apart, by how rows came into the deep layers."""
+    names = {
+        "without to exact": "plain propagation, to `exact`",
+        "late to exact": "recalled while decoding, to `exact`",
+        "early to exact": "the same rows propagated from the start, to `exact`",
+        "late to early": "recalled while decoding, to propagated from the start",
+    }
+    rows = []
+    for pair, words in names.items():
+        nats, same = (results["summary"][pair][name] for name in ("nats", "same"))
+        rows.append((words, *(f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for one in (nats, same))))
+    header = ("", "KL in nats a token [95 %]", "same likeliest token [95 %]")
+    settings, count = results["settings"], len(results["samples"])
+    origin = (
+        f"{count} samples of {settings['context']:,} tokens, tasks {settings['tasks'].replace(',', ', ')}; "
+        f"`{settings['recipe']}` with recall {settings['recall']:g}, `{settings['model']}`, on {_where(results)}."
+    )
+    return f"{table(header, rows)}\n\n{origin}"
+
+
 def overload_table(results: Mapping[str, Any]) -> str:
     """Goodput by how much more is asked than can be served."""
     loads = [row["load"] for row in results["scenarios"][0]["rows"]]
@@ -162,6 +183,7 @@ BLOCKS = (
     Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
     Block("docs/faults.md", "soak", "soak.json", soak_lines),
     Block("docs/prefixes.md", "hits", "shared_prefixes_cpu.json", prefix_table),
+    Block("docs/recall.md", "late", "late_recall_cpu.json", late_table),
     Block("docs/security.md", "overload", "overload.json", overload_table),
 )
 

@@ -53,6 +53,7 @@ def test_the_same_tokens_wherever_values_lie(bench, long_prompt) -> None:
     assert host.num_free == host.num_pages
 
 
+@pytest.mark.parametrize("lookahead", [True])
 def test_the_same_tokens_through_the_hot_set(bench, encode, prompt, sampling) -> None:
     """The batched kernels, under the interpreter."""
     encoded = encode(prompt(420), sampling.drawn(5, seed=3), sparse())

@@ -30,6 +30,12 @@ def model(make_model):
     return make_model(2)
 
 
+@pytest.fixture
+def lookahead() -> bool:
+    """As on a GPU; the interpreter takes its time for every run."""
+    return True
+
+
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch) -> None:
     for module in (step_module, cache_module):
