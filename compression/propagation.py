@@ -44,13 +44,14 @@ class Tsp:
     """
 
     def __init__(self, spec: TspPropagation, chunk: int, sinks: int) -> None:
-        self._spec = spec
+        assert spec.window is not None, "resolved"
+        self._spec, self._window = spec, spec.window
         self._chunk = chunk
         self._sinks = sinks
 
     def query_window(self, layer: int) -> int:
         """See `Propagation`."""
-        return self._spec.window if layer == self._spec.layer else 0
+        return self._window if layer == self._spec.layer else 0
 
     def select(self, obs: LayerObs, layer_window: int | None) -> Tensor | None:
         """See `Propagation`."""
@@ -63,7 +64,7 @@ class Tsp:
         if sinks + num_selected * chunk == begin:
             return None
         saliency = window_saliency(
-            obs.q_window[-spec.window :], obs.k, spec.kernel, "max", positions=obs.positions, window=layer_window
+            obs.q_window[-self._window :], obs.k, spec.kernel, "max", positions=obs.positions, window=layer_window
         )
         scores = saliency.sum(dim=0)[sinks:begin].view(-1, chunk).amax(dim=1)
         chosen = best(scores, num_selected)

@@ -115,7 +115,7 @@ class TspPropagation(PropagationFilling):
     Attributes:
         layer: the layer T whose attention selects; its own KV keeps all rows. None = from the model's profile.
         rate: share of the prompt's rows that go on, the window included. None = from the profile.
-        window: the last rows, whose queries score and which always go on.
+        window: the last rows, whose queries score and which always go on. None = from the profile.
         kernel: width of the max-pool over scores.
         chunk_aligned: select whole position-aligned chunks of the retrieval's size instead of single tokens.
         recall: rows that decode may have brought back into the deep layers at once, as a share of the prompt; 0 = none
@@ -130,7 +130,8 @@ class TspPropagation(PropagationFilling):
 
     layer: int | None = None
     rate: float | None = None
-    window: int = 8
+    # resolved, it is the number that the base declares
+    window: int | None = 8  # type: ignore[assignment]
     kernel: int = 7
     chunk_aligned: bool = False
     recall: float | None = 0.0
@@ -140,7 +141,7 @@ class TspPropagation(PropagationFilling):
     def __post_init__(self) -> None:
         check_int("recipe.propagation.layer", self.layer, 0, 1023, optional=True)
         check_rate("recipe.propagation.rate", self.rate, optional=True)
-        check_int("recipe.propagation.window", self.window, 1, MAX_SCORING_WINDOW)
+        check_int("recipe.propagation.window", self.window, 1, MAX_SCORING_WINDOW, optional=True)
         check_odd("recipe.propagation.kernel", self.kernel, 255)
         check_choice("recipe.propagation.chunk_aligned", self.chunk_aligned, (True, False))
         if self.recall is not None:
@@ -186,6 +187,7 @@ class TspPropagation(PropagationFilling):
 
     def window_begin(self, num_tokens: int, chunk: int, sinks: int) -> int:
         """First position of the rows at the end that always go on: the window, extended to a chunk's start."""
+        assert self.window is not None
         return max(sinks, (num_tokens - self.window) // chunk * chunk)
 
     def num_selected(self, num_tokens: int, chunk: int, sinks: int) -> int:

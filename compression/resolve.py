@@ -15,15 +15,18 @@ from .spec import ModelShape, Recipe, Resolved
 
 MAX_JOINT_WIDTH = 16384  # what layers that share have side by side: a Gram matrix of it takes 2 GiB
 RANK_SHARE = s.LowRank.share
-DEFAULT_TSP_RATE = 0.2
+# what a profile does not say: as published where rows are selected one by one, else what the project measured
+DEFAULT_RATE = 0.2
+DEFAULT_WINDOWS = {"fastkv": 8, "tsp": 64}
+DEFAULT_CHUNK, DEFAULT_OUTLIERS = 4, 0
 
 
 def resolve(recipe: Recipe, shape: ModelShape, num_tokens: int, profile: Mapping[str, Any]) -> Resolved:
     """The recipe as it will run for a prompt of `num_tokens`.
 
     Args:
-        profile: what is calibrated for the model: `tsp_layer` (chunk-aligned propagation), `fastkv_layer` (per token),
-            `tsp_rate`, `tsp_recall`, `key_codec` (a slot as a dict). What it lacks is taken from the shape.
+        profile: what is calibrated for the model, see `models.profiles`. What it lacks is taken from the shape, or is
+            the same for all models.
 
     Raises:
         InvalidRecipe: slots that do not fit the model.
@@ -45,6 +48,7 @@ def fill(recipe: Recipe, shape: ModelShape, profile: Mapping[str, Any]) -> Recip
         recipe,
         propagation=_fill_propagation(recipe.propagation, shape, profile),
         budget=_fill_budget(recipe.budget, shape),
+        retrieval=_fill_retrieval(recipe.retrieval, profile),
         key_codec=_fill_codec(recipe.key_codec, shape, profile),
         value_codec=_fill_codec(recipe.value_codec, shape, profile),
     )
@@ -70,12 +74,14 @@ def _fill_propagation(
 ) -> s.PropagationFilling:
     if not isinstance(filling, s.TspPropagation):
         return filling
-    layer, rate, recall = filling.layer, filling.rate, filling.recall
+    layer, rate, window, recall = filling.layer, filling.rate, filling.window, filling.recall
+    kind = "tsp" if filling.chunk_aligned else "fastkv"
     if layer is None:
-        key = "tsp_layer" if filling.chunk_aligned else "fastkv_layer"
-        layer = profile.get(key, shape.num_layers // 2 - 1)
+        layer = profile.get(f"{kind}_layer", shape.num_layers // 2 - 1)
     if rate is None:
-        rate = profile.get("tsp_rate", DEFAULT_TSP_RATE)
+        rate = profile.get(f"{kind}_rate", DEFAULT_RATE)
+    if window is None:
+        window = profile.get(f"{kind}_window", DEFAULT_WINDOWS[kind])
     if recall is None:
         recall = profile.get("tsp_recall", 0.0)
     if shape.num_layers < 2:
@@ -84,7 +90,18 @@ def _fill_propagation(
         raise InvalidRecipe("recipe.propagation.layer", shown(layer), f"an integer from 0 to {shape.num_layers - 2}")
     if recall and not shape.hidden_size:
         raise InvalidRecipe("recipe.propagation.recall", "the model's hidden size is not known", "0")
-    return replace(filling, layer=layer, rate=rate, recall=recall)
+    return replace(filling, layer=layer, rate=rate, window=window, recall=recall)
+
+
+def _fill_retrieval(filling: s.RetrievalFilling, profile: Mapping[str, Any]) -> s.RetrievalFilling:
+    if not isinstance(filling, s.ChunkLandmarks):
+        return filling
+    chunk, outliers = filling.chunk, filling.outliers
+    if chunk is None:
+        chunk = profile.get("chunk", DEFAULT_CHUNK)
+    if outliers is None:
+        outliers = profile.get("outliers", DEFAULT_OUTLIERS)
+    return replace(filling, chunk=chunk, outliers=outliers)
 
 
 def _fill_budget(filling: s.BudgetFilling, shape: ModelShape) -> s.BudgetFilling:

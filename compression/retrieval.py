@@ -61,17 +61,18 @@ class Landmarks:
     """Means of chunks, in bfloat16 or in int8 with a float16 scale each."""
 
     def __init__(self, spec: ChunkLandmarks) -> None:
-        self._spec = spec
+        assert spec.chunk is not None and spec.outliers is not None, "resolved"
+        self._spec, self._chunk, self._outliers = spec, spec.chunk, spec.outliers
 
     def outliers(self, k: Tensor) -> Tensor | None:
         """See `Retrieval`."""
-        if not self._spec.outliers or not len(k):
+        if not self._outliers or not len(k):
             return None
-        return min_cosine_outliers(k, self._spec.chunk, self._spec.outliers)
+        return min_cosine_outliers(k, self._chunk, self._outliers)
 
     def summarize(self, k: Tensor) -> dict[str, Tensor]:
         """See `Retrieval`."""
-        means = chunk_means(k, self._spec.chunk)
+        means = chunk_means(k, self._chunk)
         if self._spec.landmark_bits == 16:
             return {"means": owned(means, torch.bfloat16)}
         # the scale is rounded to float16 first, and away from 0, so that codes fit what they are multiplied by

@@ -59,8 +59,9 @@ class ChunkLandmarks(RetrievalFilling):
     """Decode scores one landmark a chunk and attends to the best chunks of each KV head (ShadowKV §4.2).
 
     Attributes:
-        chunk: rows a chunk.
-        outliers: chunks a KV head whose landmark describes them worst (least cosine); kept exact, never scored.
+        chunk: rows a chunk. None = from the model's profile.
+        outliers: chunks a KV head whose landmark describes them worst (least cosine); kept exact, never scored. None =
+            from the profile.
         budget_tokens: rows that a decode step attends to, at least.
         budget_rate: the same as a share of the prompt; the larger of both counts.
         landmark_bits: 16 keeps landmarks in bfloat16, 8 in int8 with a float16 scale each.
@@ -73,16 +74,18 @@ class ChunkLandmarks(RetrievalFilling):
     chooses: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
-    chunk: int = 8
-    outliers: int = 48
+    # resolved, they are the numbers that the base declares
+    chunk: int | None = 8  # type: ignore[assignment]
+    outliers: int | None = 48  # type: ignore[assignment]
     budget_tokens: int = 256
     budget_rate: float = 0.015625
     landmark_bits: int = 16
     select_every: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("recipe.retrieval.chunk", self.chunk, (1, 2, 4, 8, 16))
-        check_int("recipe.retrieval.outliers", self.outliers, 0, 4096)
+        if self.chunk is not None:
+            check_choice("recipe.retrieval.chunk", self.chunk, (1, 2, 4, 8, 16))
+        check_int("recipe.retrieval.outliers", self.outliers, 0, 4096, optional=True)
         check_int("recipe.retrieval.budget_tokens", self.budget_tokens, 1, 1 << 20)
         check_rate("recipe.retrieval.budget_rate", self.budget_rate)
         check_choice("recipe.retrieval.landmark_bits", self.landmark_bits, (16, 8))
@@ -93,6 +96,7 @@ class ChunkLandmarks(RetrievalFilling):
         as_float(self, "budget_rate")
 
     def selected_chunks(self, num_tokens: int) -> int:
+        assert self.chunk is not None
         return -(-max(self.budget_tokens, int(self.budget_rate * num_tokens)) // self.chunk)
 
     def landmark_specs(self, num_chunks: int, num_kv_heads: int, head_dim: int) -> Specs:

@@ -102,7 +102,7 @@ class Recipe:
     def block(self) -> int:
         """Rows of a sealing block: sealed regions end, and generated blocks begin, at multiples of it."""
         blocks = [codec.append_block for tier in self.tiers() for codec in (tier.key_codec, tier.value_codec)]
-        return math.lcm(self.window.seal_block or 1, self.retrieval.chunk, *blocks)
+        return math.lcm(self.window.seal_block or 1, self.retrieval.chunk or 1, *blocks)
 
     @property
     def why_not_redone(self) -> str | None:
@@ -177,7 +177,7 @@ class Recipe:
                 )
 
     def _check_grid(self) -> None:
-        chunk = self.retrieval.chunk
+        chunk = self.retrieval.chunk or 1  # one that is open is checked when it is filled in
         if not self.retrieval.needs_grid:
             if self.propagation.chunk_aligned:
                 raise InvalidRecipe("recipe.retrieval", "chunk_aligned propagation needs a chunk grid", "chunks")
@@ -195,7 +195,7 @@ class Recipe:
                 )
 
     def _check_recall(self) -> None:
-        propagation, chunk = self.propagation, self.retrieval.chunk
+        propagation, chunk = self.propagation, self.retrieval.chunk or 1
         if not isinstance(propagation, s.TspPropagation) or not propagation.recalls:
             return
         if self.budget.evicts:
@@ -225,10 +225,11 @@ class Recipe:
         need = self.window.local + self.block
         if self.propagation.selects and self.window.local_rate:
             raise InvalidRecipe("recipe.window.local_rate", "selective propagation keeps a fixed window", "0")
-        if self.propagation.selects and self.propagation.window < need:
+        scoring = self.propagation.window
+        if self.propagation.selects and scoring is not None and scoring < need:
             raise InvalidRecipe(
                 "recipe.propagation.window",
-                shown(self.propagation.window),
+                shown(scoring),
                 f"at least {need} = window.local + one sealing block, so that the exact rows at the end are whole",
             )
 

@@ -61,7 +61,7 @@ def make_plan(options: EvalOptions) -> Plan:
         KvsluiceError: names the option and what it allows.
     """
     shape = model_shape(load_config(options.model))
-    profile = load_profile(locate(options.model).name, shape)
+    profile = load_profile(locate(options.model).name, shape, options.profile)
     recipes = {label: _filled(label, recipe, shape, profile) for label, recipe in options.recipes.items()}
     check_device(options.device)
     texts = _texts(options.texts)

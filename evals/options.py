@@ -69,6 +69,8 @@ OPTIONS = (
         "ruler",
     ),
     Option("model", "MODEL", "built-in name, Hugging Face folder or .gguf file", DEFAULT_MODEL),
+    Option("profile", "FILE", "numbers calibrated for the model, as `kvsluice calibrate` writes them; default: what "
+           "comes with kvsluice for the model"),
     Option("recipe", "A,B", "recipes or presets, with commas between them; may be given several times", EXACT,
            several=True),
     Option(
@@ -116,6 +118,7 @@ class EvalOptions:
 
     suite: str
     model: str
+    profile: Path | None
     recipes: Mapping[str, Recipe]
     contexts: tuple[int, ...]
     samples: int
@@ -148,7 +151,7 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
     """
     text: dict[str, Any] = {one.key: one.default for one in OPTIONS}
     text |= {key: value for key, value in given.items() if value is not None}
-    suite = _one_of("suite", text["suite"], SUITE_NAMES)
+    suite = one_of("suite", text["suite"], SUITE_NAMES)
     for key, own in OF_SUITE.items():
         if suite != own and given.get(key) is not None:
             raise InvalidRequest(f"--{key.replace('_', '-')}", f"is of no use to --suite {suite}", f"--suite {own}")
@@ -159,27 +162,28 @@ def parse_options(given: Mapping[str, Any]) -> EvalOptions:
         check_results_file(json_file)
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text["device"]):
         raise InvalidRequest("--device", repr(text["device"]), "cpu, cuda, cuda:N")
-    contexts = _listed("context", text["context"])
+    contexts = listed("context", text["context"])
     return EvalOptions(
         suite=suite,
         model=text["model"],
+        profile=Path(text["profile"]) if text["profile"] else None,
         recipes=_recipes(_joined(text["recipe"]), given.get("variant") or []),
-        contexts=_apart("context", [_whole("context", one, LEAST_CONTEXT, 1 << 20) for one in contexts]),
-        samples=_whole("samples", text["samples"], 1, MOST_SAMPLES),
-        seed=_whole("seed", text["seed"], 0, 1 << 32),
+        contexts=apart("context", [whole("context", one, LEAST_CONTEXT, 1 << 20) for one in contexts]),
+        samples=whole("samples", text["samples"], 1, MOST_SAMPLES),
+        seed=whole("seed", text["seed"], 0, 1 << 32),
         json=json_file,
         fresh=bool(given.get("fresh")),
         tasks=_tasks(suite, text["task"]),
-        depths=_apart("depth", [_share("depth", one) for one in _listed("depth", text["depth"])]),
-        scored_tokens=_whole("scored-tokens", text["scored_tokens"], 1, 1 << 16),
+        depths=apart("depth", [share("depth", one) for one in listed("depth", text["depth"])]),
+        scored_tokens=whole("scored-tokens", text["scored_tokens"], 1, 1 << 16),
         texts=text["texts"],
         device=text["device"],
-        dtype=_one_of("dtype", text["dtype"], DTYPES) if text["dtype"] else None,
-        batch=_whole("batch", text["batch"], 1, 1024),
-        processes=_whole("processes", text["processes"], 1, MOST_PROCESSES),
-        chunk_tokens=_whole("chunk-tokens", text["chunk_tokens"], 1, 1 << 20) if text["chunk_tokens"] else None,
-        kernels=_one_of("kernels", text["kernels"], KERNELS),
-        against=bool(text["against"]) and bool(_one_of("against", text["against"], (TRANSFORMERS,))),
+        dtype=one_of("dtype", text["dtype"], DTYPES) if text["dtype"] else None,
+        batch=whole("batch", text["batch"], 1, 1024),
+        processes=whole("processes", text["processes"], 1, MOST_PROCESSES),
+        chunk_tokens=whole("chunk-tokens", text["chunk_tokens"], 1, 1 << 20) if text["chunk_tokens"] else None,
+        kernels=one_of("kernels", text["kernels"], KERNELS),
+        against=bool(text["against"]) and bool(one_of("against", text["against"], (TRANSFORMERS,))),
         commit=text["commit"] or None,
     )
 
@@ -209,7 +213,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def _recipes(names: str, variants: Sequence[str]) -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
-    for name in _listed("recipe", names):
+    for name in listed("recipe", names):
         recipe = _checked("recipe", lambda name=name: get_recipe(name))  # type: ignore[misc]
         _add(found, "recipe", recipe.name, recipe)
     for variant in variants:
@@ -243,39 +247,64 @@ def _joined(names: str | Sequence[str]) -> str:
 def _tasks(suite: str, text: str) -> tuple[str, ...] | None:
     if not text:
         return None
-    names = _listed("task", text)
+    names = listed("task", text)
     known = {"ruler": tuple(SUITE), "multiturn": tuple(TURN_SUITE), "prefix": tuple(TURN_SUITE), "niah": (NEEDLE,)}.get(
         suite
     )
-    return names if known is None else tuple(_one_of("task", name, known) for name in names)
+    return names if known is None else tuple(one_of("task", name, known) for name in names)
 
 
-def _listed(option: str, text: str) -> tuple[str, ...]:
+def listed(option: str, text: str) -> tuple[str, ...]:
+    """Values with commas between them, all different.
+
+    Raises:
+        InvalidRequest: names the option.
+    """
     items = tuple(item.strip() for item in text.split(","))
     if not all(items):
         raise InvalidRequest(f"--{option}", repr(text[:64]), "values with commas between them")
-    return _apart(option, items)
+    return apart(option, items)
 
 
-def _apart(option: str, values: Sequence[T]) -> tuple[T, ...]:
+def apart(option: str, values: Sequence[T]) -> tuple[T, ...]:
+    """Values that must differ.
+
+    Raises:
+        InvalidRequest: two are the same.
+    """
     if len(set(values)) < len(values):
         raise InvalidRequest(f"--{option}", repr(",".join(map(str, values))[:64]), "values that differ")
     return tuple(values)
 
 
-def _one_of(option: str, text: str, allowed: Sequence[str]) -> str:
+def one_of(option: str, text: str, allowed: Sequence[str]) -> str:
+    """One of the allowed words.
+
+    Raises:
+        InvalidRequest: lists them.
+    """
     if text not in allowed:
         raise InvalidRequest(f"--{option}", repr(text[:64]), ", ".join(allowed))
     return text
 
 
-def _whole(option: str, text: str, low: int, high: int) -> int:
+def whole(option: str, text: str, low: int, high: int) -> int:
+    """A whole number in a range.
+
+    Raises:
+        InvalidRequest: says which range.
+    """
     if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise InvalidRequest(f"--{option}", repr(text[:64]), f"a whole number from {low} to {high}")
     return int(text)
 
 
-def _share(option: str, text: str) -> float:
+def share(option: str, text: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
     try:
         value = float(text)
     except ValueError:

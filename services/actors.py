@@ -38,7 +38,7 @@ from .ray_metrics import mirror
 from .security import FleetSecurity, with_fleet_tokens
 from .telemetry import configure_logging, where
 from .tracing import configure_tracing
-from .worker import WorkerIdentity, check_fit
+from .worker import WorkerIdentity, check_fit, check_profile
 
 if TYPE_CHECKING:
     from ..kvstore.store import Store
@@ -269,6 +269,8 @@ class Worker(Host):
         config = self._config
         shape = model_shape(model.whole)
         check_fit(config, shape)
+        profile = load_profile(config.model, shape, config.profile)
+        check_profile(profile, shape)
         identity = WorkerIdentity(
             worker_id=self._worker_id,
             role=self._role,
@@ -276,7 +278,7 @@ class Worker(Host):
             model_fingerprint=model.fingerprint,
             vocab_size=model.config.vocab_size,
             shape=shape,
-            profile=load_profile(config.model, shape),
+            profile=profile,
         )
         makers: dict[Role, Callable[..., Any]] = {
             "prefill": make_prefill_service,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..compression.recipe import ModelShape, Recipe
-from ..errors import ConfigError
+from ..compression.recipe import ModelShape, Recipe, fill, get_recipe, recipe_names
+from ..errors import ConfigError, InvalidRecipe
 from ..kvstore.identity import FrameIdent, ModelFingerprint, RecipeFingerprint, RequestId, TenantId
 from ..protos import worker_pb2 as wpb
 from .config import ServeConfig
@@ -89,6 +89,23 @@ def check_fit(config: ServeConfig, shape: ModelShape) -> None:
     limit = shape.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(f"max_model_len: got {config.max_model_len}; allowed: 8 to {limit}")
+
+
+def check_profile(profile: Mapping[str, Any], shape: ModelShape) -> None:
+    """Refuse a profile with which a recipe would not fit the model, though it does without.
+
+    Raises:
+        ConfigError: names the recipe and the number.
+    """
+    for name in recipe_names():
+        try:
+            fill(get_recipe(name), shape, {})
+        except InvalidRecipe:  # which is not the profile's fault
+            continue
+        try:
+            fill(get_recipe(name), shape, profile)
+        except InvalidRecipe as exc:
+            raise ConfigError(f"profile: does not fit the model under {name}: {exc.message}") from exc
 
 
 def compute_dtype(name: str) -> Any:

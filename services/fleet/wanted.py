@@ -43,7 +43,7 @@ NOT_IN_SETTINGS = {
 }
 # a change of these does not concern such processes, and does not replace them
 _ENGINE_ONLY = {
-    "dtype", "device", "random_weights", "max_num_seqs", "kv_cache_bytes", "kv_offloading_bytes",
+    "dtype", "device", "profile", "random_weights", "max_num_seqs", "kv_cache_bytes", "kv_offloading_bytes",
     "kv_time_slice_steps", "chunk_tokens", "prefix_cache_bytes", "torch_threads",
 }  # fmt: skip
 _GATEWAY_ONLY = {

@@ -23,6 +23,13 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="compute dtype; auto = fp32 on a CPU, bf16 on a GPU"
     )
+    profile: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="file of numbers that were calibrated for the model, as `kvsluice calibrate` writes it; default: "
+        "what comes with kvsluice for the model",
+    )
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,3})?)$", description="cpu, cuda or cuda:N")
     random_weights: bool = Field(False, description="random weights of the model's shape")
     seed: int | None = Field(

@@ -10,6 +10,7 @@ import torch
 
 from kvsluice.compression import slots as s
 from kvsluice.compression.recipe import Recipe, get_recipe, recipe_names, resolve
+from kvsluice.compression.resolve import DEFAULT_WINDOWS
 from kvsluice.errors import ConfigError
 from kvsluice.models.model import Model
 from kvsluice.models.sampling import SamplingParams
@@ -249,7 +250,7 @@ def test_what_is_known_is_not_kept_again(rig, prompt) -> None:
 def test_rows_whose_queries_a_recipe_wants_run(rig, prompt) -> None:
     shared, ids = rig(), asks(prompt, 0, 1)
     shared.run(ids, "sluice")
-    window = get_recipe("sluice").propagation.window
+    window = DEFAULT_WINDOWS["tsp"]
     assert shared.run(ids, "sluice").found == [(len(ids) - window) // CHUNK * CHUNK]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,13 +35,49 @@ def test_open_numbers_come_from_the_profile_else_from_the_shape() -> None:
         "key_codec": {"kind": "affine", "axis": "channel"},
     }
     sluice = resolve(get_recipe("sluice"), SMOLLM, 4096, profile).recipe
-    assert sluice.propagation == replace(get_recipe("sluice").propagation, layer=19, rate=0.25)
+    assert sluice.propagation == s.TspPropagation(layer=19, rate=0.25, window=64, chunk_aligned=True)
+    assert (sluice.retrieval.chunk, sluice.retrieval.outliers) == (4, 0)
     assert sluice.key_codec == s.Affine(bits=4, axis="channel", group=32)
     fastkv = resolve(get_recipe("fastkv"), SMOLLM, 4096, profile).recipe
-    assert (fastkv.propagation.layer, fastkv.propagation.rate) == (14, 0.2)
+    assert fastkv.propagation == s.TspPropagation(layer=14, rate=0.2, window=8), "as published, whatever tsp_rate says"
     bare = resolve(get_recipe("sluice"), LLAMA, 4096, {}).recipe
     assert (bare.propagation.layer, bare.propagation.rate) == (15, 0.2)
     assert bare.key_codec == s.LowRank(rank=160, bits=8)
+
+
+def test_presets_resolve_through_the_profile() -> None:
+    profile = {
+        "tsp_layer": 12,
+        "tsp_rate": 0.3,
+        "tsp_window": 128,
+        "tsp_recall": 0.05,
+        "fastkv_layer": 9,
+        "fastkv_rate": 0.4,
+        "fastkv_window": 32,
+        "key_codec": {"kind": "lowrank", "rank": 40, "bits": 8},
+        "chunk": 2,
+        "outliers": 16,
+    }
+    shape = replace(SMOLLM, hidden_size=576)
+    balanced = resolve(get_recipe("balanced"), shape, 8192, profile).recipe
+    assert balanced.propagation == s.TspPropagation(layer=12, rate=0.3, window=128, chunk_aligned=True, recall=0.05)
+    assert balanced.key_codec == s.LowRank(rank=40, bits=8)
+    assert (balanced.retrieval.chunk, balanced.retrieval.outliers) == (2, 16)
+    assert resolve(get_recipe("sluice-full"), SMOLLM, 8192, profile).recipe.retrieval == balanced.retrieval
+    fast = resolve(get_recipe("fast"), SMOLLM, 8192, profile).recipe
+    assert fast.propagation == s.TspPropagation(layer=9, rate=0.4, window=32)
+    assert resolve(get_recipe("exact"), SMOLLM, 8192, profile).recipe == get_recipe("exact")
+
+
+def test_a_number_that_is_given_is_not_the_profiles() -> None:
+    slots = {
+        "propagation": {"kind": "tsp", "window": 64, "chunk_aligned": True},
+        "retrieval": {"kind": "chunks", "chunk": 4, "outliers": None},
+    }
+    profile = {"tsp_window": 128, "chunk": 2, "outliers": 16, "tsp_recall": 0.05}
+    recipe = resolve(get_recipe("sluice", json.dumps(slots)), SMOLLM, 8192, profile).recipe
+    assert (recipe.propagation.window, recipe.propagation.recall, recipe.retrieval.chunk) == (64, 0.0, 4)
+    assert recipe.retrieval.outliers == 16
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -106,6 +143,10 @@ def test_no_layer_packs_fewer_rows_than_the_rank(num_tokens: int) -> None:
         (get_recipe("fastkv"), {"fastkv_layer": 30}, "recipe.propagation.layer", "0 to 28"),
         (get_recipe("sluice"), {"tsp_layer": "19"}, "recipe.propagation.layer", "0 to 28"),
         (get_recipe("sluice"), {"tsp_rate": 7}, "recipe.propagation.rate", "at most 1"),
+        (get_recipe("sluice"), {"tsp_window": 32}, "recipe.propagation.window", "at least 64"),
+        (get_recipe("sluice"), {"chunk": 3}, "recipe.retrieval.chunk", "1, 2, 4, 8, 16"),
+        (get_recipe("sluice"), {"chunk": 8}, "recipe.window.sinks", "a multiple of the chunk, 8"),
+        (get_recipe("sluice"), {"outliers": -1}, "recipe.retrieval.outliers", "0 to 4096"),
         (get_recipe("sluice"), {"key_codec": {"kind": "profile"}}, "recipe.key_codec", "lowrank"),
         (
             get_recipe("sluice"),
