@@ -22,8 +22,8 @@ class Progress(Protocol):
 class _Lines:
     """Plain lines, one every `LINE_EVERY_S` seconds and a last one."""
 
-    def __init__(self, num_samples: int, num_tokens: int) -> None:
-        self._num_samples, self._num_tokens = num_samples, num_tokens
+    def __init__(self, num_samples: int, num_tokens: int, name: str) -> None:
+        self._num_samples, self._num_tokens, self._name = num_samples, num_tokens, name
         self._done, self._tokens_done = 0, 0
         self._began = self._said = time.monotonic()
 
@@ -36,28 +36,33 @@ class _Lines:
             left_s = (now - self._began) * (self._num_tokens / self._tokens_done - 1)
             say(
                 f"{self._done} of {self._num_samples} samples after {now - self._began:.0f} s, "
-                f"about {left_s:.0f} s left"
+                f"about {left_s:.0f} s left",
+                self._name,
             )
 
 
-def say(what: str) -> None:
-    """One line of what goes on."""
-    print(f"eval: {what}", file=sys.stderr, flush=True)
+def say(what: str, name: str = "eval") -> None:
+    """One line of what goes on, and in what."""
+    print(f"{name}: {what}", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress(everything: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Progress]:
-    """Progress over the units that are left. Time is taken to go with a sample's tokens."""
+def progress(everything: Sequence[Unit], left: Sequence[Unit], name: str = "eval") -> Iterator[Progress]:
+    """Progress over the units that are left. Time is taken to go with a sample's tokens.
+
+    Args:
+        name: of what goes on.
+    """
     num_tokens = sum(unit.context for unit in left)
     if len(left) < len(everything):
-        say(f"{len(everything) - len(left)} of {len(everything)} samples are done already")
+        say(f"{len(everything) - len(left)} of {len(everything)} samples are done already", name)
     if not sys.stderr.isatty():
-        yield _Lines(len(left), num_tokens)
+        yield _Lines(len(left), num_tokens, name)
         return
     try:
         from .progress_bar import terminal_bar
     except ImportError:  # a bare machine
-        yield _Lines(len(left), num_tokens)
+        yield _Lines(len(left), num_tokens, name)
         return
-    with terminal_bar(len(left), num_tokens) as bar:
+    with terminal_bar(len(left), num_tokens, name) as bar:
         yield bar

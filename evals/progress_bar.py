@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 class TerminalBar:
     """Advances by tokens, so that the time left is right when contexts differ, and counts samples."""
 
-    def __init__(self, bar: Progress, num_samples: int, num_tokens: int) -> None:
+    def __init__(self, bar: Progress, num_samples: int, num_tokens: int, name: str) -> None:
         self._bar, self._num_samples, self._done = bar, num_samples, 0
-        self._task = bar.add_task("eval", total=num_tokens, samples=self._samples)
+        self._task = bar.add_task(name, total=num_tokens, samples=self._samples)
 
     @property
     def _samples(self) -> str:
@@ -26,8 +26,8 @@ class TerminalBar:
 
 
 @contextmanager
-def terminal_bar(num_samples: int, num_tokens: int) -> Iterator[TerminalBar]:
+def terminal_bar(num_samples: int, num_tokens: int, name: str) -> Iterator[TerminalBar]:
     """A bar on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[samples]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        yield TerminalBar(bar, num_samples, num_tokens)
+        yield TerminalBar(bar, num_samples, num_tokens, name)

@@ -205,18 +205,32 @@ def save_json(path: Path, results: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: it cannot be written.
     """
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with _refusing(path):
+    save_text(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_text(path: Path, text: str, option: str = "--json") -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        option: that named it.
+
+    Raises:
+        InvalidRequest: it cannot be written.
+    """
+    with _refusing(path, option):
         _write_beside(path, text).replace(path)
 
 
-def check_writable(path: Path) -> None:
-    """Make sure that a file of results can be written, before any work.
+def check_writable(path: Path, option: str = "--json") -> None:
+    """Make sure that a file can be written, before any work.
+
+    Args:
+        option: that named it.
 
     Raises:
         InvalidRequest: it cannot.
     """
-    with _refusing(path):
+    with _refusing(path, option):
         _write_beside(path, "").unlink()
 
 
@@ -228,11 +242,11 @@ def _write_beside(path: Path, text: str) -> Path:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _refusing(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise InvalidRequest("--json", f"cannot write {path}: {exc.strerror}", "a file that can be written") from exc
+        raise InvalidRequest(option, f"cannot write {path}: {exc.strerror}", "a file that can be written") from exc
 
 
 def load(path: Path) -> EvalResults:

@@ -116,6 +116,18 @@ def beside(own: Sequence[Cell], other: Sequence[Cell]) -> Interval:
     return _mean_of_strata(_strata(pairs), "own", "other")
 
 
+def paired(cells: Sequence[Cell], own: str, other: str) -> Interval:
+    """How far the mean of one recipe lies above that of another over the same samples: of all tasks, depths, turns and
+    contexts.
+
+    Args:
+        cells: that both recipes have, and others'.
+    """
+    contexts = dict.fromkeys(cell.context for cell in cells)
+    strata = [one for context in contexts for one in _strata([cell for cell in cells if cell.context == context])]
+    return _mean_of_strata(strata, own, other)
+
+
 def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
     strata = []
     for task, depth, turn in dict.fromkeys(map(_place, cells)):

@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import ConfigError, InvalidRecipe, KvsluiceError
 from .cli_bench import register as register_bench
+from .cli_calibrate import register as register_calibrate
 from .cli_eval import register as register_eval
 from .cli_fleet import register as register_fleet
 from .cli_keys import register as register_keys
@@ -88,9 +89,10 @@ def _check_start(config: ServeConfig) -> ServeConfig:
     """Refuse what no worker could start with, before anything is started. Returns the configuration that workers get.
 
     Raises:
-        KvsluiceError: the model or the default recipe is at fault.
+        KvsluiceError: the model, its profile or the default recipe is at fault.
     """
     from ..compression.recipe import get_recipe
+    from ..models.profiles import read_profile
     from ..models.tokenizer import load_tokenizer
     from .security import check_files
 
@@ -103,6 +105,10 @@ def _check_start(config: ServeConfig) -> ServeConfig:
         get_recipe(config.default_recipe)
     except InvalidRecipe as exc:
         raise ConfigError(f"default_recipe: {exc.problem}; allowed: {exc.allowed}") from exc
+    if config.profile is not None:
+        profile = Path(config.profile).expanduser()
+        read_profile(profile)
+        config = config.model_copy(update={"profile": str(profile.resolve())})
     if not path.exists():
         return config
     # workers run in another folder; clients go on using the name that was given
@@ -227,6 +233,7 @@ def demo(
 
 
 register_eval(app)
+register_calibrate(app)
 register_bench(app)
 register_sessions(app)
 register_fleet(app)

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ("protos", "compression.recipe", "kvstore", "client", "evals", "benchmarks", "services.gateway", SERVICES_ROOT),
     ),
     "services.cli": ("",),
-    "services.cli_eval": ("evals", "services.cli_options"),
+    **dict.fromkeys(("services.cli_calibrate", "services.cli_eval"), ("evals", "services.cli_options")),
     "services.cli_bench": ("benchmarks", "services.cli_options"),
     "services.cli_plan": ("benchmarks", "models"),
     "services.cli_loadtest": ("loadtest", "services.cli_options", "services.connection", "evals.report"),

@@ -20,6 +20,7 @@ COVERED = {  # beginning of a command -> a test that does the same
     "kvsluice bench decode": "unit/benchmarks/test_bench_runs.py::test_decode_measures_batches_and_hit_rates",
     "kvsluice loadtest compare": "unit/loadtest/test_reports.py::test_two_files_are_compared_in_a_table",
     "kvsluice loadtest": "unit/loadtest/test_reports.py::test_every_command_of_the_page_is_taken",
+    "kvsluice calibrate": "unit/evals/test_calibration.py::test_the_command_writes_profile_report_and_plot",
     "kvsluice eval": "unit/evals/test_runner.py::test_a_run_writes_what_it_found",
     "python scripts/recipe_report.py": (
         "unit/evals/test_recipe_report.py::test_files_of_ones_own_become_a_page_of_their_own"

@@ -21,10 +21,8 @@ from kvsluice.models.tokenizer import load_tokenizer
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A random Llama of two layers, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+def save_tiny(folder: Path, num_layers: int) -> Path:
+    """A random Llama, as transformers saves it, with a tokenizer of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,7 +33,7 @@ def tiny_folder(tmp_path_factory) -> Path:
         vocab_size=len(alphabet) + len(SPECIAL),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -45,6 +43,18 @@ def tiny_folder(tmp_path_factory) -> Path:
     raw.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A model of two layers."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", 2)
+
+
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory) -> Path:
+    """One of four layers, so that there are several behind which rows may be selected."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "deep", 4)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from kvsluice.evals.results import AVERAGE, Cell
-from kvsluice.evals.statistics import NUM_RESAMPLES, beside, interval, resampled_means, summarize
+from kvsluice.evals.statistics import NUM_RESAMPLES, beside, interval, paired, resampled_means, summarize
 
 
 def cell(recipe: str, task: str, scores: list[float], depth: float | None = None) -> Cell:
@@ -50,6 +52,14 @@ def test_what_is_hard_about_a_sample_cancels_in_a_difference():
     assert found.low < found.mean - 0.1
     assert (found.difference, found.difference_low, found.difference_high) == (-0.125, -0.125, -0.125)
     assert row(rows, "exact", "vt").difference == 0
+
+
+def test_recipes_are_compared_over_the_samples_of_all_contexts():
+    own = [cell("a", "vt", [1.0, 0.5]), replace(cell("a", "vt", [0.25, 1.0]), context=2048)]
+    other = [replace(one, recipe="b", scores=tuple(score - 0.25 for score in one.scores)) for one in own]
+    found = paired([*own, *other], "a", "b")
+    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    assert paired([*own, *other], "b", "a").mean == -0.25
 
 
 def test_two_runs_are_compared_over_the_samples_that_both_have():

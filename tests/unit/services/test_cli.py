@@ -44,6 +44,11 @@ def kvsluice(monkeypatch, capsys):
         (("generate", "--file", "/no/such/file"), "kvsluice: --file: cannot read /no/such/file: No such file"),
         (("generate", "hi", "--slots", "["), "kvsluice: --slots: is not JSON"),
         (("serve", "--model", "/no/such/model"), "kvsluice: model: /no/such/model does not exist\n"),
+        (("serve", "--profile", "/no/such/profile"), "kvsluice: profile: cannot read profile: No such file"),
+        (
+            ("calibrate", "--recipe", "kivi"),
+            "kvsluice: --recipe: kivi leaves no number to a model's profile",
+        ),
         (("serve", "--config", "/no/such/file"), "kvsluice: config: cannot read /no/such/file"),
     ],
 )
