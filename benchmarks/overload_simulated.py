@@ -152,7 +152,7 @@ class Simulation:
             self._start(place)
 
     def _backlog(self) -> Backlog:
-        return Backlog([tokens for _, tokens in self._pending], 1, self._throughput.seconds_per_token)
+        return Backlog([tokens for _, tokens in self._pending], 1, self._throughput.speed)
 
     def _start(self, place: Place) -> None:
         tokens = self._asked[place][2]

@@ -19,7 +19,7 @@ from ..keys import UNLIMITED, TenantLimits
 from ..security import NO_TENANT
 from .fair_queue import FairQueue, Place
 from .quotas import Quotas
-from .waits import Backlog, saved, work
+from .waits import Backlog, saved
 
 WEIGHT = 1 / 16  # of the request that ended last in the means
 FIRST_ANSWER_TOKENS = 256.0  # what an answer is taken for until some have ended
@@ -112,8 +112,9 @@ class AdmissionPolicy:
         own = place.prompt_tokens
         if not self._queue or self._queue_jumps(place):
             return 0.0
-        before = self._queue.ahead(place, lambda one: work(min(one.prompt_tokens, own)))
-        return max(0.0, self._backlog().seconds(own, before) - self._backlog().seconds(own))
+        backlog = self._backlog()
+        before_s = self._queue.ahead(place, lambda one: backlog.speed.seconds(min(one.prompt_tokens, own)))
+        return max(0.0, backlog.seconds(own, before_s) - backlog.seconds(own))
 
     def _queue_jumps(self, place: Place) -> bool:
         """Whether it would be its turn at once."""

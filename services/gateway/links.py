@@ -27,7 +27,7 @@ from .affinity import PromptPrefixes, RunPrefixes
 from .inbox import Event, Inbox
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
-from .waits import Throughput, Waits, saved, work
+from .waits import Speed, Throughput, Waits, saved
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -212,7 +212,7 @@ class PrefillLink(Link):
     @property
     def wait_s(self) -> float:
         """How long a prompt that comes now would wait until it is its turn, as far as that is known."""
-        return sum(map(work, self.prompts())) * self._throughput.seconds_per_token
+        return sum(map(self.speed.seconds, self.prompts()))
 
     def prompts(self) -> list[float]:
         """Tokens that each prompt costs that has not run; those of other gateways are taken for one prompt."""
@@ -220,9 +220,9 @@ class PrefillLink(Link):
         return [*self._ours.values(), *([others] if others > 0 else [])]
 
     @property
-    def seconds_per_token(self) -> float:
-        """Of prompts' work, as far as that is known; 0 = it is not."""
-        return self._throughput.seconds_per_token
+    def speed(self) -> Speed:
+        """Of the worker, as far as that is known."""
+        return self._throughput.speed
 
     def prefill(self, request: wpb.PrefillRequest, timeout_s: float, prefixes: PromptPrefixes) -> Any:
         """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""

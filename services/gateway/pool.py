@@ -21,7 +21,7 @@ from .affinity import PromptPrefixes
 from .links import DecodeLink, LinkSettings, PrefillLink, WorkerModel
 from .membership import Member, Membership
 from .routing import pick_decode, pick_prefill
-from .waits import Backlog
+from .waits import Backlog, mean_speed
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -97,9 +97,8 @@ class WorkerPool:
     def backlog(self) -> Backlog:
         """The prompts that prefill workers have not run."""
         links = self._prefills()
-        known = [link.seconds_per_token for link in links if link.seconds_per_token]
         prompts = [tokens for link in links for tokens in link.prompts()]
-        return Backlog(prompts, max(1, len(links)), sum(known) / len(known) if known else 0.0)
+        return Backlog(prompts, max(1, len(links)), mean_speed(link.speed for link in links))
 
     @property
     def changed(self) -> Event:

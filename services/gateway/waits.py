@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 RECENT_S = 10.0
@@ -14,6 +14,7 @@ AHEAD_S = 0.25  # of prompts that prefill workers are given ahead of those that 
 PROMPTS_AHEAD = 2  # that each is given whatever they take, so that none waits for the next one
 CACHED_SHARE = 1 / 16  # of running a token, what one that need not run costs
 FIXED_TOKENS = 32.0  # as many tokens' time a prompt takes beside its own
+REACH = 16.0  # times the longest prompt that has run lately are all that its time says anything of
 MEMORY_TOKENS = 16384.0  # of work, after which what a worker's speed was counts for 1/e
 
 
@@ -66,6 +67,31 @@ def saved(cached_tokens: float) -> float:
     return cached_tokens * (1 - CACHED_SHARE)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How long prompts take a worker.
+
+    Attributes:
+        seconds_per_token: of `work`; 0 = not known.
+        most_work: of one prompt, that this says anything of: a longer one takes at least as long.
+    """
+
+    seconds_per_token: float = 0.0
+    most_work: float = math.inf
+
+    def seconds(self, num_tokens: float) -> float:
+        """Of a prompt that costs so many tokens, at least; 0 where that is not known."""
+        return self.seconds_per_token * min(work(num_tokens), self.most_work)
+
+
+def mean_speed(speeds: Iterable[Speed]) -> Speed:
+    """Of several workers, as far as theirs are known."""
+    known = [one for one in speeds if one.seconds_per_token]
+    if not known:
+        return Speed()
+    return Speed(sum(one.seconds_per_token for one in known) / len(known), max(one.most_work for one in known))
+
+
 class Throughput:
     """How fast a worker runs prompts: their work over the time in which it had any. What a prompt says counts by its
     length, so that short ones, which say little of long ones, do not push those out of the mean.
@@ -77,7 +103,7 @@ class Throughput:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since_s = 0.0
-        self._seconds = self._work = 0.0  # the newest counts most
+        self._seconds = self._work = self._longest = 0.0  # the newest counts most
 
     def begin(self, idle: bool) -> None:
         """A prompt was given to the worker.
@@ -94,14 +120,16 @@ class Throughput:
         self._since_s = now
         if num_tokens is None:
             return
-        keep = math.exp(-work(num_tokens) / MEMORY_TOKENS)
+        own = work(num_tokens)
+        keep = math.exp(-own / MEMORY_TOKENS)
         self._seconds = self._seconds * keep + now - since_s
-        self._work = self._work * keep + work(num_tokens)
+        self._work = self._work * keep + own
+        self._longest = max(self._longest * keep, own)
 
     @property
-    def seconds_per_token(self) -> float:
-        """Of `work`; 0 where that is not known."""
-        return self._seconds / self._work if self._work else 0.0
+    def speed(self) -> Speed:
+        """By what has run."""
+        return Speed(self._seconds / self._work, REACH * self._longest) if self._work else Speed()
 
 
 @dataclass(frozen=True)
@@ -112,25 +140,25 @@ class Backlog:
     Attributes:
         prompts: tokens of each.
         num_workers: that run them.
-        seconds_per_token: of `work`, of a worker; 0 = not known.
+        speed: of a worker.
     """
 
-    prompts: Sequence[int] = ()
+    prompts: Sequence[float] = ()
     num_workers: int = 1
-    seconds_per_token: float = 0.0
+    speed: Speed = Speed()
 
-    def seconds(self, own: float, others: float = 0.0) -> float:
-        """How long a prompt of `own` tokens takes that is given to a worker once others of so much work have been, as
+    def seconds(self, own: float, others_s: float = 0.0) -> float:
+        """How long a prompt of `own` tokens takes that is given to a worker once others that take so long have been, as
         far as that is known; 0 where nothing is run: what nothing proves wrong keeps nobody out."""
         if not self.prompts:
             return 0.0
-        return self.seconds_per_token * ((self._ahead(own) + others) / self.num_workers + work(own))
+        return (self._ahead_s(own) + others_s) / self.num_workers + self.speed.seconds(own)
 
     def has_room(self, own: float) -> bool:
         """Whether a prompt of `own` tokens should be given to a worker now, rather than wait where turns are fair."""
-        ahead_s = self.seconds_per_token * self._ahead(own) / self.num_workers
+        ahead_s = self._ahead_s(own) / self.num_workers
         return ahead_s <= AHEAD_S or len(self.prompts) < PROMPTS_AHEAD * self.num_workers
 
-    def _ahead(self, own: float) -> float:
-        """The work that a prompt of `own` tokens waits for."""
-        return sum(work(min(tokens, own)) for tokens in self.prompts)
+    def _ahead_s(self, own: float) -> float:
+        """How long a prompt of `own` tokens waits for others, on one worker."""
+        return sum(self.speed.seconds(min(tokens, own)) for tokens in self.prompts)

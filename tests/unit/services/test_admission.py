@@ -14,7 +14,7 @@ from kvsluice.errors import InvalidRequest, Overloaded
 from kvsluice.services.gateway import fair_queue
 from kvsluice.services.gateway.admission import Admission, AdmissionPolicy, Ask
 from kvsluice.services.gateway.fair_queue import FairQueue, Place
-from kvsluice.services.gateway.waits import FIXED_TOKENS, Backlog
+from kvsluice.services.gateway.waits import FIXED_TOKENS, Backlog, Speed
 from kvsluice.services.keys import TenantLimits
 
 
@@ -117,7 +117,7 @@ def test_who_would_wait_past_its_deadline_is_sent_away_at_once():
 
 def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
     clock, running = Clock(), []
-    policy = AdmissionPolicy(4, 50, clock, max_ttft_s=6.0, backlog=lambda: Backlog(running, 1, 0.01))
+    policy = AdmissionPolicy(4, 50, clock, max_ttft_s=6.0, backlog=lambda: Backlog(running, 1, Speed(0.01)))
     run_some(policy, clock, 100, 8.0)
     fill(policy, 3)
     running[:] = [600]
@@ -135,7 +135,7 @@ def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
 
 def test_prompts_wait_where_turns_are_fair():
     running = []
-    policy = AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.001))
+    policy = AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, Speed(0.001)))
     fill(policy, 1)
     running[:] = [1000, 1000]
     long, short = (policy.offer(Ask(prompt_tokens=tokens, tenant=f"t{tokens}"))[0] for tokens in (500, 10))
@@ -148,7 +148,7 @@ def test_prompts_wait_where_turns_are_fair():
 
 async def test_who_waits_is_told_when_room_came_without_a_word_and_another_asks():
     running, entered, release = [], [], asyncio.Event()
-    admission = Admission(AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, 0.01)))
+    admission = Admission(AdmissionPolicy(8, 50, backlog=lambda: Backlog(running, 1, Speed(0.01))))
     tasks = [asyncio.create_task(hold(admission, Ask(1), entered, release))]
     await settle()
     running[:] = [1000, 1000]

@@ -9,7 +9,7 @@ import pytest
 from kvsluice.services.gateway.job import GATEWAYS, Epochs
 from kvsluice.services.gateway.membership import Member, MembershipTable
 from kvsluice.services.gateway.routing import DecodeLoad, PrefillLoad, pick_decode, pick_prefill
-from kvsluice.services.gateway.waits import Throughput, Waits, work
+from kvsluice.services.gateway.waits import REACH, Speed, Throughput, Waits, mean_speed, work
 
 
 def decode(worker_id="a", free=1000, waiting=0, running=0, ours=0):
@@ -87,39 +87,51 @@ def test_waits_are_those_that_ended_lately_or_go_on():
 
 def test_throughput_leaves_idle_time_out():
     clock = Clock()
-    speed = Throughput(clock)
-    assert speed.seconds_per_token == 0.0
-    speed.begin(idle=True)
+    throughput = Throughput(clock)
+    assert throughput.speed == Speed()
+    throughput.begin(idle=True)
     clock.now = 1.0
-    speed.end(100)
-    assert speed.seconds_per_token == pytest.approx(1 / work(100))
+    throughput.end(100)
+    assert throughput.speed.seconds_per_token == pytest.approx(1 / work(100))
     clock.now = 500.0
-    speed.begin(idle=True)
-    speed.begin(idle=False)
+    throughput.begin(idle=True)
+    throughput.begin(idle=False)
     clock.now = 501.0
-    speed.end(None)  # what does not count takes its time with it
+    throughput.end(None)  # what does not count takes its time with it
     clock.now = 502.0
-    speed.end(100)
-    assert speed.seconds_per_token == pytest.approx(1 / work(100))
+    throughput.end(100)
+    assert throughput.speed.seconds_per_token == pytest.approx(1 / work(100))
 
 
 def test_short_prompts_say_little_of_long_ones():
     clock = Clock()
-    speed = Throughput(clock)
+    throughput = Throughput(clock)
 
     def run(num_tokens: int, seconds: float) -> None:
-        speed.begin(idle=True)
+        throughput.begin(idle=True)
         clock.now += seconds
-        speed.end(num_tokens)
+        throughput.end(num_tokens)
 
     run(4096, 8.0)
-    long_s = speed.seconds_per_token
+    long_s = throughput.speed.seconds_per_token
     for _ in range(20):
         run(1, 0.1)  # a hundred times as long a token
-    assert long_s < speed.seconds_per_token < 1.3 * long_s
+    assert long_s < throughput.speed.seconds_per_token < 1.3 * long_s
     for _ in range(20):
         run(4096, 1.0)
-    assert speed.seconds_per_token < long_s / 7, "what was long ago is forgotten"
+    assert throughput.speed.seconds_per_token < long_s / 7, "what was long ago is forgotten"
+
+
+def test_nothing_is_foretold_of_prompts_much_longer_than_any_that_ran():
+    clock = Clock()
+    throughput = Throughput(clock)
+    throughput.begin(idle=True)
+    clock.now = 2.0  # something else was going on
+    throughput.end(5)
+    assert throughput.speed.seconds(5) == 2.0
+    assert throughput.speed.seconds(100_000) == throughput.speed.seconds(50_000) == 2.0 * REACH
+    assert mean_speed([throughput.speed, Speed()]) == throughput.speed, "of the others nothing is known"
+    assert mean_speed([]) == Speed() and Speed().seconds(1000) == 0.0
 
 
 async def settle():
