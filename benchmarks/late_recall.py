@@ -103,7 +103,7 @@ def recalled_rows(sequence: _Sequence, chunk: int) -> Tensor:
     chunks = next((one.tensors[Part.TAIL]["recalled"] for one in layers if "recalled" in one.tensors[Part.TAIL]), None)
     if chunks is None:
         return torch.empty(0, dtype=torch.int64)
-    firsts = chunks[:, 0].cpu().long().unique()
+    firsts = torch.tensor(sorted(set(chunks[:, 0].tolist())))
     return (firsts[:, None] + torch.arange(chunk)).flatten()
 
 
@@ -139,7 +139,7 @@ def measure(model: Model, profile: Mapping[str, Any], recipe: Recipe, task: str,
     back = recalled_rows(late.sequence, recipe.retrieval.chunk)
     if not len(back):
         return None
-    rows = torch.cat((chosen.cpu(), back)).unique()
+    rows = torch.tensor(sorted({*chosen.tolist(), *back.tolist()}))
     whole = propagated(recipe, recall=0.0, rate=(len(rows) + 0.5) / len(case.prompt_ids))
     says = {
         "exact": ran(get_recipe("exact"))[1],

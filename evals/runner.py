@@ -170,7 +170,13 @@ def collect_cells(records: Sequence[Record], labels: Sequence[str], *, with_refe
         places.setdefault((record["context"], record["task"], record["depth"]), []).append(record)
     cells = [cell for label in labels for place, own in places.items() for cell in _cells(label, *place, own)]
     if with_reference:
-        nothing = {"payload_bytes": 0, "resident_bytes": 0, "prefill_flops": 0.0, "fallback": None, "hits": []}
+        nothing: dict[str, Any] = {
+            "payload_bytes": 0,
+            "resident_bytes": 0,
+            "prefill_flops": 0.0,
+            "fallback": None,
+            "hits": [],
+        }
         for (context, task, depth), own in places.items():
             judged = [
                 record | {"outcomes": {TRANSFORMERS: nothing | {"turns": record["reference"]["turns"]}}}
