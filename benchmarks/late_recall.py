@@ -135,11 +135,11 @@ def measure(model: Model, profile: Mapping[str, Any], recipe: Recipe, task: str,
         with selection(forced) as rows:
             return scorer, scorer.run(case), rows
 
-    late, late_says, (chosen,) = ran(recipe)
-    back = recalled_rows(late.sequence, recipe.retrieval.chunk)
+    late, late_says, chosen = ran(recipe)
+    back = recalled_rows(late.sequence, recipe.retrieval.chunk) if chosen else ()
     if not len(back):
         return None
-    rows = torch.tensor(sorted({*chosen.tolist(), *back.tolist()}))
+    rows = torch.tensor(sorted({*chosen[0].tolist(), *back.tolist()}))
     whole = propagated(recipe, recall=0.0, rate=(len(rows) + 0.5) / len(case.prompt_ids))
     says = {
         "exact": ran(get_recipe("exact"))[1],
@@ -189,7 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(options.model, device=options.device)
     shape, encode = model_shape(model.config), load_tokenizer(options.model).encode
     profile = load_profile(locate(options.model).name, shape)
-    recipe = propagated(fill(get_recipe(options.recipe), shape, profile), recall=options.recall)
+    filled = fill(get_recipe(options.recipe), shape, profile)
+    if not isinstance(filled.propagation, TspPropagation):
+        raise InvalidRequest("--recipe", f"{options.recipe} has every row go on", "one that selects rows")
+    recipe = propagated(filled, recall=options.recall)
     suite = Ruler(encode, {"python-topics": token_ids(encode, python_topics())}, 0)
     found = []
     for sample in range(options.samples):

@@ -19,7 +19,7 @@ from ..keys import UNLIMITED, TenantLimits
 from ..security import NO_TENANT
 from .fair_queue import FairQueue, Place
 from .quotas import Quotas
-from .waits import Backlog, saved
+from .waits import Backlog
 
 WEIGHT = 1 / 16  # of the request that ended last in the means
 FIRST_ANSWER_TOKENS = 256.0  # what an answer is taken for until some have ended
@@ -33,7 +33,7 @@ class Ask:
     Attributes:
         num_choices: that it has; one with more than run together runs alone.
         prompt_tokens: as far as they are known before the prompt is tokenized.
-        cached_tokens: of these, that should not have to run.
+        saved_tokens: what the prompt should cost less, as its beginning is known.
         max_tokens: of the answer, at most; None = not known.
         remaining_s: until its deadline.
     """
@@ -42,7 +42,7 @@ class Ask:
     tenant: TenantId = NO_TENANT
     limits: TenantLimits = UNLIMITED
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    saved_tokens: float = 0.0
     max_tokens: int | None = None
     remaining_s: float = math.inf
 
@@ -170,8 +170,8 @@ class AdmissionPolicy:
     def _place(self, ask: Ask) -> Place:
         need = min(ask.num_choices, self._max_running)
         answer = min(self._answer_tokens, math.inf if ask.max_tokens is None else ask.max_tokens)
-        tokens = ask.prompt_tokens - ask.cached_tokens + ask.num_choices * answer
-        return Place(ask.tenant, ask.limits, need, ask.prompt_tokens - saved(ask.cached_tokens), tokens)
+        prompt = max(0.0, ask.prompt_tokens - ask.saved_tokens)
+        return Place(ask.tenant, ask.limits, need, prompt, prompt + ask.num_choices * answer)
 
     def _check_wait(self, ask: Ask, place: Place) -> None:
         starts = self._fits(place) and self._queue_jumps(place)

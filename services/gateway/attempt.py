@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from ...compression.recipe import Recipe
+from ...compression.shared_layers import shared_share
 from ...errors import InternalError, KvsluiceError, RequestCancelled, WorkerLost
 from ...protos import generation_pb2 as pb
 from ...protos import worker_pb2 as wpb
@@ -25,6 +26,7 @@ from .job import Job
 from .links import DecodeLink, PrefillLink
 from .membership import Member
 from .pool import Route
+from .waits import saved
 
 REPORT_WAIT_S = 2.0
 
@@ -43,6 +45,7 @@ class Attempt:
         epoch: its own.
         queried_tokens, cached_tokens: of the prompt that the answer begins with, looked up in shared prefixes and found
             there.
+        saved_tokens: what the prompt cost less for it, in tokens that run whole.
         handoff_is_open: a prefill worker has taken the prompt, and decode does not have all of it yet.
     """
 
@@ -69,6 +72,8 @@ class Attempt:
         self.finished: wpb.Finished | None = None
         self.resumed = wpb.Resumed()
         self.queried_tokens = self.cached_tokens = 0
+        self.saved_tokens = 0.0
+        self._shared_share = shared_share(recipe, len(job.prompt_ids), route.model.shape.num_layers)
 
     async def run(self) -> None:
         """Go on until every choice has ended. Raises an error of the tree otherwise."""
@@ -145,7 +150,8 @@ class Attempt:
             decode_address=self._route.decode.member.address,
             resumed=self._start is Start.REPLAY,
         )
-        call = prefill.prefill(request, max(0.001, job.deadline_s - time.monotonic()), job.prefixes)
+        remaining_s = max(0.001, job.deadline_s - time.monotonic())
+        call = prefill.prefill(request, remaining_s, job.prefixes, self._shared_share)
         reader: Task[None] | None = None
         try:
             await self._inbox.unless_failed(self._accepted(call))
@@ -229,11 +235,11 @@ class Attempt:
     def _take_first(self, event: wpb.FirstTokens) -> None:
         assert self._route.prefill is not None
         prefill, job = self._route.prefill, self._job
-        prefill.first(job.sequence_id, self.epoch, job.prefixes, event.cached_tokens)
+        prefill.first(job.sequence_id, self.epoch, event.cached_tokens)
         if self._answer.has_begun or self._job.history_ids:
             return  # drawn to no end: what was told counts, and what goes before the answer
         self.queried_tokens = len(job.prompt_ids) if prefill.info.prefix_chunk_tokens else 0
-        self.cached_tokens = event.cached_tokens
+        self.cached_tokens, self.saved_tokens = event.cached_tokens, saved(event.cached_tokens * self._shared_share)
         self._answer.begin(event, self._queue_s)
         early, self._early = self._early, []
         for entry in early:

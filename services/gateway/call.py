@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -58,6 +59,7 @@ class Call:
         self._kept: Session | None = None
         self._queried_tokens = self._prefix_tokens = self._turn_tokens = 0
         self._recomputed_tokens = self._recomputed_prompt_tokens = 0
+        self._saved_tokens = 0.0  # by prefixes that were found
 
     @property
     def answer_tokens(self) -> int:
@@ -66,18 +68,14 @@ class Call:
 
     @property
     def used_tokens(self) -> int:
-        """What it has cost so far: tokens of the prompt that were run for it, and of the answers."""
-        return max(0, self._job.num_input_tokens - self._cached_tokens) + self._answer.num_tokens
+        """What it has cost so far, in tokens: those of the input as far as they were run for it, and of the answers."""
+        saved_tokens = math.floor(self._turn_tokens + self._saved_tokens)
+        return max(0, self._job.num_input_tokens - saved_tokens) + self._answer.num_tokens
 
     @property
     def _cached_tokens(self) -> int:
         """Of the input, that were not run: a session had kept them, or an earlier prompt began with them."""
         return self._turn_tokens + self._prefix_tokens
-
-    @property
-    def cached_share(self) -> float | None:
-        """Of the prompt, that did not run, as an earlier one began with it; None where that was not looked up."""
-        return self._prefix_tokens / self._queried_tokens if self._queried_tokens else None
 
     async def run(self) -> None:
         """Work until the `complete` message is written. Raises an error of the tree otherwise."""
@@ -120,7 +118,7 @@ class Call:
             store=self._job.keeps,
             blame=plan.blame,
             near=self._sessions.place(self._job.tenant, self._job.checked.session_id),
-            prefixes=self._job.prefixes,
+            prefixes=self._job.prefixes[0],
         )
 
     def _attempt(self, route: Route, resolved: Resolved) -> Attempt:
@@ -164,6 +162,7 @@ class Call:
         """Count what an attempt has computed that had been computed before, and what it had not to compute."""
         self._queried_tokens += attempt.queried_tokens  # of the one attempt that the answer began with
         self._prefix_tokens += attempt.cached_tokens
+        self._saved_tokens += attempt.saved_tokens
         if self._job.history_ids and not self._failover.migrations:
             # a turn begins so: what is new is computed for the first time, and what is not computed was kept
             again = attempt.resumed.recomputed_tokens + attempt.resumed.recomputed_prompt_tokens

@@ -10,7 +10,7 @@ import random
 import time
 import uuid
 from asyncio import Event
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ... import __version__
@@ -36,7 +36,7 @@ from ..telemetry import NullRecorder, Recorder, current_request_id
 from ..tracing import current_span, incoming_trace, spanning
 from ..validation import CheckedRequest, ServedModel, check_input_size, check_prompt, check_request
 from .admission import Admission, AdmissionPolicy, Ask, Held
-from .affinity import InputPrefixes, PromptPrefixes
+from .affinity import PromptPrefixes
 from .call import Call
 from .failover import RetryBudget
 from .job import Epochs, Job, Ticket, Write
@@ -104,7 +104,6 @@ class Intake:
         self._tickets: dict[tuple[TenantId, str], Ticket] = {}
         self._tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         self._draw_seed = _seed_source(config.seed)
-        self._has_run = InputPrefixes()
         self._num_early = 0  # requests that wait for the first workers
         self._idle = Event()
         self._idle.set()
@@ -229,14 +228,13 @@ class Intake:
                 else:
                     check_prompt(checked, len(checked.token_ids), served)
                 # tokenizing costs time, so it waits for room, too, and a full queue refuses at once
-                prefixes = _prefixes(tenant, checked)
-                async with self.admission.slot(self._ask(tenant, checked, prefixes, deadline_s)) as held:
+                known_by = _known_by(tenant, checked)
+                async with self.admission.slot(self._ask(tenant, checked, known_by, deadline_s)) as held:
                     held.used_tokens = 0
-                    job = await self._job(request_id, checked, served, accepted_s, deadline_s)
+                    job = await self._job(request_id, checked, known_by, served, accepted_s, deadline_s)
                     if counted is not None:
                         counted(job.num_input_tokens)
-                    cached_share = await self._run(job, write, held)
-                    self._has_run.remember(prefixes, cached_share)
+                    await self._run(job, write, held)
         finally:
             del self._tickets[tenant, request_id]
             if not self._tickets:
@@ -259,16 +257,24 @@ class Intake:
             self._num_early -= 1
 
     async def _job(
-        self, request_id: str, checked: CheckedRequest, served: ServedModel, accepted_s: float, deadline_s: float
+        self,
+        request_id: str,
+        checked: CheckedRequest,
+        known_by: PromptPrefixes,
+        served: ServedModel,
+        accepted_s: float,
+        deadline_s: float,
     ) -> Job:
         tenant = current_caller.get().tenant
         turn = None if checked.session_id is None else await self.sessions.turn(tenant, checked, self._limits(tenant))
         if turn is None or turn.session is None:
             prompt_ids, history_ids = await self._tokenize(checked), tuple[int, ...]()
+            prefixes = [known_by] if known_by.is_tokenized else [_of_ids(tenant, checked, prompt_ids), known_by]
         else:
             assert self.pool.model is not None
             turn.check_model(self.pool.model.fingerprint)
             prompt_ids = list(turn.session.prompt_ids)
+            prefixes = [_of_ids(tenant, checked, prompt_ids)]
             history_ids = (*turn.session.history_ids, *await self._tokenize(checked, turn))
         sampling = check_prompt(checked, len(prompt_ids) + len(history_ids), served)
         return Job(
@@ -281,21 +287,22 @@ class Intake:
             history_ids=history_ids,
             turn=turn,
             tenant=tenant,
+            prefixes=prefixes,
         )
 
-    def _ask(self, tenant: TenantId, checked: CheckedRequest, prefixes: PromptPrefixes, deadline_s: float) -> Ask:
+    def _ask(self, tenant: TenantId, checked: CheckedRequest, known_by: PromptPrefixes, deadline_s: float) -> Ask:
         return Ask(
             num_choices=checked.sampling.n,
             tenant=tenant,
             limits=self._limits(tenant),
-            prompt_tokens=prefixes.num_tokens,
-            cached_tokens=self._has_run.found(prefixes),
+            prompt_tokens=known_by.num_tokens,
+            # a turn's input may go on behind a prompt that is not known here yet
+            saved_tokens=0.0 if checked.session_id is not None else self.pool.saved_tokens(known_by),
             max_tokens=checked.max_tokens,
             remaining_s=deadline_s - time.monotonic(),
         )
 
-    async def _run(self, job: Job, write: Write, held: Held) -> float | None:
-        """Returns the share of the prompt that did not have to run, where that was looked up."""
+    async def _run(self, job: Job, write: Write, held: Held) -> None:
         self._report_load()
         call = Call(
             job,
@@ -314,7 +321,6 @@ class Intake:
         finally:
             held.used_tokens = call.used_tokens
         self.admission.answered(call.answer_tokens / job.sampling.n)
-        return call.cached_share
 
     async def _tokenize(self, checked: CheckedRequest, turn: Turn | None = None) -> list[int]:
         if checked.token_ids is not None:
@@ -355,12 +361,17 @@ def _tenant(caller: Caller, named: str) -> TenantId:
     return TenantId(named)
 
 
-def _prefixes(tenant: TenantId, checked: CheckedRequest) -> PromptPrefixes:
+def _known_by(tenant: TenantId, checked: CheckedRequest) -> PromptPrefixes:
     """How a request's input begins; where it is a text that is not tokenized yet, by the text."""
     if checked.token_ids is not None:
-        return PromptPrefixes.of_ids(tenant, checked.recipe_name, checked.token_ids)
+        return _of_ids(tenant, checked, checked.token_ids)
     parts = [part for message in checked.messages or () for part in (message["role"], message["content"])]
-    return PromptPrefixes.of_text(tenant, checked.recipe_name, "\n".join([checked.prompt or "", *parts]))
+    text = [checked.prompt] if checked.prompt is not None else ["", *parts]  # what a chat is made into is another text
+    return PromptPrefixes.of_text(tenant, checked.recipe.to_json(), text)
+
+
+def _of_ids(tenant: TenantId, checked: CheckedRequest, prompt_ids: Sequence[int]) -> PromptPrefixes:
+    return PromptPrefixes(tenant, checked.recipe.to_json(), prompt_ids)
 
 
 def _seed_source(seed: int | None) -> Callable[[], int]:

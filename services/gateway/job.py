@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from asyncio import CancelledError, Task
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ...errors import InvalidRequest, KvsluiceError
@@ -81,6 +80,7 @@ class Job:
         history_ids: what follows it before the answer: earlier turns of a session, and this one's input.
         turn: of a session; None = the request is by itself.
         tenant: whose it is.
+        prefixes: how the prompt begins, and by what else it is known, such as the text that came in.
         accepted_s: monotonic time at which the request arrived.
         deadline_s: monotonic time of its deadline.
     """
@@ -94,17 +94,13 @@ class Job:
     history_ids: tuple[int, ...] = ()
     turn: Turn | None = None
     tenant: TenantId = NO_TENANT
+    prefixes: Sequence[PromptPrefixes] = ()
 
     @property
     def sequence_id(self) -> str:
         """What workers and the store call it: the turns of a session are one sequence."""
         own = RequestId(self.request_id) if self.turn is None else sequence_id(self.turn.session_id)
         return owned_id(self.tenant, own)
-
-    @cached_property
-    def prefixes(self) -> PromptPrefixes:
-        """How the prompt begins."""
-        return PromptPrefixes.of_ids(self.tenant, self.checked.recipe_name, self.prompt_ids)
 
     @property
     def num_input_tokens(self) -> int:

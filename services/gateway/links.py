@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 from asyncio import CancelledError, Queue, Task
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ from ..security import FleetSecurity
 from ..status import build_error, error_from_rpc
 from ..tracing import current_span
 from ..worker import PROTOCOL
-from .affinity import PromptPrefixes, RunPrefixes
+from .affinity import Found, PromptPrefixes, RunPrefixes
 from .inbox import Event, Inbox
 from .membership import Member
 from .routing import DecodeLoad, PrefillLoad
-from .waits import Speed, Throughput, Waits, saved
+from .waits import Speed, Throughput, Waits, saved, work
 
 log = logging.getLogger("kvsluice.gateway")
 
@@ -190,23 +190,40 @@ class Link:
         """Tell everyone who depends on the connection."""
 
 
+@dataclass(frozen=True)
+class _Given:
+    """A prompt that a worker was given.
+
+    Attributes:
+        cost: in tokens that run whole.
+        prefixes: the prompt's, and further names of it.
+        share: see `Found`.
+        expected: tokens that the worker was taken to have, by each of the names.
+    """
+
+    cost: float
+    prefixes: Sequence[PromptPrefixes]
+    share: float
+    expected: Sequence[int]
+
+
 class PrefillLink(Link):
     """Watches the connection to a prefill worker and starts prompts on it."""
 
     def __init__(self, member: Member, settings: LinkSettings, on_change: Callable[[], None]) -> None:
         super().__init__(member, settings, on_change)
         self._stub: PrefillWorkerStub | None = None
-        self._ours: dict[tuple[str, int], float] = {}  # what each costs, in tokens
+        self._ours: dict[tuple[str, int], _Given] = {}
         self._throughput = Throughput()
         self._has_run = RunPrefixes()
 
     def load(self, prefixes: PromptPrefixes | None = None) -> PrefillLoad:
         """For a prompt that begins so, if one is meant."""
-        pending = max(sum(self._ours.values()), self.info.pending_tokens)
-        return PrefillLoad(self.member.worker_id, pending, 0 if prefixes is None else self._found(prefixes))
+        saved_tokens = 0.0 if prefixes is None else self.found(prefixes).saved_tokens
+        return PrefillLoad(self.member.worker_id, sum(map(work, self.prompts())), saved_tokens)
 
-    def _found(self, prefixes: PromptPrefixes) -> int:
-        """Tokens of a prompt that the worker should not have to run."""
+    def found(self, prefixes: PromptPrefixes) -> Found:
+        """What the worker should not have to run of a prompt."""
         return self._has_run.found(prefixes, self.info.prefix_chunk_tokens)
 
     @property
@@ -216,27 +233,43 @@ class PrefillLink(Link):
 
     def prompts(self) -> list[float]:
         """Tokens that each prompt costs that has not run; those of other gateways are taken for one prompt."""
-        others = self.info.pending_tokens - sum(self._ours.values())
-        return [*self._ours.values(), *([others] if others > 0 else [])]
+        ours = [one.cost for one in self._ours.values()]
+        others = self.info.pending_tokens - sum(ours)
+        return [*ours, *([others] if others > 0 else [])]
 
     @property
     def speed(self) -> Speed:
         """Of the worker, as far as that is known."""
         return self._throughput.speed
 
-    def prefill(self, request: wpb.PrefillRequest, timeout_s: float, prefixes: PromptPrefixes) -> Any:
-        """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`."""
+    def prefill(
+        self, request: wpb.PrefillRequest, timeout_s: float, prefixes: Sequence[PromptPrefixes], share: float
+    ) -> Any:
+        """Start a prompt. Returns the call, a stream of `PrefillEvent`s; the caller reports its end by `done`.
+
+        Args:
+            prefixes: the prompt's, and further names of it.
+            share: see `Found`.
+        """
         if self._stub is None or not self.up:
             raise WorkerLost(f"the {self.called} was lost")
         self._throughput.begin(idle=not self._ours)
-        self._ours[request.request_id, request.epoch] = prefixes.num_tokens - saved(self._found(prefixes))
+        expected = [self.found(one).tokens for one in prefixes]
+        cost = prefixes[0].num_tokens - saved(expected[0] * share)
+        self._ours[request.request_id, request.epoch] = _Given(cost, prefixes, share, expected)
         return self._stub.Prefill(request, timeout=timeout_s, metadata=current_span.get().carrier)
 
-    def first(self, request_id: str, epoch: int, prefixes: PromptPrefixes, cached_tokens: int) -> None:
+    def first(self, request_id: str, epoch: int, cached_tokens: int) -> None:
         """The prompt has run, but for its first `cached_tokens`."""
-        is_ours = (request_id, epoch) in self._ours
-        self._throughput.end(prefixes.num_tokens - saved(cached_tokens) if is_ours else None)
-        self._has_run.remember(prefixes, self.info.prefix_chunk_tokens, cached_tokens)
+        given = self._ours.get((request_id, epoch))
+        if given is None:
+            self._throughput.end(None)
+            return
+        num_tokens = given.prefixes[0].num_tokens
+        self._throughput.end(num_tokens - saved(cached_tokens * given.share))
+        for one, expected in zip(given.prefixes, given.expected, strict=True):
+            part = cached_tokens * one.num_tokens // num_tokens
+            self._has_run.remember(one, self.info.prefix_chunk_tokens, given.share, part, expected)
         self.done(request_id, epoch)
 
     def done(self, request_id: str, epoch: int) -> None:

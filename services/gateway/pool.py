@@ -100,6 +100,10 @@ class WorkerPool:
         prompts = [tokens for link in links for tokens in link.prompts()]
         return Backlog(prompts, max(1, len(links)), mean_speed(link.speed for link in links))
 
+    def saved_tokens(self, prefixes: PromptPrefixes) -> float:
+        """What a prompt should cost less than one of which no worker knows anything."""
+        return max((link.found(prefixes).saved_tokens for link in self._prefills()), default=0.0)
+
     @property
     def changed(self) -> Event:
         """Set once, when the next worker comes or goes."""

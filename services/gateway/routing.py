@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .waits import saved
-
 
 @dataclass(frozen=True)
 class DecodeLoad:
@@ -36,13 +34,13 @@ class PrefillLoad:
     """What is known of a prefill worker's load.
 
     Attributes:
-        pending_tokens: that prompts cost that have not run.
-        found_tokens: of the prompt that a worker is picked for, that it should not have to run.
+        pending_tokens: what prompts cost that have not run.
+        saved_tokens: what the prompt that it is picked for should cost it less than one of which it knows nothing.
     """
 
     worker_id: str
     pending_tokens: float
-    found_tokens: int = 0
+    saved_tokens: float = 0.0
 
 
 def pick_decode(loads: Sequence[DecodeLoad], near: str | None = None) -> str | None:
@@ -69,4 +67,4 @@ def pick_prefill(loads: Sequence[PrefillLoad]) -> str | None:
     beginning is taken until its queue is longer than another's by more than that saves. Ties go to the smaller id."""
     if not loads:
         return None
-    return min(loads, key=lambda load: (load.pending_tokens - saved(load.found_tokens), load.worker_id)).worker_id
+    return min(loads, key=lambda load: (load.pending_tokens - load.saved_tokens, load.worker_id)).worker_id

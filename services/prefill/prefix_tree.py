@@ -105,16 +105,24 @@ class PrefixTree:
 
     def reserve(self, sizes: Sequence[int]) -> list[Region]:
         """Room for the first of chunks of these sizes in bytes, for as many as there is room, at the cost of what was
-        used longest ago. Nothing is dropped for a chunk that what is held leaves too little for in one piece."""
+        used longest ago. Nothing is dropped for a chunk that what is held leaves too little for in one piece.
+
+        Args:
+            sizes: none smaller than the one before.
+        """
         regions: list[Region] = []
         leaves: list[tuple[int, int, Node]] | None = None
         staying: list[Region] = []
+        before = 0  # of what stays, that lies before the first piece of it that is large enough
         for size in sizes:
             region = self._regions.take(size)
             if region is None and leaves is None:
                 leaves, staying = self._leaves(), self._staying()
-            if region is None and not self._regions.would_fit(size, staying):
-                break
+            if region is None:
+                place = self._regions.room_between(size, staying, before)
+                if place is None:
+                    break
+                before = place
             while region is None and leaves:
                 self._drop(heapq.heappop(leaves)[-1], leaves)
                 region = self._regions.take(size)

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from ...compression import make_compressor
 from ...compression.interfaces import LayerObs
-from ...compression.layout import layer_layout
 from ...compression.recipe import ModelShape, Recipe
+from ...compression.shared_layers import num_shared_layers
 from ...kernels.rope import apply_rope
 from ...models.model import Model
 from .prefix_memory import PrefixMemory
@@ -68,14 +68,6 @@ class ChunkViews:
     mass: Tensor | None
     peak: Tensor | None
     hidden: Tensor | None
-
-
-def num_shared_layers(recipe: Recipe, num_tokens: int, num_layers: int) -> int:
-    """The first layers, which every row of a prompt passes; at least 1."""
-    layer = 1
-    while layer < num_layers and layer_layout(recipe, num_tokens, layer).num_rows == num_tokens:
-        layer += 1
-    return layer
 
 
 def make_prefix_cache(

@@ -67,11 +67,15 @@ class Regions:
             begin = self._gaps.pop(at - 1).begin
         insort(self._gaps, Region(begin, end))
 
-    def would_fit(self, num_bytes: int, taken: Sequence[Region]) -> bool:
-        """Whether a region could be taken if only those were, which are sorted."""
-        begins = [0, *(region.end for region in taken)]
-        ends = [*(region.begin for region in taken), self.size_bytes]
-        return any(end - begin >= aligned(num_bytes) for begin, end in zip(begins, ends, strict=True))
+    def room_between(self, num_bytes: int, taken: Sequence[Region], first: int = 0) -> int | None:
+        """Where a region could be taken if only those were, which are sorted: the number of them that lie before it, at
+        least `first`; None where it could not."""
+        for before in range(first, len(taken) + 1):
+            begin = taken[before - 1].end if before else 0
+            end = taken[before].begin if before < len(taken) else self.size_bytes
+            if end - begin >= aligned(num_bytes):
+                return before
+        return None
 
     def check_integrity(self, taken: list[Region]) -> None:
         """Assert that the regions `taken` and the gaps are all bytes, each once."""

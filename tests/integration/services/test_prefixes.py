@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kvsluice.errors import ConfigError
+from kvsluice.kvstore.memory import MemoryStore
 from kvsluice.services.config import load_config
+from kvsluice.services.gateway.admission import AdmissionPolicy, Ask
+from kvsluice.services.gateway.fair_queue import Place
 
 CHUNK = 16
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
@@ -83,12 +86,68 @@ async def test_prompts_over_one_beginning_go_to_the_worker_that_has_run_it(make_
     await until(lambda: [link.info.prefix_chunk_tokens for link in links()] == [CHUNK] * 3)
     await say(prefill_0=1000)  # busier than the others: not taken for a prompt that none knows
     await fleet.client.generate(asks(0), max_tokens=2)
-    await say(prefill_1=70)  # a queue shorter than what a hit there saves
+    await say(prefill_1=40)  # a queue shorter than what a hit there saves
     await fleet.client.generate(asks(1), max_tokens=2)
     await fleet.client.generate(prompt(60, 9), max_tokens=2)
     await say(prefill_1=200)
     await fleet.client.generate(asks(2), max_tokens=2)
     assert fleet.script.prefilled_by == ["prefill-1", "prefill-1", "prefill-0", "prefill-0"]
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[Ask]:
+    """What admission is asked for."""
+    seen: list[Ask] = []
+    place = AdmissionPolicy._place
+
+    def noting(self: AdmissionPolicy, ask: Ask) -> Place:
+        seen.append(ask)
+        return place(self, ask)
+
+    monkeypatch.setattr(AdmissionPolicy, "_place", noting)
+    return seen
+
+
+async def test_admission_counts_what_need_not_run(make_real_fleet, asked) -> None:
+    """By ids, and by text that is not tokenized yet; from the first token on, whatever becomes of the answer."""
+    fleet = await make_real_fleet(chunk_tokens=CHUNK)
+    text = "A document, of which much is asked. " * 8
+    for prompts in ((asks(0), asks(1), prompt(90, 7)), (text + "Why?", text + "How?", "Another one. " * 20)):
+        del asked[:]
+        stream = fleet.client.stream(prompts[0], temperature=0, max_tokens=400, ignore_eos=True)
+        await anext(aiter(stream))  # the first answer goes on
+        for one in prompts[1:]:
+            await fleet.client.generate(one, **GREEDY)
+        stream.cancel()
+        saved = [ask.saved_tokens for ask in asked]
+        assert saved[0] == saved[2] == 0 < 0.5 * asked[1].prompt_tokens < saved[1] < asked[1].prompt_tokens
+    await fleet.until_idle()
+
+
+async def test_what_is_found_is_worth_what_its_layers_take(make_real_fleet) -> None:
+    """Where nearly all layers run for each question, a hit takes nearly as long as a miss, and counts so."""
+    fleet = await make_real_fleet(chunk_tokens=CHUNK)
+    propagation = {"kind": "tsp", "layer": 0, "rate": 0.95, "window": 8}
+    shallow = {"recipe": "exact", "slots": {"propagation": propagation}}
+    (link,) = fleet.gateway.pool._prefills()
+    costs = []
+    end = link._throughput.end
+    link._throughput.end = lambda cost: (costs.append(cost), end(cost))[1]
+    for given in ({}, shallow):
+        for question in (0, 1):
+            await fleet.client.generate(asks(question), **GREEDY, **given)
+    (_, hit, _, shallow_hit), whole = costs, len(asks(0))
+    assert hit < 0.35 * whole
+    assert 0.7 * whole < shallow_hit < whole
+
+
+async def test_turns_of_a_session_are_not_taken_for_prompts_that_are_known(make_real_fleet, asked) -> None:
+    fleet = await make_real_fleet(chunk_tokens=CHUNK, store=MemoryStore(1 << 26))
+    text = "A document, of which much is asked. " * 8
+    await fleet.client.generate(text, **GREEDY)
+    for _ in range(2):
+        await fleet.client.generate(text, session_id="s", **GREEDY)
+    assert [ask.saved_tokens for ask in asked] == [0.0, 0.0, 0.0]
 
 
 async def test_a_worker_that_was_lost_is_not_remembered(make_fleet, until) -> None:
@@ -97,10 +156,10 @@ async def test_a_worker_that_was_lost_is_not_remembered(make_fleet, until) -> No
     (link,) = fleet.gateway.pool._prefills()
     await until(lambda: link.info.prefix_chunk_tokens == CHUNK)
     await fleet.client.generate(asks(0), max_tokens=2)
-    assert link._has_run._names
+    assert link._has_run._shares
     await fleet.kill_worker("prefill-0")
     await until(lambda: not link.up)
-    assert not link._has_run._names, "whoever listens there next has run nothing"
+    assert not link._has_run._shares, "whoever listens there next has run nothing"
 
 
 def test_a_model_over_several_processes_shares_nothing() -> None:

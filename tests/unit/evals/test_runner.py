@@ -135,6 +135,11 @@ def test_prompts_that_find_a_document_stand_beside_themselves_run_whole(options,
     assert list(run_whole.cells) == own, "whatever else is asked"
 
 
+def test_chunks_in_which_nothing_can_be_found_are_refused(options):
+    with pytest.raises(InvalidRequest, match=r"--chunk-tokens: is more than the prompts have in common; allowed: less"):
+        run(options(suite="prefix", recipe="exact", context="700", samples="1", task="state", chunk_tokens="640"))
+
+
 def test_what_is_done_is_not_done_again(options, counted):
     chosen = options()
     first = run(chosen)

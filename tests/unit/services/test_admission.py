@@ -125,7 +125,7 @@ def test_who_would_get_its_first_token_too_late_is_sent_away_at_once():
     wanted_s = 0.01 * 2 * (400 + FIXED_TOKENS) - 6
     assert (error.reason, error.retry_after_s) == ("ttft", pytest.approx(wanted_s)), "prompts that are ahead count"
     # the same prompt, of which little has to run: it waits for no more of the longer one than that
-    fill(policy, 1, prompt_tokens=400, cached_tokens=320)
+    fill(policy, 1, prompt_tokens=400, saved_tokens=300.0)
     running.clear()
     fill(policy, 3)
     assert policy.num_waiting == 3

@@ -40,12 +40,13 @@ def test_prefill_is_picked_by_pending_tokens():
 
 
 def test_a_worker_that_knows_a_prompts_beginning_is_taken_as_long_as_that_saves_more_than_its_queue_is_longer():
-    def picked(queue: int, found: int = 500) -> str | None:
-        return pick_prefill([PrefillLoad("a", 40), PrefillLoad("b", queue, found)])
+    def picked(queue: int, saved: float = 500.0) -> str | None:
+        return pick_prefill([PrefillLoad("a", 40), PrefillLoad("b", queue, saved)])
 
-    assert picked(0) == picked(40) == picked(499) == "b"
-    assert picked(541) == picked(10_000) == "a", "what is loaded instead of run costs something, too"
-    assert picked(41, found=0) == "a"
+    assert picked(0) == picked(40) == picked(539) == "b"
+    assert picked(540) == "a", "none is better, and ties go to the smaller id"
+    assert picked(541) == picked(10_000) == "a"
+    assert picked(41, saved=0.0) == "a"
     assert pick_prefill([PrefillLoad("a", 0, 512), PrefillLoad("b", 100, 1024)]) == "b", "the longer beginning"
 
 
