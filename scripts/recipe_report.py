@@ -42,6 +42,7 @@ TITLES = {
     "ruler_reach": "Three times the rows, or outlier chunks (four tasks, float32)",
     "ruler_sinks": "Sinks (four tasks, float32)",
     "ruler_recall": "Rows that come back: from which layer, and how many",
+    "ruler_recall_2k": "Rows that come back, 33 samples on a processor",
     "ruler_variants": "Single parts, as an early simulation had them",
 }
 EXPLANATIONS = "explanations"
