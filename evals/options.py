@@ -98,7 +98,8 @@ OPTIONS = (
     Option("batch", "N", "samples whose answers run together, each under all recipes", "1"),
     Option("processes", "N", "processes that share the work and the device, each with the model loaded; several keep a "
            "GPU busy", "1"),
-    Option("chunk-tokens", "N", "prompt rows of a work item of prefill; default: 512 on a CPU and for prefix, else 8192"),
+    Option("chunk-tokens", "N", "prompt rows of a work item of prefill; default: 512 on a CPU and for the suite "
+           "prefix, else 8192"),
     Option("kernels", "|".join(KERNELS), "which implementation of the engines' operations runs: the compiled ones "
            "where the device has them, or plain torch everywhere", KERNELS[0]),
     Option("against", TRANSFORMERS, "also score transformers' own model and say where `exact` differs from it"),
