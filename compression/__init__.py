@@ -5,7 +5,7 @@
     interfaces.py what the engines know: LayerObs, EncodedLayer, Compressor, SequenceCache
       compressor · propagation · scoring · budgets · codecs · lowrank · retrieval
       cache · layer_cache · segment · host_values · views · sizes
-      hidden_rows · recall   what was not propagated, and comes back while decoding
+      hidden_rows · recall · recalled_chunks   what was not propagated, and comes back while decoding
       sealing · rooms        blocks of many sequences, packed together
 
 The functions below load torch when they are first asked for, so that a process which only validates requests

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import FrameMismatch
 from ..kernels.dispatch import TRITON, runs
-from ..kernels.step_attention import Shift, View
+from ..kernels.step_attention import RecallView, Shift, View
 from .checks import check_tensors
 from .codecs import compact
 from .hidden_rows import HiddenRows
@@ -23,9 +23,9 @@ from .recall import Recall
 from .redone import RedoneRow
 from .saved_rows import check_rows, put_saved_rows, saved_rows
 from .sealing import Sealing, own_angles, pack_blocks
-from .segment import Kit, Tail
+from .segment import Kit, Tail, storage_nbytes
 from .spec import ModelShape, Recipe
-from .views import FixedPlaces, layer_view
+from .views import FixedPlaces, layer_view, recall_view, recalls_in_steps
 
 
 def make_cache(
@@ -44,16 +44,7 @@ def make_cache(
         host: host memory for values that need not lie on the device (`placement`); None = all do.
         summed: see `Kit`; `shape` is then that of this rank's heads.
     """
-    kit = Kit(
-        recipe=recipe,
-        shape=shape,
-        rope=rope,
-        num_prompt_tokens=num_prompt_tokens,
-        retrieval=recipe.retrieval.build(),
-        host=host,
-        summed=summed,
-    )
-    return RecipeCache(kit)
+    return RecipeCache(Kit(recipe, shape, rope, num_prompt_tokens, recipe.retrieval.build(), host, summed))
 
 
 class RecipeCache:
@@ -69,6 +60,7 @@ class RecipeCache:
         self._may_share = True  # `_sealing` may still be made
         self._kit = kit
         self._recall: Recall | None = None
+        self._recalls_in_steps: bool | None = None
         self._layers: dict[int, LayerCache] = {}
         self._waiting: dict[int, EncodedLayer] = {}
 
@@ -117,9 +109,16 @@ class RecipeCache:
             return one.attend(q, positions, self.counter)
         if layer > recall.plan.layer:
             return recall.attend(one, layer, q, positions, self.counter)
+        self._catch_up()
         out, mass = one.attend_and_weigh(q, positions, self.counter)
         recall.choose(mass, positions, self.counter)
         return out
+
+    def _catch_up(self) -> Recall | None:
+        """What was recalled, in steps of a device as well; waits for those that nobody has asked for yet."""
+        if self._recall is not None:
+            self.counter.rows_recalled += self._recall.catch_up()
+        return self._recall
 
     def recall(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """See `SequenceCache`."""
@@ -129,7 +128,16 @@ class RecipeCache:
     @property
     def runs_apart(self) -> bool:
         """See `SequenceCache`."""
-        return self._recall is not None
+        if self._recall is None:
+            return False
+        if self._recalls_in_steps is None:
+            self._recalls_in_steps = recalls_in_steps(self.layers(), self._recall)
+        return not self._recalls_in_steps
+
+    @property
+    def rows_uncounted(self) -> int:
+        """See `SequenceCache`."""
+        return 0 if self._recall is None else self._recall.chunks.num_brought - self.counter.rows_recalled
 
     @property
     def most_rows_kept(self) -> int:
@@ -138,22 +146,32 @@ class RecipeCache:
 
     def reserve(self, num_rows: int, like: Tensor) -> None:
         """See `SequenceCache`."""
-        if self._layers[0].tail.has_room(num_rows):  # tails of all layers have as many rows
-            return
-        moved = False
+        moved = self._recall is not None and not self.runs_apart and self._recall.reserve(like)
         try:
-            for layer in self._others_first():
-                moved |= layer.tail.reserve(num_rows, like)
+            if not self._layers[0].tail.has_room(num_rows):  # tails of all layers have as many rows
+                for layer in self._others_first():
+                    moved |= layer.tail.reserve(num_rows, like)
         finally:
             if moved:
                 self.note_moved()
 
     def views(self) -> list[View]:
         """See `SequenceCache`."""
-        layers = self.layers()
-        self._read_nbytes = (sum(one.read_nbytes() for one in layers), sum(one.tail.row_nbytes for one in layers))
+        layers, recall = self.layers(), None if self.runs_apart else self._recall
+        whole = sum(one.read_nbytes() for one in layers) + (0 if recall is None else recall.most_read_nbytes)
+        self._read_nbytes = (whole, sum(one.tail.row_nbytes for one in layers))
         self._fixed = FixedPlaces.of(self._kit, layers)
-        return [layer_view(layer) for layer in layers]
+        regions = [None if recall is None else recall.region(number) for number in range(len(layers))]
+        return [layer_view(layer, region) for layer, region in zip(layers, regions, strict=True)]
+
+    def recall_view(self) -> RecallView | None:
+        """See `SequenceCache`."""
+        return None if self._recall is None or self.runs_apart else recall_view(self.layers(), self._recall)
+
+    def begin_step(self) -> None:
+        """See `SequenceCache`."""
+        if self._recall is not None:
+            self._recall.chunks.begin_step()
 
     def shift(self) -> Shift | None:
         """See `SequenceCache`."""
@@ -198,9 +216,10 @@ class RecipeCache:
         """See `SequenceCache`."""
         for layer in self._layers.values():
             layer.tail.withdraw(position)
-        if self._recall is not None:
-            self.counter.rows_recalled -= self._recall.rows_since(position)
-            undone = self._recall.undo(position)
+        recall = self._catch_up()
+        if recall is not None:
+            self.counter.rows_recalled -= recall.chunks.rows_since(position)
+            undone = recall.undo(position)
             assert undone, "what a pass displaces stays until the next one"
         if chosen:
             kept = [layer.kept for layer in self.layers() if layer.kept is not None]
@@ -217,13 +236,14 @@ class RecipeCache:
         recipe = self.recipe
         if not recipe.window.seal_block:
             return
+        begin = self._layers[0].tail.begin
         end = sealed_end(recipe, self._kit.num_prompt_tokens, next_position)
         if recipe.budget.fixed:
             for layer in self._layers.values():
                 layer.seal(end)
         elif end >= self._layers[0].tail.begin + recipe.block:
             self._seal_blocks(end)
-        self.version += 1
+        self.version += self._layers[0].tail.begin > begin
 
     def _seal_blocks(self, end: int) -> None:
         sealing, block = self.sealing(), self.recipe.block
@@ -256,15 +276,17 @@ class RecipeCache:
     def rows(self, begin: int, end: int) -> list[EncodedLayer]:
         """See `SequenceCache`."""
         rows = saved_rows([layer.tail for layer in self.layers()], begin, end)
-        return rows if self._recall is None else self._recall.with_recalled(rows, begin, end)
+        recall = self._catch_up()
+        return rows if recall is None else recall.with_recalled(rows, begin, end)
 
     def put_rows(self, begin: int, layers: Sequence[EncodedLayer]) -> None:
         """See `SequenceCache`."""
         tails = [layer.tail for layer in self.layers()]
         num_rows = check_rows(tails, begin, layers, self._kit.shape, RECALLED if self._recall else ())
         done = 0
-        if self._recall is not None:
-            self._recall.put(begin, begin + num_rows, layers)
+        recall = self._catch_up()
+        if recall is not None:
+            recall.put(begin, begin + num_rows, layers)
         while done < num_rows:
             count = min(self.rows_until_seal(begin + done), num_rows - done)
             put_saved_rows(tails, layers, done, done + count)
@@ -280,6 +302,7 @@ class RecipeCache:
     def truncate(self, end: int) -> bool:
         """See `SequenceCache`."""
         tails, num_prompt = [layer.tail for layer in self.layers()], self._kit.num_prompt_tokens
+        self._catch_up()  # whoever goes on from here counts anew
         count = tails[0].end - end
         if count <= 0:
             return count == 0
@@ -315,7 +338,8 @@ class RecipeCache:
         """See `SequenceCache`."""
         twin = RecipeCache(self._kit)
         twin._layers = {index: layer.fork() for index, layer in self._layers.items()}
-        twin._recall = None if self._recall is None else self._recall.copy()
+        recall = self._catch_up()
+        twin._recall = None if recall is None else recall.copy()
         return twin
 
     def tensors(self) -> Iterator[Tensor]:
@@ -370,9 +394,3 @@ class RecipeCache:
         if self._recall is not None:
             found.append(self._recall.hidden.host)
         return [values for values in found if values is not None]
-
-
-def storage_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind tensors, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

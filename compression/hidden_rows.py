@@ -45,6 +45,8 @@ class HiddenRows:
 
     Attributes:
         plan: what may be recalled of them.
+        codec: how they are packed.
+        width: columns of a row.
         host: where they lie in host memory, or None.
     """
 
@@ -57,8 +59,8 @@ class HiddenRows:
         first: int,
         source: PageSource | None,
     ) -> None:
-        codec, dim, packed = recipe.propagation.hidden_codec.build(), shape.hidden_size, dict(tensors)
-        self.plan = plan
+        self.plan, self.codec, self.width = plan, recipe.propagation.hidden_codec, shape.hidden_size
+        codec, dim, packed = self.codec.build(), self.width, dict(tensors)
         self._chunks, self._first, self._held = packed.pop("chunks"), first, packed
         self.host: HostValues | None = None
         self._reader: Reader = codec.reader(packed, {}, dim, plan.chunk)
@@ -85,6 +87,21 @@ class HiddenRows:
     def chunk_nbytes(self) -> int:
         """Bytes that reading one chunk touches."""
         return self._reader.chunk_nbytes
+
+    @property
+    def chunks(self) -> Tensor:
+        """int32 [n], their ids (position // chunk), ascending."""
+        return self._chunks
+
+    @property
+    def first(self) -> int:
+        """Id of the chunk that the sealed rows of the selecting layer begin with."""
+        return self._first
+
+    @property
+    def packed(self) -> tuple[Tensor, ...] | None:
+        """Codes, scales and minima [n * chunk, 1, …]; None where they lie in host memory."""
+        return None if self.host is not None else tuple(self._held.values())
 
     def position(self, number: int) -> int:
         """Of the first row of a chunk."""

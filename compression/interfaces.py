@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ..kernels.step_attention import Shift, View
+from ..kernels.step_attention import RecallView, Shift, View
 from .layout import Part as Part
 from .spec import Recipe
 
@@ -194,7 +194,8 @@ class SequenceCache(Protocol):
 
     @property
     def runs_apart(self) -> bool:
-        """Its rows do more than the batched kernels do, and run one sequence by the other."""
+        """Its rows do more than the batched kernels do, and run one sequence by the other; known once all layers are
+        here."""
         ...
 
     @property
@@ -208,6 +209,20 @@ class SequenceCache(Protocol):
 
     def views(self) -> list[View]:
         """Every layer as the batched kernels read it; needs room for the rows that they will append."""
+        ...
+
+    def recall_view(self) -> RecallView | None:
+        """What the batched kernels may bring back; needs the same room. None = nothing."""
+        ...
+
+    def begin_step(self) -> None:
+        """Leave the next row to the batched kernels. What they bring back is known here once somebody asks, who then
+        waits for them."""
+        ...
+
+    @property
+    def rows_uncounted(self) -> int:
+        """By how many rows a count of all that ever came back, as kernels have it, exceeds what `counter` counts."""
         ...
 
     def shift(self) -> Shift | None:

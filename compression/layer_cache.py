@@ -15,7 +15,7 @@ from .codecs import owned
 from .host_values import HostReader, HostValues, HotChunks
 from .interfaces import EncodedLayer, Part, ReadCounter
 from .kept_choice import KeptChoice
-from .layout import grown_tier, layer_layout, sinks_are_unrotated, tail_is_unrotated
+from .layout import grown_tier, layer_layout, outliers_are_indexed, sinks_are_unrotated, tail_is_unrotated
 from .packings import packings, tier_tensors
 from .placement import host_placement
 from .recall import chunk_mass
@@ -43,7 +43,7 @@ class LayerCache:
         window: width of the layer's sliding window, or None.
         sinks: keys and values [n, Hkv, d].
         outliers: `chunks` int32 [O, Hkv], `k` and `v` [O * chunk, Hkv, d]; empty without outliers.
-        outlier_index: int32 [O * chunk, Hkv], where outliers lie; None where the layer has no window.
+        outlier_index: int32 [O * chunk, Hkv], where outliers lie; None where no kernel asks.
         base, demoted, grown, tail: as drawn.
         tail_is_unrotated: the tail holds keys before RoPE.
         grown_tier, grown_packing: how blocks are sealed.
@@ -82,8 +82,9 @@ class LayerCache:
             if every > 1:
                 num_chosen = kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens)
                 self.kept = KeptChoice(kit.shape.num_kv_heads, num_chosen, every, self.base.device)
-        # tables hold its address; without a window no kernel asks where outliers lie
-        self.outlier_index = self._outlier_positions() if self.outliers and self.window is not None else None
+        # tables hold its address; without a window only rows that come back ask where outliers lie
+        is_asked = self.window is not None or outliers_are_indexed(kit.recipe, kit.num_prompt_tokens, layer)
+        self.outlier_index = self._outlier_positions() if self.outliers and is_asked else None
         dtype = torch.bfloat16 if kit.recipe.window.dtype == "bfloat16" else None
         self.tail = Tail(at.sealed_end, ends.get("k"), ends.get("v"), dtype)
 

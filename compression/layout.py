@@ -145,6 +145,12 @@ def recall_plan(recipe: Recipe, num_tokens: int) -> RecallPlan | None:
     return recipe.propagation.recall_plan(num_tokens, recipe.retrieval.chunk, recipe.window.sinks)
 
 
+def outliers_are_indexed(recipe: Recipe, num_tokens: int, layer: int) -> bool:
+    """Whether rows of the prompt attend in this layer, which see outliers up to their own positions only."""
+    plan = recall_plan(recipe, num_tokens)
+    return plan is not None and layer > plan.layer
+
+
 def hidden_specs(recipe: Recipe, shape: ModelShape, num_tokens: int, layer: int) -> Specs:
     """Rows behind a layer that are kept to be recalled, packed as those of one head, and the ids of their chunks."""
     plan = recall_plan(recipe, num_tokens)

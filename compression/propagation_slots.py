@@ -44,6 +44,11 @@ class RecallPlan:
         """Chunks that there must be room for: what a pass displaces, its earlier rows still attend to."""
         return self.capacity + self.pass_rows * self.a_row
 
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of what a device knows of a choice's chunks, see `kernels.step_attention.recalled`."""
+        return 8 * (6 + 2 * self.num_slots) + 4 * self.num_slots + self.num_hidden
+
 
 class PropagationFilling(Filling):
     """What every way of propagation declares.

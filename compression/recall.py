@@ -11,32 +11,31 @@ bounded: where too much is, what was brought back longest ago makes room.
 
 Every chunk is stamped with the position of the row that wanted it, and rows see what is there by stamps, not by what
 ran together: rows in one pass bring back and see what they would one by one. So the state behind a row is a function of
-the tokens up to it.
+the tokens up to it. Which chunks are there is known by `recalled_chunks`; here are their rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import FrameMismatch
 from ..kernels.attention_partial import attention_partial, merge_partials
+from ..kernels.step_attention import Layout, Packed, Region
 from .hidden_rows import HiddenRows
 from .interfaces import EncodedLayer, Part, ReadCounter
+from .recalled_chunks import NEVER, Chunk, RecalledChunks
 
 if TYPE_CHECKING:
     from .layer_cache import LayerCache
 
 Partial = tuple[Tensor, Tensor]
 
-NEVER = 1 << 62  # a position that no row has
 NAMES = ("recalled", "recalled_k", "recalled_v")  # of a layer's rows that were recalled, beside those of its tail
 
 
@@ -54,23 +53,6 @@ def chunk_mass(parts: Sequence[Partial], of: int, scores: Tensor) -> Tensor:
     """
     share = torch.exp(parts[of][1] - torch.stack([lse for _, lse in parts]).logsumexp(dim=0))
     return (share[..., None] * torch.softmax(scores, dim=-1)).nan_to_num(0.0).mean(dim=1)
-
-
-@dataclass
-class _Chunk:
-    """A chunk that was brought back.
-
-    Attributes:
-        number: among the hidden ones.
-        wanted_by: position of the row.
-        slot: where its rows lie.
-        gone: position of the row that displaced it.
-    """
-
-    number: int
-    wanted_by: int
-    slot: int
-    gone: int = NEVER
 
 
 class _Seen(NamedTuple):
@@ -94,28 +76,22 @@ class Recall:
         hidden: of its prompt.
         windows: of the model's layers, see `ModelShape`.
         dtype: of exact rows; None = the model's.
+
+    Attributes:
+        chunks: which are here. Where steps on a device have chosen since, `catch_up` comes before anything else.
     """
 
     def __init__(self, hidden: HiddenRows, windows: Sequence[int | None], dtype: torch.dtype | None) -> None:
         self.hidden, self.plan = hidden, hidden.plan
         self._windows, self._dtype = windows, dtype
-        self._chunks: list[_Chunk] = []  # by stamp and position; first those that a row of the last pass displaced
-        self._joining: list[_Chunk] = []  # of the last pass, the last ones of them
-        self._free = list(range(self.plan.num_slots))
-        self._displaced_at = -1  # the last row that displaced what is not here any more
+        self.chunks = RecalledChunks(hidden)
         self._regions: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own: list[int] = []  # positions of the pass's rows
         self._seen: _Seen | None = None  # while it runs
 
     @property
     def num_joining(self) -> int:
         """Rows that the last pass brought back."""
-        return len(self._joining) * self.plan.chunk
-
-    @property
-    def held(self) -> list[tuple[int, int]]:
-        """Position and stamp of every chunk that is here."""
-        return [(self.hidden.position(one.number), one.wanted_by) for one in self._chunks if one.gone == NEVER]
+        return len(self.chunks.joining) * self.plan.chunk
 
     def choose(self, mass: Tensor, positions: Tensor, counter: ReadCounter) -> None:
         """Begin a pass: bring back what its rows want.
@@ -125,73 +101,67 @@ class Recall:
             positions: int64 [Q], ascending; at most `RecallPlan.pass_rows`.
         """
         assert len(positions) <= self.plan.pass_rows, "rows that run together are bounded"
-        self._let_go()
-        wanted = mass[:, self.hidden.places].float().cpu().numpy()
-        self._joining = []
-        self._own, self._seen = positions.tolist(), None
-        for position, row in zip(self._own, wanted, strict=True):
-            self._joining += self._bring(position, self._best(position, row))
-        counter.bytes_read += len(self._joining) * self.hidden.chunk_nbytes
+        self.chunks.choose(mass[:, self.hidden.places].float().cpu().numpy(), positions.tolist())
+        self._seen = None
+        counter.bytes_read += len(self.chunks.joining) * self.hidden.chunk_nbytes
         counter.rows_recalled += self.num_joining
-
-    def _best(self, position: int, mass: NDArray[np.float32]) -> list[int]:
-        """The chunks that a row wants most, of those that are not here: they have more of its attention than if it
-        attended to all rows alike."""
-        mass[[one.number for one in self._chunks if one.gone == NEVER]] = 0
-        order = np.argsort(-mass, kind="stable")[: self.plan.a_row]
-        return sorted(int(i) for i in order if mass[i] > self.plan.chunk / (position + 1))
-
-    def _bring(self, position: int, numbers: Sequence[int]) -> list[_Chunk]:
-        """Bring chunks back for a row, and displace as many as are too many."""
-        new = [_Chunk(number, position, heappop(self._free)) for number in numbers]
-        here = [one for one in self._chunks if one.gone == NEVER]
-        for one in here[: max(0, len(here) + len(new) - self.plan.capacity)]:
-            one.gone = position
-        self._chunks += new
-        return new
-
-    def _let_go(self) -> None:
-        """Give back the slots of what the last pass displaced: no row to come sees it."""
-        for one in self._chunks:
-            if one.gone != NEVER:
-                heappush(self._free, one.slot)
-                self._displaced_at = max(self._displaced_at, one.gone)
-        self._chunks = [one for one in self._chunks if one.gone == NEVER]
-
-    def rows_since(self, position: int) -> int:
-        """Rows that those from a position on have brought back."""
-        return sum(one.wanted_by >= position for one in self._chunks) * self.plan.chunk
 
     def undo(self, end: int) -> bool:
         """Be what it was before the rows from position `end` on. False, and nothing has changed, where what they have
         displaced is not here any more."""
-        if self._displaced_at >= end:
-            return False
-        for one in self._chunks:
-            if one.wanted_by >= end:
-                heappush(self._free, one.slot)
-            elif one.gone >= end:
-                one.gone = NEVER
-        self._chunks = [one for one in self._chunks if one.wanted_by < end]
-        self._joining, self._own, self._seen = [], [], None
-        return True
+        self._seen = None
+        return self.chunks.undo(end)
+
+    def catch_up(self) -> int:
+        """Know what steps on the device have brought back, and wait for them. Returns how many rows that this is."""
+        self._seen = None if self.chunks.is_ahead else self._seen
+        return self.chunks.catch_up()
+
+    def reserve(self, like: Tensor) -> bool:
+        """Have the memory that steps on a device need, for rows of the kind of `like` [_, Hkv, d]. Returns whether it
+        was not there."""
+        made = self.chunks.make()
+        for layer in range(self.plan.layer + 1, len(self._windows)):
+            made |= self._make_region(layer, like)
+        return made
+
+    @property
+    def most_read_nbytes(self) -> int:
+        """Bytes that a step on a device reads, at most: how much there is only the device knows."""
+        plan = self.plan
+        rows = sum(k[0].nbytes + v[0].nbytes for k, v in self._regions.values())
+        return plan.capacity * plan.chunk * rows + plan.a_row * self.hidden.chunk_nbytes
+
+    def region(self, layer: int) -> Region | None:
+        """What is here in a layer behind T, as kernels read it; None in others."""
+        if layer <= self.plan.layer:
+            return None
+        assert self.chunks.on_device is not None, "reserved before"
+        k, v = (Packed(Layout("dense", dtype=rows.dtype), (rows,)) for rows in self._regions[layer])
+        return Region(k, v, len(k.tensors[0]), 0, self.chunks.on_device.ids, by_position=True)
 
     def joining(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the pass brings back: hidden rows [R, D] in the dtype of `like`, and their positions int64 [R]."""
-        if not self._joining:
+        joining = self.chunks.joining
+        if not joining:
             return None
-        rows = self.hidden.read([one.number for one in self._joining])
-        return rows.to(like.dtype), self._positions(self._joining)
+        rows = self.hidden.read([one.number for one in joining])
+        return rows.to(like.dtype), self._positions(joining)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Take the keys, after RoPE, and values [R, Hkv, d] of the rows that join, in a layer behind T."""
-        self._put(layer, self._joining, k, v)
+        self._put(layer, self.chunks.joining, k, v)
 
-    def _put(self, layer: int, chunks: Sequence[_Chunk], k: Tensor, v: Tensor) -> None:
-        if layer not in self._regions:
-            shape = (self.plan.num_slots * self.plan.chunk, *k.shape[1:])
-            k_room, v_room = (torch.zeros(shape, dtype=self._dtype or k.dtype, device=k.device) for _ in range(2))
-            self._regions[layer] = k_room, v_room
+    def _make_region(self, layer: int, like: Tensor) -> bool:
+        if layer in self._regions:
+            return False
+        shape, dtype = (self.plan.num_slots * self.plan.chunk, *like.shape[1:]), self._dtype or like.dtype
+        k, v = (torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2))
+        self._regions[layer] = k, v
+        return True
+
+    def _put(self, layer: int, chunks: Sequence[Chunk], k: Tensor, v: Tensor) -> None:
+        self._make_region(layer, k)
         rows = self._rows(chunks)
         for held, new in zip(self._regions[layer], (k, v), strict=True):
             held[rows] = new.to(held.dtype)
@@ -214,6 +184,9 @@ class Recall:
         Args:
             q: [Q, H, d] of the rows that join, or of all others.
         """
+        if self.chunks.is_ahead:  # it is the row of the device's last step, once more
+            k, v = (held.transpose(0, 1) for held in self._regions[layer])
+            return [attention_partial(q, k, v, self.chunks.positions(), positions, self._windows[layer])]
         seen = self._seen_by_pass()
         if not joins and layer == len(self._windows) - 1:
             self._seen = None
@@ -230,10 +203,10 @@ class Recall:
 
     def _seen_by_pass(self) -> _Seen:
         if self._seen is None:
-            own = self._own
+            own = self.chunks.own
             assert own, "layer T comes before those behind it"
-            chunks = [one for one in self._chunks if one.gone > own[0]]
-            stamps = [one.wanted_by for one in self._joining for _ in range(self.plan.chunk)] + own
+            chunks = [one for one in self.chunks.all if one.gone > own[0]]
+            stamps = [one.wanted_by for one in self.chunks.joining for _ in range(self.plan.chunk)] + own
             valid = None
             if len(own) > 1:
                 since, until = (np.array([getattr(one, name) for one in chunks]) for name in ("wanted_by", "gone"))
@@ -243,10 +216,10 @@ class Recall:
             self._seen = _Seen(self._rows(chunks), self._positions(chunks), valid)
         return self._seen
 
-    def _rows(self, chunks: Sequence[_Chunk]) -> Tensor:
+    def _rows(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._spread([one.slot * self.plan.chunk for one in chunks])
 
-    def _positions(self, chunks: Sequence[_Chunk]) -> Tensor:
+    def _positions(self, chunks: Sequence[Chunk]) -> Tensor:
         return self._spread([self.hidden.position(one.number) for one in chunks])
 
     def _spread(self, firsts: list[int]) -> Tensor:
@@ -258,7 +231,7 @@ class Recall:
         """Add to rows at positions begin ≤ p < end what they have recalled, where they did: of every layer behind T
         `recalled` int32 [n, 2], positions of chunks and of the rows that wanted them, and their keys and values
         `recalled_k` and `recalled_v` [n * chunk, Hkv, d], by position of those rows."""
-        chunks = [one for one in self._chunks if begin <= one.wanted_by < end]
+        chunks = [one for one in self.chunks.all if begin <= one.wanted_by < end]
         if not chunks:
             return list(layers)
         stamps = [[self.hidden.position(one.number), one.wanted_by] for one in chunks]
@@ -288,22 +261,23 @@ class Recall:
                 raise FrameMismatch("rows have recalled others in some layers, in others they have not")
             return
         stamps = self._checked(first, begin, end)
-        self._let_go()
-        chunks: list[_Chunk] = []
+        self.chunks.begin_pass()
+        chunks: list[Chunk] = []
         for position in dict.fromkeys(stamp for _, stamp in stamps):
             numbers = [number for number, stamp in stamps if stamp == position]
-            here = {one.number for one in self._chunks if one.gone == NEVER}
+            here = {one.number for one in self.chunks.all if one.gone == NEVER}
             if here & set(numbers) or len(set(numbers)) < len(numbers):
                 raise FrameMismatch(f"the row at position {position} recalls what is here already")
-            chunks += self._bring(position, numbers)
+            chunks += self.chunks.bring(position, numbers)
         for one, group in zip(deep, groups, strict=True):
             k, v, same = group["recalled_k"], group["recalled_v"], group["recalled"]
             rows = len(stamps) * self.plan.chunk
             if same is None or not torch.equal(same, first) or k is None or v is None or not len(k) == len(v) == rows:
                 raise FrameMismatch(f"layer {one.layer}: recalled rows are not those of the layer before")
             self._put(one.layer, chunks, k, v)
-        self._let_go()
-        self._joining, self._own, self._seen = [], [], None
+        self.chunks.begin_pass()
+        self.chunks.end_pass()
+        self._seen = None
 
     def _checked(self, recalled: Tensor, begin: int, end: int) -> list[tuple[int, int]]:
         """Numbers of chunks and positions of the rows that wanted them.
@@ -330,10 +304,7 @@ class Recall:
     def copy(self) -> Recall:
         """An independent one with the same rows."""
         twin = Recall(self.hidden, self._windows, self._dtype)
-        twin._chunks = [replace(one) for one in self._chunks]
-        twin._free = list(self._free)
-        heapify(twin._free)
-        twin._displaced_at = self._displaced_at
+        twin.chunks = self.chunks.copy()
         twin._regions = {layer: (k.clone(), v.clone()) for layer, (k, v) in self._regions.items()}
         return twin
 
@@ -341,3 +312,4 @@ class Recall:
         """Everything that it holds of its own on the device."""
         for k, v in self._regions.values():
             yield from (k, v)
+        yield from self.chunks.tensors()

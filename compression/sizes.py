@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .codec_slots import Specs
-from .layout import TAIL_ROWS, Part, grown_tier, layer_layout, layer_specs, recall_plan, sealed_end
+from .layout import (
+    TAIL_ROWS,
+    Part,
+    grown_tier,
+    layer_layout,
+    layer_specs,
+    outliers_are_indexed,
+    recall_plan,
+    sealed_end,
+)
 from .placement import Placement, hidden_placement, host_placement
 from .spec import ModelShape, Recipe
 
@@ -31,6 +40,8 @@ def bound_nbytes(
     """
     native = _NATIVE[itemsize]
     total = _hidden_away(recipe, shape, num_prompt_tokens, page_nbytes)
+    plan = recall_plan(recipe, num_prompt_tokens)
+    total += 0 if plan is None else num_choices * plan.state_nbytes
     for layer in range(shape.num_layers):
         place = _placement(recipe, shape, num_prompt_tokens, layer, native, page_nbytes)
         total += _shared_nbytes(recipe, shape, num_prompt_tokens, layer, native, place)
@@ -91,7 +102,7 @@ def _shared_nbytes(
     index_width = shape.num_kv_heads if at.per_head else 1
     index_nbytes = 4 * at.num_demoted * index_width
     landmarks = recipe.retrieval.landmark_specs(num_chunks, shape.num_kv_heads, shape.head_dim)
-    if shape.layer_windows[layer] is not None:
+    if shape.layer_windows[layer] is not None or outliers_are_indexed(recipe, num_tokens, layer):
         # where outliers lie is known from their chunks, but kernels read it row by row
         index_nbytes += 4 * shape.num_kv_heads * min(recipe.retrieval.outliers, num_chunks) * recipe.retrieval.chunk
     index_nbytes += table_nbytes

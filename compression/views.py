@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.step_attention import Chunks, Layout, Packed, Region, Shift, View
+from ..kernels.step_attention import Chunks, Layout, Packed, RecallView, Region, Shift, View
 from ..kernels.step_attention import Tail as TailView
 from .layout import sinks_are_unrotated
 from .rooms import Numbers, seal_key
@@ -19,12 +19,17 @@ from .segment import Kit, Segment, Tail
 if TYPE_CHECKING:
     from .host_values import HotChunks
     from .layer_cache import LayerCache
+    from .recall import Recall
     from .sealing import Sealing
 
 
-def layer_view(layer: LayerCache) -> View:
-    """What queries at positions from the tail's begin on attend to. Valid until rows are sealed or the tail moves."""
-    kit, regions = layer.kit, []
+def layer_view(layer: LayerCache, recalled: Region | None = None) -> View:
+    """What queries at positions from the tail's begin on attend to. Valid until rows are sealed or the tail moves.
+
+    Args:
+        recalled: rows that came back, where there may be some.
+    """
+    kit, regions = layer.kit, [] if recalled is None else [recalled]
     if layer.sinks is not None:
         regions.append(_sinks(layer))
     segments = [segment for segment in (layer.base, layer.demoted, layer.grown) if segment is not None]
@@ -44,6 +49,58 @@ def layer_view(layer: LayerCache) -> View:
         window=layer.window,
         tail=TailView(k, v, layer.tail.begin, layer.tail_is_unrotated),
     )
+
+
+def recalled_views(layers: Sequence[LayerCache], recall: Recall) -> list[View]:
+    """What rows that came back attend to, of every layer, and where they go: nothing in those up to T. They are of the
+    prompt, so they see neither the tail nor blocks that were sealed from it."""
+    views, chunk = [], layers[0].kit.recipe.retrieval.chunk
+    for number, layer in enumerate(layers):
+        region = recall.region(number)
+        if region is None:
+            nowhere = layer.tail.room()
+            views.append(View((), None, chunk, layer.window, TailView(*nowhere, -1, False)))
+            continue
+        regions = [region]
+        if layer.sinks is not None:
+            regions.append(_sinks(layer))
+        if layer.outliers:
+            regions.append(_outliers(layer))
+        chunks = None if layer.base is None else _chunks(layer, [layer.base], keeps=False)
+        tail = TailView(region.keys.tensors[0], region.values.tensors[0], 0, False)
+        views.append(View(tuple(regions), chunks, chunk, layer.window, tail))
+    return views
+
+
+def recall_view(layers: Sequence[LayerCache], recall: Recall) -> RecallView:
+    """What a step may bring back, as kernels read and change it."""
+    hidden, plan, own = recall.hidden, recall.plan, recall.chunks.on_device
+    assert own is not None, "reserved before"
+    return RecallView(
+        plan.layer,
+        plan.chunk,
+        plan.a_row,
+        plan.capacity,
+        own.state,
+        own.ids,
+        own.here,
+        hidden.chunks,
+        hidden.first,
+        hidden.packed,
+        None if hidden.host is None else hidden.host.pages,
+        0 if hidden.host is None else hidden.host.place.page_chunks,
+        hidden.codec.bits,
+        hidden.codec.group,
+        hidden.width,
+        recalled_views(layers, recall),
+    )
+
+
+def recalls_in_steps(layers: Sequence[LayerCache], recall: Recall) -> bool:
+    """Whether kernels bring rows back within a step. They choose by what chunks were chosen for, and a hot set is no
+    place for several rows of a sequence."""
+    deep = layers[recall.plan.layer + 1 :]
+    return bool(deep) and layers[0].kit.retrieval is not None and not any(layer.hot is not None for layer in deep)
 
 
 def dense(rows: Tensor) -> Packed:
@@ -88,7 +145,8 @@ def _seals_alike(layer: LayerCache) -> bool:
     return key is None or own == (key.keys.dtype, key.values.dtype)
 
 
-def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
+def _chunks(layer: LayerCache, segments: Sequence[Segment], keeps: bool = True) -> Chunks:
+    """Without `keeps` every row chooses for itself."""
     kit = layer.kit
     landmarks, scales = [], []
     for segment in segments:
@@ -103,7 +161,7 @@ def _chunks(layer: LayerCache, segments: Sequence[Segment]) -> Chunks:
         num_chosen=kit.recipe.retrieval.selected_chunks(kit.num_prompt_tokens),
         hidden=layer.outliers.get("chunks"),
         hot=None if layer.hot is None else layer.hot.view(),
-        kept=None if layer.kept is None else layer.kept.view(),
+        kept=None if layer.kept is None or not keeps else layer.kept.view(),
     )
 
 

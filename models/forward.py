@@ -59,6 +59,12 @@ class StepCache(Protocol):
         """q [rows, H, d] -> [rows, H, d]."""
         ...
 
+    def recall(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows that go on behind this layer, behind those that are there at positions int64 [rows]: hidden rows [R, D]
+        of the dtype of `like`, their positions int64 [R], and the rows of the step that they came for, int64 [R]; None
+        = none do. `append` and `attend` get them, too, from here on."""
+        ...
+
 
 def forward_hidden(model: Model, ids: Tensor) -> Tensor:
     """Dense causal pass over one sequence: ids int64 [n] -> hidden rows [n, D] after the last layer."""
@@ -132,7 +138,8 @@ def _first(recalled: tuple[Tensor, Tensor] | None, index: int) -> tuple[Tensor, 
 def forward_step(
     model: Model, ids: Tensor, positions: Tensor, num_prompt_tokens: int | Tensor, caches: StepCache
 ) -> Tensor:
-    """Pass one row of every sequence, all attending together. Nothing in it waits for the device.
+    """Pass one row of every sequence, all attending together. Nothing in it waits for the device. Sequences may have
+    rows of their prompts join on the way (`StepCache.recall`).
 
     Args:
         model: the model.
@@ -150,7 +157,14 @@ def forward_step(
         q, k = apply_rope(q, cos, sin), apply_rope(k_pre, cos, sin)
         caches.append(layer, k_pre, k, v, positions)
         x = model.finish_layer(layer, x, caches.attend(layer, q, positions, window))
-    return x
+        recalled = caches.recall(layer, x, positions)
+        if recalled is not None:
+            rows, at, of = recalled
+            x, positions = torch.cat((x, rows)), torch.cat((positions, at))
+            if isinstance(num_prompt_tokens, Tensor):
+                num_prompt_tokens = torch.cat((num_prompt_tokens, num_prompt_tokens[of]))
+            cos, sin = model.rope_tables(positions, num_prompt_tokens)
+    return x[: len(ids)]
 
 
 def _prompt_lengths(model: Model, batch: Sequence[Rows], sizes: list[int]) -> int | Tensor:

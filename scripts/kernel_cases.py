@@ -26,7 +26,14 @@ from kvsluice.kernels.rms_norm import add_rms_norm, rms_norm
 from kvsluice.kernels.rope import apply_rope
 from kvsluice.kernels.seal import MOVE_FIELDS, SEAL_FIELDS, SealKey, move_rows, seal_blocks
 from kvsluice.kernels.sparse_reconstruct import low_rank_chunks
-from kvsluice.kernels.step_attention import Layout, StepAttention, sequence_block, serves, step_tables
+from kvsluice.kernels.step_attention import (
+    Layout,
+    StepAttention,
+    recall_block,
+    sequence_block,
+    serves,
+    step_tables,
+)
 from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS
 from kvsluice.kernels.step_attention.triton.launch import choose_ranked
 from kvsluice.kernels.swiglu import swiglu
@@ -82,6 +89,10 @@ STEPS = {
         CHOSEN + '{"kind": "affine", "bits": 4, "group": 32, "axis": "channel"}}',
     ),
     "sluice-fp8": ("sluice-full", CHOSEN + '{"kind": "float8"}}'),
+    "sluice-recall": (
+        "sluice",
+        '{"propagation": {"kind": "tsp", "window": 64, "chunk_aligned": true, "recall": 0.05, "recall_bits": 4}}',
+    ),
 }
 WINDOW = 1024
 QUICK = {  # every kernel, every packing and every dtype once
@@ -96,6 +107,7 @@ QUICK = {  # every kernel, every packing and every dtype once
         "kivi-2bit",
         "fp8",
         "sluice-lowrank8",
+        "sluice-recall",
         "sluice host",
     ),
     "smollm2-135m": ("exact", "mikv", "sluice-channel4", "shadowkv window", "sluice host"),
@@ -234,23 +246,32 @@ class Host:
 def step(shape: Shape, name: str, window: int | None, host: Host | None = None) -> None:
     """A decode step's attention over the caches of two sequences, whose values may lie in host memory."""
     base, slots = STEPS[name]
-    sizes = ModelShape(NUM_LAYERS, shape.num_heads, shape.num_kv_heads, shape.head_dim, 1 << 30, (window,) * NUM_LAYERS)
+    sizes = ModelShape(
+        NUM_LAYERS, shape.num_heads, shape.num_kv_heads, shape.head_dim, 1 << 30, (window,) * NUM_LAYERS,
+        shape.hidden_size,
+    )  # fmt: skip
     resolved = resolve(get_recipe(base, slots), sizes, NUM_TOKENS, {"tsp_layer": 0, "fastkv_layer": 0, "tsp_rate": 0.3})
     assert resolved.fallback_reason is None, f"{name}: {resolved.fallback_reason}"
     cache = _cache(shape, resolved.recipe, sizes, host)
     assert (cache.host_nbytes() > 0) == (host is not None)
     views = cache.views()
     assert serves(views, shape.head_dim), f"{name} is not served"
-    tables = step_tables([sequence_block(views)] * 2).padded(4)
-    counts = torch.zeros(2, dtype=torch.int64)
-    attend = StepAttention(tables, shape.num_kv_heads, torch.zeros(shape.head_dim // 2), 1.0, hot_counts=counts)
-    q = shape.zeros(4, shape.num_heads, shape.head_dim)
-    fused = shape.zeros(4, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-    k_pre, v = fused[:, shape.num_heads : -shape.num_kv_heads], fused[:, -shape.num_kv_heads :]
+    block, recall = sequence_block(views), cache.recall_view()
+    block.recall = None if recall is None else recall_block(recall, views, block)
+    tables = step_tables([block] * 2).padded(4)
+    counts, brought = torch.zeros(2, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    frequencies = torch.zeros(shape.head_dim // 2)
+    attend = StepAttention(tables, shape.num_kv_heads, frequencies, 1.0, counts, brought=brought)
     at = torch.zeros(4, dtype=torch.int64)
     for layer in range(NUM_LAYERS):
+        q = shape.zeros(len(at), shape.num_heads, shape.head_dim)
+        fused = shape.zeros(len(at), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        k_pre, v = fused[:, shape.num_heads : -shape.num_kv_heads], fused[:, -shape.num_kv_heads :]
         attend.append(layer, k_pre, k_pre.contiguous(), v, at)
         attend.attend(layer, q, at, window)
+        recalled = attend.recall(layer, fused, at)
+        if recalled is not None:
+            at = torch.cat((at, recalled[1]))
 
 
 def _cache(shape: Shape, recipe: Recipe, sizes: ModelShape, host: Host | None) -> SequenceCache:

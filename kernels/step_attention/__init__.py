@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .blocks import Block, sequence_block
+from .blocks import Block, RecallBlock, RecallKey, sequence_block
 from .op import Selection, StepAttention, serves
 from .packed import Chunks, Kept, Layout, Packed, Region, Tail, View
+from .recalled import RecallView, recall_block
 from .shift import Shift, shifted
 from .tables import Tables, step_tables
 
@@ -14,6 +15,9 @@ __all__ = [
     "Kept",
     "Layout",
     "Packed",
+    "RecallBlock",
+    "RecallKey",
+    "RecallView",
     "Region",
     "Selection",
     "Shift",
@@ -21,6 +25,7 @@ __all__ = [
     "Tables",
     "Tail",
     "View",
+    "recall_block",
     "sequence_block",
     "serves",
     "shifted",

@@ -33,6 +33,7 @@ class AttendKey:
 
     Attributes:
         hot: some layers of the sequence have their values in a hot set; each item says whether its own has.
+        by_position: rows beyond the query's position are hidden, whether or not the layer has a window.
     """
 
     keys: Layout
@@ -41,6 +42,7 @@ class AttendKey:
     rotates: bool
     chosen: bool
     hot: bool = False
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,49 @@ class ChoiceKey:
     has_scale: bool
     chunk: int
     hides: bool
+
+
+@dataclass(frozen=True)
+class RecallKey:
+    """Sequences whose rows come back by the same launches, see `recalled`.
+
+    Attributes:
+        layer: T, behind which they come back.
+        chunk: rows a chunk.
+        most: chunks that one row brings back, at most; rounded up.
+        width: columns of a hidden row.
+        bits, group: how hidden rows are packed.
+        choice: what chunks are scored by in layer T.
+    """
+
+    layer: int
+    chunk: int
+    most: int
+    width: int
+    bits: int
+    group: int
+    choice: ChoiceKey
+
+    @property
+    def num_rows(self) -> int:
+        """That a sequence has room for in a step."""
+        return self.most * self.chunk
+
+
+@dataclass(frozen=True)
+class RecallBlock:
+    """The part of a sequence's block that its rows which come back need.
+
+    Attributes:
+        job: int64 [JOB_FIELDS], see `recalled`; for row 0.
+        block: what one of those rows attends to and where it goes, as if it were a sequence of its own.
+        num_hidden: chunks that may come back.
+    """
+
+    key: RecallKey
+    job: Tensor
+    block: Block
+    num_hidden: int
 
 
 @dataclass
@@ -64,6 +109,7 @@ class Block:
         tails: int64 [L, 1, TAIL_FIELDS].
         num_items: of all keys together, idle ones included.
         most_chunks, most_chosen, most_hidden, most_slots: in any layer.
+        recall: of a sequence whose rows come back within the step.
     """
 
     items: dict[AttendKey, Tensor] = field(default_factory=dict)
@@ -75,12 +121,14 @@ class Block:
     most_chosen: int = 0
     most_hidden: int = 0
     most_slots: int = 0
+    recall: RecallBlock | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What says where in a step's tables the numbers of a row go."""
         sizes = tuple((key, table.shape[1]) for key, table in self.items.items())
-        return (sizes, tuple(self.choices), tuple(self.hots), tuple(self.tails), self.num_items)
+        recall = None if self.recall is None else (self.recall.key, self.recall.block.shape)
+        return (sizes, tuple(self.choices), tuple(self.hots), tuple(self.tails), self.num_items, recall)
 
 
 def split_rows(num_rows: int, least: int = MIN_SPLIT_KEYS) -> int:
@@ -88,8 +136,12 @@ def split_rows(num_rows: int, least: int = MIN_SPLIT_KEYS) -> int:
     return max(least, -(-num_rows // (MAX_SPLITS * SPLIT_UNIT)) * SPLIT_UNIT)
 
 
-def sequence_block(views: Sequence[View]) -> Block:
-    """The block of a sequence from its view of every layer."""
+def sequence_block(views: Sequence[View], least_split: int = 0) -> Block:
+    """The block of a sequence from its view of every layer.
+
+    Args:
+        least_split: keys an item, at least. Rows that are many need no more programs, and each item has a result.
+    """
     block = Block()
     items: list[dict[AttendKey, list[list[int]]]] = []
     choices: list[dict[ChoiceKey, list[int]]] = []
@@ -97,8 +149,8 @@ def sequence_block(views: Sequence[View]) -> Block:
     # one key for all layers: with two, items would lie otherwise than without a hot set, and sums associate otherwise
     any_hot = any(view.chunks is not None and view.chunks.hot is not None for view in views)
     for view in views:
-        items.append(_layer_items(view, any_hot))
-        choices.append({} if view.chunks is None else {_choice_key(view): _choice(view.chunks)})
+        items.append(_layer_items(view, any_hot, least_split))
+        choices.append({} if view.chunks is None else {choice_key(view): _choice(view.chunks)})
         hot = None if view.chunks is None else view.chunks.hot
         hots.append({} if hot is None else {hot.key: hot_fields(hot)})
         block.most_slots = max(block.most_slots, 0 if hot is None else hot.num_slots)
@@ -130,22 +182,27 @@ def _by_layer(layers: Sequence[Mapping[Key, list[int]]], num_fields: int) -> dic
     return {key: torch.tensor([[layer.get(key, idle)] for layer in layers], dtype=torch.int64) for key in keys}
 
 
-def _layer_items(view: View, any_hot: bool) -> dict[AttendKey, list[list[int]]]:
+def _layer_items(view: View, any_hot: bool, least: int) -> dict[AttendKey, list[list[int]]]:
     out: dict[AttendKey, list[list[int]]] = {}
     for region in view.regions:
-        key = AttendKey(region.keys.layout, region.values.layout, view.chunk, region.rotates, False)
-        split = MIN_SPLIT_KEYS if region.grows else split_rows(region.num_rows)
+        key = attend_key(region, view.chunk)
+        split = MIN_SPLIT_KEYS if region.grows else max(split_rows(region.num_rows), least)
         for begin in range(0, region.num_rows, split):
             out.setdefault(key, []).append(_item(region, begin, min(begin + split, region.num_rows)))
     if view.chunks is not None:
         first = view.chunks.segments[0]
-        key = AttendKey(first.keys.layout, first.values.layout, view.chunk, first.rotates, True, any_hot)
+        key = attend_key(first, view.chunk, chosen=True, hot=any_hot)
         num_rows = min(view.chunks.num_chosen * view.chunk, view.chunks.num_rows)
-        split = split_rows(num_rows, SPLIT_UNIT)  # chosen keys are few, and take long to be read
+        split = max(split_rows(num_rows, SPLIT_UNIT), least)  # chosen keys are few, and take long to be read
         for begin in range(0, num_rows, split):
             item = _item(first, begin, min(begin + split, num_rows))
             out.setdefault(key, []).append(item[:16] + _second(view.chunks))
     return out
+
+
+def attend_key(region: Region, chunk: int, chosen: bool = False, hot: bool = False) -> AttendKey:
+    """What serves a region."""
+    return AttendKey(region.keys.layout, region.values.layout, chunk, region.rotates, chosen, hot, region.by_position)
 
 
 def _item(region: Region, begin: int, end: int) -> list[int]:
@@ -172,7 +229,8 @@ def _addresses(packed: Packed) -> list[int]:
     return found + [0] * (3 - len(found))
 
 
-def _choice_key(view: View) -> ChoiceKey:
+def choice_key(view: View) -> ChoiceKey:
+    """What scores a view's chunks."""
     assert view.chunks is not None
     return ChoiceKey(
         view.chunks.landmarks[0].dtype, bool(view.chunks.scales), view.chunk, view.chunks.hidden is not None

@@ -8,14 +8,18 @@ by itself (`compression.layer_cache`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..dispatch import require
 from .packed import Packed, Region, View
 from .tables import Tables
+
+if TYPE_CHECKING:
+    from .triton import Attended
 
 
 class Selection(Protocol):
@@ -70,8 +74,28 @@ def _lies_well(packed: Packed, head_dim: int) -> bool:
     return all(one.is_contiguous() for one in tensors)
 
 
+class Joined(NamedTuple):
+    """Rows that came back in a step, of sequences of one key; those that did not are at position -1.
+
+    Attributes:
+        tables: of one of them after the other.
+        places: int64 [n], where each goes in the region of what is here.
+        first: of them among the step's rows.
+    """
+
+    tables: Tables
+    places: Tensor
+    first: int
+
+    @property
+    def rows(self) -> slice:
+        """Their places among the step's rows."""
+        return slice(self.first, self.first + len(self.places))
+
+
 class StepAttention:
-    """One step's attention in every layer.
+    """One step's attention in every layer. Rows may come back behind one of them (`recall`): from there on they follow
+    the rows of the step, in the order in which they came.
 
     Args:
         tables: of the step, on its device.
@@ -81,6 +105,7 @@ class StepAttention:
         hot_counts: int64 [2], grows by the chunks that were wanted from host memory, and by those of them that were
             not on the device; None = nobody asks.
         selection: None = what scores best.
+        brought: int64 [rows], out: rows that ever came back to the sequences of these rows, of those that recall.
     """
 
     def __init__(
@@ -91,6 +116,7 @@ class StepAttention:
         rope_factor: float,
         hot_counts: Tensor | None = None,
         selection: Selection | None = None,
+        brought: Tensor | None = None,
     ) -> None:
         self.tables = tables
         self._num_kv_heads = num_kv_heads
@@ -98,6 +124,9 @@ class StepAttention:
         self._rope_factor = rope_factor
         self._hot_counts = hot_counts
         self._selection = selection
+        self._brought = brought
+        self._joined: list[Joined] = []
+        self._attended: Attended | None = None
 
     def append(self, layer: int, k_pre: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Write each row's keys and values [rows, Hkv, d] (k_pre before RoPE) into its sequence's tail.
@@ -107,7 +136,8 @@ class StepAttention:
         """
         from .triton import append_rows
 
-        append_rows(self.tables, layer, k_pre, k, v, positions)
+        for tables, rows, places in self._parts(positions):
+            append_rows(tables, layer, k_pre[rows], k[rows], v[rows], places)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, window: int | None) -> Tensor:
         """q [rows, H, d], post-RoPE -> [rows, H, d] in q's dtype, over all that each row's sequence holds at positions
@@ -116,11 +146,54 @@ class StepAttention:
         Raises:
             ValueError: another number of rows.
         """
-        from .triton import attend
+        from .triton import EVERYWHERE, attend
 
-        num_rows = self.tables.num_rows
+        num_rows = self.tables.num_rows + sum(len(joined.places) for joined in self._joined)
         require(len(q) == num_rows, f"{len(q)} rows, the tables are for {num_rows}")
-        return attend(
-            self.tables, layer, q, self._num_kv_heads, positions, self._frequencies, self._rope_factor, window,
-            self._hot_counts, self._selection,
-        )  # fmt: skip
+        own, heads = slice(0, self.tables.num_rows), self._num_kv_heads
+        rope = (self._frequencies, self._rope_factor)
+        self._attended = attend(
+            self.tables, layer, q[own], heads, positions[own], *rope, window, self._hot_counts, self._selection
+        )
+        outs = [self._attended.out]
+        for joined in self._joined:
+            # of what was there before them they see what is at positions up to their own
+            width = EVERYWHERE if window is None else window
+            rows = joined.rows
+            outs.append(attend(joined.tables, layer, q[rows], heads, positions[rows], *rope, width).out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def recall(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows that go on behind this layer, which has just been attended to, behind those of the step; None = no
+        sequence recalls there. There are as many whatever is wanted: those that are not are at position -1.
+
+        Args:
+            like: of the dtype of hidden rows.
+            positions: int64 [rows], of all that there are so far.
+
+        Returns:
+            Hidden rows [R, D], their positions int64 [R], and the rows of the step that they came for, int64 [R].
+        """
+        from .triton import bring
+
+        found = []
+        for key, recalled in self.tables.recalls.items():
+            if key.layer == layer:
+                assert self._attended is not None and self._brought is not None, "asked for behind attention"
+                rows, places, of = bring(
+                    key, recalled, self.tables, self._attended, positions, self._brought, self._num_kv_heads, like
+                )
+                first = self.tables.num_rows + sum(len(joined.places) for joined in self._joined)
+                self._joined.append(Joined(recalled.tables.repeated(key.num_rows), places[1], first))
+                found.append((rows, places[0], of))
+        if not found:
+            return None
+        rows, at, of = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return rows, at, of
+
+    def _parts(self, positions: Tensor) -> Iterator[tuple[Tables, slice, Tensor]]:
+        """Of the step's own rows and those that came back: tables, which rows they are, and where each goes."""
+        own = slice(0, self.tables.num_rows)
+        yield self.tables, own, positions[own]
+        for joined in self._joined:
+            yield joined.tables, joined.rows, joined.places

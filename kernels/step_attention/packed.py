@@ -73,6 +73,7 @@ class Region:
             or int32 [n, Hkv], positions of each KV head's rows.
         rotates: keys are rotated at their position when they are read.
         grows: the rows end at the query's own position.
+        by_position: rows count only at positions up to the query's own; those that are not there are beyond all.
     """
 
     keys: Packed
@@ -82,6 +83,7 @@ class Region:
     index: Tensor | None = None
     rotates: bool = False
     grows: bool = False
+    by_position: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -166,7 +166,7 @@ class CapturedSteps:
             step.tables.copy_rows(tables, _others(before, blocks))
         else:
             step.tables.copy_(tables)
-            step.tables = replace(step.tables, places=tables.places)
+            step.tables = step.tables.placed_as(tables)
         step.blocks = blocks
 
     def _step(self, tables: Tables, inputs: Tensor, blocks: tuple[Block, ...]) -> _Captured | None:

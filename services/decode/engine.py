@@ -349,7 +349,7 @@ class DecodeEngine(EngineLoad):
         for turn, token in zip(step.turns, tokens, strict=True):
             state = turn.run.choices.get(turn.choice.index)
             if state is not None:
-                state.settled(turn.bytes_read)
+                state.settled(turn.bytes_read, turn.rows_recalled)
                 if token is not None:
                     self._emit(turn.run, turn.choice.index, state, token)
             elif turn.samples and self._runs.get(turn.choice.request_id) is turn.run:

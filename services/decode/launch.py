@@ -37,7 +37,7 @@ from .events import RowsEvent
 from .failures import is_out_of_memory
 from .scheduler import Choice
 from .sequence import ChoiceRun, KeptRows, RequestRun, whole_rows
-from .step import StepRow, StepRunner
+from .step import Brought, StepRow, StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Turn:
     Attributes:
         samples: it gives a new token, rather than replay one.
         bytes_read: by the choice's attention, up to the end of this step.
+        rows_recalled: for the choice, up to the end of this step; where the device chooses them, known once it is read.
         error: why it gave nothing.
     """
 
@@ -58,6 +59,7 @@ class Turn:
     run: RequestRun
     samples: bool = False
     bytes_read: int = 0
+    rows_recalled: int = 0
     error: Exception | None = None
 
 
@@ -95,6 +97,7 @@ class LaunchedStep:
         turns: of all choices that it was to run.
         kept: rows of some of them that are to be kept, complete once what was launched before is done.
         drawn: tokens, and the numbers of the turns that they belong to.
+        brought: rows that came back, and the turns that they did for.
         ranks: that hold the model together.
     """
 
@@ -103,6 +106,7 @@ class LaunchedStep:
         self.ranks = ranks
         self.kept: list[tuple[Turn, KeptRows]] = []
         self.drawn: list[tuple[Drawn, list[int]]] = []
+        self.brought: list[tuple[Brought, list[Turn]]] = []
 
     def check_alone(self, fault: Exception | None) -> None:
         """Where several ranks hold the model, a fault ends them all: the others may have met none, and would wait for
@@ -133,11 +137,14 @@ class LaunchedStep:
         return any(turn.error is not None for turn in self.turns)
 
     def read(self) -> list[DrawnToken | None]:
-        """The token of every turn, once the device has it; None where none was drawn.
+        """The token of every turn, once the device has it; None where none was drawn. Turns say then what came back.
 
         Raises:
             RuntimeError: the device has failed.
         """
+        for brought, turns in self.brought:
+            for turn, rows in zip(turns, brought.read(), strict=True):
+                turn.rows_recalled = rows
         tokens: list[DrawnToken | None] = [None] * len(self.turns)
         for drawn, numbers in self.drawn:
             for number, token in zip(numbers, drawn.read(), strict=True):
@@ -284,7 +291,10 @@ def _run(runner: StepRunner, parts: Sequence[_Part], step: LaunchedStep, is_last
         part.withdraw()
     for part in ran:
         part.state.launched(part.number, 1 + len(part.row.more_ids))
-        part.turn.bytes_read = part.row.cache.counter.bytes_read
+        counter = part.row.cache.counter
+        part.turn.bytes_read, part.turn.rows_recalled = counter.bytes_read, counter.rows_recalled
+    if runner.brought is not None:
+        step.brought.append((runner.brought, [parts[place].turn for place in runner.brought.places]))
     if drawn is not None:
         for row, part in enumerate(drawing):
             part.state.sampler.force_drawn(drawn.ids, row)

@@ -167,7 +167,8 @@ class ChoiceRun:
         num_emitted: tokens that were told.
         token_ids: behind the prompt, those that were told included.
         stored_end: position up to which rows were told, to be kept.
-        num_steps, bytes_read: steps that are settled, and what attention read in them; the cache may be a step ahead.
+        num_steps, bytes_read, rows_recalled: steps that are settled, what attention read in them, and how many rows of
+            the prompt came back; the cache may be a step ahead.
     """
 
     def __init__(
@@ -186,8 +187,7 @@ class ChoiceRun:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_emitted = len(begun) - history_tokens
         self.token_ids = list(begun)
-        self.num_steps = 0
-        self.bytes_read = 0
+        self.num_steps = self.bytes_read = self.rows_recalled = 0
         self.guarded = GuardedCache(cache)
         first = num_prompt_tokens + history_tokens
         self._last_position = first + sampler.params.max_tokens - 2  # the last token is not run
@@ -264,10 +264,10 @@ class ChoiceRun:
         self._rows_left -= num_rows
         self._position += num_rows
 
-    def settled(self, bytes_read: int) -> None:
-        """Count a step that was launched; attention had read `bytes_read` by its end."""
+    def settled(self, bytes_read: int, rows_recalled: int) -> None:
+        """Count a step that was launched; by its end attention had read `bytes_read`, and so many rows came back."""
         self.num_steps += 1
-        self.bytes_read = bytes_read
+        self.bytes_read, self.rows_recalled = bytes_read, rows_recalled
 
     def emit(self, token_id: int) -> None:
         """A new token is told. It runs in the next step, unless that is under way already."""
@@ -334,7 +334,7 @@ class RequestRun:
         self.resident_bytes = max(self.resident_bytes, self.held_bytes())
         run = self.choices.pop(index)
         self.bytes_read += run.bytes_read
-        self.rows_recalled += run.cache.counter.rows_recalled
+        self.rows_recalled += run.rows_recalled
         self.num_steps += run.num_steps
 
 

@@ -4,7 +4,7 @@
 
 On a CUDA device sequences whose packing the kernels read run together, and a step of a shape that has come before is
 captured in a CUDA graph and from then on replayed (`captured.py`). Other sequences, and all on a CPU, attend one by
-one.
+one. Where some of those that run together recall, the step has rows for what may come back; which do, the device says.
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ from ...compression.interfaces import SequenceCache
 from ...compression.recipe import ModelShape
 from ...compression.sealing import prepare_seals, settle_tails
 from ...kernels.dispatch import TRITON, runs
-from ...kernels.step_attention import Block, Selection, StepAttention, Tables, sequence_block, serves, shifted
+from ...kernels.step_attention import (
+    Block,
+    Selection,
+    StepAttention,
+    Tables,
+    recall_block,
+    sequence_block,
+    serves,
+    shifted,
+)
 from ...models.forward import AttendCache, Rows, forward_rows, forward_step
 from ...models.model import Model
-from ...models.transfers import sent
+from ...models.transfers import Fetched, sent
 from ..telemetry import where
 from .captured import CapturedSteps, CudaGraphs
 
@@ -71,6 +80,27 @@ class StepRow(NamedTuple):
     more_ids: tuple[int, ...] = ()
 
 
+class Brought(NamedTuple):
+    """How many rows came back to sequences of a step, which the host knows once it has run.
+
+    Attributes:
+        places: the sequences' in the step.
+        uncounted: see `SequenceCache.rows_uncounted`, of each of them.
+        rows: int64 [rows], of the step's rows in the order of `numbers`.
+        numbers: which of those the sequences' are.
+    """
+
+    places: list[int]
+    uncounted: list[int]
+    rows: Fetched
+    numbers: list[int]
+
+    def read(self) -> list[int]:
+        """Rows that have come back to each sequence, once the device has run the step."""
+        rows: list[int] = self.rows.wait().tolist()
+        return [rows[number] - less for number, less in zip(self.numbers, self.uncounted, strict=True)]
+
+
 def sampled_by(row: int) -> int:
     """What stands for the token that a row of the step before sampled, where only the device knows it yet."""
     return -1 - row
@@ -87,6 +117,8 @@ class StepComputation:
             writes them, rows that do not sample have any number.
         hot_counts: int64 [2] on the device, chunks of values in host memory that attention wanted, and those of them
             that had to be fetched; whoever reads them sets them to zero.
+        brought: int64 [most_rows] on the device, rows that ever came back to the sequences of the step's rows, of those
+            that recall.
         selection: what sequences attend to instead of what scores best, for measurements.
     """
 
@@ -97,14 +129,14 @@ class StepComputation:
         self._frequencies, self._factor = model.fixed_frequencies or (no_frequencies, 1.0)
         self.sampled = torch.zeros(most_rows, dtype=torch.int64, device=model.device)
         self.hot_counts = torch.zeros(2, dtype=torch.int64, device=model.device)
+        self.brought = torch.zeros(most_rows, dtype=torch.int64, device=model.device)
         self.selection: Selection | None = None
 
     def __call__(self, inputs: Tensor, tables: Tables) -> Tensor:
         """Logits [rows, V] of ids, positions and lengths of prompts, int64 [3, rows]."""
         ids, positions, lengths = inputs
-        attention = StepAttention(
-            tables, self._num_kv_heads, self._frequencies, self._factor, self.hot_counts, self.selection
-        )
+        rope = (self._frequencies, self._factor)
+        attention = StepAttention(tables, self._num_kv_heads, *rope, self.hot_counts, self.selection, self.brought)
         return self._model.logits(forward_step(self._model, self.known(ids), positions, lengths, attention))
 
     def known(self, ids: Tensor) -> Tensor:
@@ -131,6 +163,7 @@ class StepRunner:
     Attributes:
         computation: of the batched steps.
         like: one row of keys, [1, Hkv, d].
+        brought: what came back in the last step, of sequences that run together; None = none of them recalls.
         probe: compares steps with full attention; None = nobody does.
         hot_counts: what those of `computation` were some steps ago.
     """
@@ -149,6 +182,7 @@ class StepRunner:
         self.hot_counts = (0, 0)
         self._hot_counts = torch.zeros(2, dtype=torch.int64, pin_memory=self._side is not None)
         self._steps_run = 0
+        self.brought: Brought | None = None
         self.probe: Probe | None = None
         self.like = torch.empty(like, dtype=model.dtype, device=model.device)
 
@@ -158,17 +192,18 @@ class StepRunner:
         settle_tails([row.cache for row in rows])  # first, as what is packed ahead in this step reads what it moves
         if self._before is not None:
             self._before.record(torch.cuda.current_stream(self.model.device))
+        self.brought = None
         if not runs(TRITON, self.model.device):
             return self._one_by_one(rows)
         blocks = [self._block_or_fault(row) for row in rows]
         together = [i for i, block in enumerate(blocks) if block is not None]
         apart = [i for i, block in enumerate(blocks) if block is None]
         served = [block for block in blocks if block is not None]
-        if not apart:
-            return self._together(rows, served)
         if not together:
             return self._one_by_one(rows)
-        joined = self._together([rows[i] for i in together], served)
+        joined = self._together([rows[i] for i in together], served, together)
+        if not apart:
+            return joined
         single = self._one_by_one([rows[i] for i in apart])
         order = sent(torch.tensor(together + apart), joined.device).argsort()
         return torch.cat((joined, single))[order]
@@ -250,10 +285,16 @@ class StepRunner:
             shift = cache.shift()
             block = None if shift is None else shifted(known.block, shift)
         if block is None:
-            views = cache.views()
-            fixed_rope = self.model.fixed_frequencies is not None
-            block = sequence_block(views) if serves(views, self._shape.head_dim, fixed_rope) else None
+            block = self._whole_block(cache)
         self._blocks[cache] = _Known(cache.version, cache.moves, block)
+        return block
+
+    def _whole_block(self, cache: SequenceCache) -> Block | None:
+        views, fixed_rope = cache.views(), self.model.fixed_frequencies is not None
+        if not serves(views, self._shape.head_dim, fixed_rope):
+            return None
+        block, recall = sequence_block(views), cache.recall_view()
+        block.recall = None if recall is None else recall_block(recall, views, block)
         return block
 
     def _one_by_one(self, rows: Sequence[StepRow]) -> Tensor:
@@ -269,10 +310,17 @@ class StepRunner:
                     row.cache.note_moved()  # tables count on one row a step
         return self.model.logits(hidden)
 
-    def _together(self, rows: Sequence[StepRow], blocks: Sequence[Block]) -> Tensor:
+    def _together(self, rows: Sequence[StepRow], blocks: Sequence[Block], places: Sequence[int]) -> Tensor:
+        numbers = [number for number, block in enumerate(blocks) if block.recall is not None]
+        uncounted = [rows[number].cache.rows_uncounted for number in numbers]
+        for row in rows:
+            row.cache.begin_step()  # first, so that what a step has done that fails half way is looked for
         logits = self._steps.run(self._inputs(rows), blocks)
         for row in rows:
             row.cache.advance(1)
+        if numbers:
+            brought = Fetched(self.computation.brought[: len(rows)].clone())
+            self.brought = Brought([places[number] for number in numbers], uncounted, brought, numbers)
         return logits
 
     def _inputs(self, rows: Sequence[StepRow]) -> Tensor:

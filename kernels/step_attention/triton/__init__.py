@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .launch import append_rows, attend
+from .bring import bring
+from .launch import EVERYWHERE, Attended, append_rows, attend
 
-__all__ = ["append_rows", "attend"]
+__all__ = ["EVERYWHERE", "Attended", "append_rows", "attend", "bring"]

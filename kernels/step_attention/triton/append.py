@@ -19,16 +19,17 @@ def append_rows(
     """Rows [n, Hkv, d], strided, to their places. Grid: rows.
 
     table int64 [n, TAIL_FIELDS]: addresses of a row's tail, the position of its first row (below 0: the row goes
-    nowhere), whether it keeps keys before RoPE.
+    nowhere), whether it keeps keys before RoPE. A row whose position is below the first one's goes nowhere, too.
     """
     row = tl.program_id(0).to(tl.int64)
     at = table_ptr + row * TAIL_FIELDS
     first = tl.load(at + TAIL_FIRST)
-    if first < 0:
+    position = tl.load(positions_ptr + row)
+    if (first < 0) | (position < first):
         return
     heads, dims = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     mask = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)
-    place = (tl.load(positions_ptr + row) - first) * (NUM_KV_HEADS * HEAD_DIM) + heads * HEAD_DIM + dims
+    place = (position - first) * (NUM_KV_HEADS * HEAD_DIM) + heads * HEAD_DIM + dims
     if tl.load(at + UNROTATED) != 0:
         source = k_pre_ptr + row * k_pre_strides[0] + heads * k_pre_strides[1] + dims * k_pre_strides[2]
     else:

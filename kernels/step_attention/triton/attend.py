@@ -158,13 +158,13 @@ def _store(
 
 @triton.jit
 def _range(item, row, head, position, counts_ptr, H: tl.constexpr, CHUNK: tl.constexpr, CHOSEN: tl.constexpr):
-    """The item's keys, begin and end: none of an idle one."""
+    """The item's keys, begin and end: none of an idle one, nor for a row that is not there."""
     begin, end, limit = tl.load(item + BEGIN), tl.load(item + END), tl.load(item + LIMIT)
     if limit >= 0:
         end = tl.minimum(end, position - limit + 1)
     if CHOSEN:
         end = tl.minimum(end, tl.load(counts_ptr + row * H[NUM_KV_HEADS] + head).to(tl.int64) * CHUNK)
-    return begin, end
+    return begin, tl.where(position < 0, begin, end)
 
 
 @triton.jit

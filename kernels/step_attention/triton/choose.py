@@ -33,10 +33,11 @@ CHOICE_ADDRESSES = (0, 1, 3, 5, 6, 10, 12, 13)
 
 @triton.jit
 def _is_kept(at, head, position):
-    """Whether the row attends to what was chosen before: its block of positions has had its choice."""
+    """Whether the row chooses nothing: it attends to what was chosen before, as its block of positions has had its
+    choice, or it is not there."""
     every, state = tl.load(at + EVERY), tl.load(at + STATE)
     last = tl.load(state.to(tl.pointer_type(tl.int32)) + head * 2 + 1, mask=state != 0, other=-1).to(tl.int64)
-    return (last >= 0) & (last // tl.maximum(every, 1) == position // tl.maximum(every, 1))
+    return ((last >= 0) & (last // tl.maximum(every, 1) == position // tl.maximum(every, 1))) | (position < 0)
 
 
 @triton.jit
@@ -67,7 +68,8 @@ def _visible(
     """Bool [C]: chunks that may be chosen."""
     out = inside
     if HAS_WINDOW:
-        out = out & (_last_positions(at, local, later, inside, CHUNK) > position - window)
+        last = _last_positions(at, local, later, inside, CHUNK)
+        out = out & (last > position - window) & (last - (CHUNK - 1) <= position)
     if BLOCK_O > 0:
         out = out & (_is_hidden(at, chunk, head, NUM_KV_HEADS, BLOCK_O) == 0)
     return out
@@ -357,8 +359,9 @@ def list_chunks(
     state = tl.load(at + STATE).to(tl.pointer_type(tl.int32)) + head * 2
     if wanted < 0:
         if is_first:
-            _choose_again(kept, chosen, tl.load(state), BLOCK_L)
-            tl.store(counts_ptr + pair, tl.load(state))
+            num_kept = tl.load(state, mask=keeps, other=0)  # none of a row that is not there
+            _choose_again(kept, chosen, num_kept, BLOCK_L)
+            tl.store(counts_ptr + pair, num_kept)
         return
     tl.store(counts_ptr + pair, wanted, mask=is_first)
     tl.store(state, wanted, mask=keeps & is_first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,7 @@ WARP_CHUNKS = 4096
 CHOOSE_BOTH = True  # two ranks are tried a pass
 LIST_CHUNKS, LIST_WARPS = 2048, 4  # a program
 MERGE_ITEMS = 16
+EVERYWHERE = 1 << 30  # a window that hides what is beyond the query's position and nothing else
 SPAN_ROWS, MOST_SPANS = 16, 4  # of parts of a batch whose values lie on the host: rows that keep the device busy
 
 
@@ -68,7 +69,7 @@ def attend(
     window: int | None,
     hot_counts: Tensor | None = None,
     selection: Selection | None = None,
-) -> Tensor:
+) -> Attended:
     """See `op.StepAttention.attend`. While some rows' values come from the host, others choose or attend."""
     q = q.contiguous()
     num_rows, num_heads, d = q.shape
@@ -98,7 +99,24 @@ def attend(
             outs, lses, tables.ranges, out,
             NUM_HEADS=num_heads, HEAD_DIM=d, BLOCK_S=MERGE_ITEMS, BLOCK_D=triton.next_power_of_2(d), num_warps=2,
         )  # fmt: skip
-    return out
+    return Attended(out, q, picked.chosen, picked.counts, lses)
+
+
+class Attended(NamedTuple):
+    """What rows attended to, and how.
+
+    Attributes:
+        out: [rows, H, d].
+        q: [rows, H, d], contiguous.
+        chosen, counts: see `_Picked`.
+        lses: float32 [items, H], of every partial result.
+    """
+
+    out: Tensor
+    q: Tensor
+    chosen: Tensor
+    counts: Tensor
+    lses: Tensor
 
 
 @dataclass(frozen=True)
@@ -165,6 +183,8 @@ def _launch_items(
     _, num_heads, d = q.shape
     group = num_heads // num_kv_heads
     wide = triton.knobs.runtime.interpret
+    if key.by_position and window is None:
+        window = EVERYWHERE
     with torch.cuda.device_of(q):
         attend_items[(len(items), num_kv_heads)](
             items, q, positions, picked.chosen, picked.places, picked.counts, rope[0], outs, lses,

@@ -75,7 +75,7 @@ def run(model, cache, size: int, ids, most: int = 1, seen=None):
         out.append(forward_rows(model, [Rows(rows, torch.arange(at, at + count), cache, size)]))
         at += count
         if seen is not None:
-            seen.append(cache._recall.held)
+            seen.append(cache._recall.chunks.held)
         cache.seal(at)
     return torch.cat(out)
 
@@ -151,7 +151,7 @@ def test_rows_in_one_pass_do_what_they_do_one_by_one(model, encode, prompt, samp
     ids = prompt(STEPS, seed=5)
     one, block = cache_of(model, encoded), cache_of(model, encoded)
     alone, together = run(model, one, SIZE, ids), run(model, block, SIZE, ids, most=7)
-    assert one._recall.held == block._recall.held and one._recall.held
+    assert one._recall.chunks.held == block._recall.chunks.held and one._recall.chunks.held
     torch.testing.assert_close(alone, together, atol=2e-4, rtol=2e-4)
     assert one.nbytes() == block.nbytes()
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsluice.kernels.step_attention import Block, Layout, Tables, step_tables
+from kvsluice.kernels.step_attention import Block, Layout, RecallBlock, RecallKey, Tables, step_tables
+from kvsluice.kernels.step_attention.recalled import JOB_FIELDS
 from kvsluice.kernels.step_attention.tables import CHOICE_FIELDS, ITEM_FIELDS, TAIL_FIELDS, AttendKey, ChoiceKey
 from kvsluice.services.decode.captured import CapturedSteps
 
@@ -45,10 +46,27 @@ def block(number: int, items: int = 2, chunks: int = 0) -> Block:
     return made
 
 
+def recalling(number: int, most: int = 2, hidden: int = 9) -> Block:
+    """The same of a sequence that recalls."""
+    made, choice = block(number, chunks=8), ChoiceKey(torch.int8, True, 4, False)
+    job = torch.full((JOB_FIELDS,), number)
+    made.recall = RecallBlock(RecallKey(0, 4, most, 64, 8, 64, choice), job, block(number, items=3), hidden)
+    return made
+
+
 def compute(inputs: Tensor, tables: Tables) -> Tensor:
     """[rows, 3]: a row's id, its position, and the number in its tail's table."""
     tails = torch.stack(list(tables.tails.values()))[0]
-    return torch.stack((inputs[0], inputs[1], tails[1, :, 0]), dim=1).float()
+    out = torch.stack((inputs[0], inputs[1], tails[1, :, 0]), dim=1).float()
+    for recalled in tables.recalls.values():
+        # what comes back is told of the row that the job is of, by the job and by its own tail
+        rows = recalled.jobs[:, 0]
+        own = torch.stack(list(recalled.tables.tails.values()))[0][1, :, 0]
+        assert torch.equal(torch.where(rows >= 0, recalled.jobs[:, 1], 0), torch.where(rows >= 0, own, 0))
+        out = out.index_add(
+            0, rows.clamp_min(0), torch.stack((0 * own, 0 * own, torch.where(rows >= 0, own, 0)), 1).float()
+        )
+    return out
 
 
 @pytest.fixture
@@ -104,6 +122,34 @@ def test_tables_that_are_written_over_are_those_made_anew():
         assert tables.most_chunks >= wanted_tables.most_chunks
         made.append(tables)
     assert 1 < len({id(tables) for tables in made}) < 50, "most are written over"
+
+
+def test_what_may_come_back_follows_the_sequences_that_it_may_come_back_to(bench):
+    """Their numbers count twice; one of another key, or with more chunks than there is room for, is another step."""
+    a, b, c = recalling(7), recalling(8), block(9)
+    steps = ([a, c, b], [a, c, b], [b, c, a], [recalling(70), c, a], [c, a, b], [a, b, recalling(5)], [a, c, c])
+    for blocks in (*steps, *steps, [a, c, recalling(6, most=4)], [a, c, recalling(4, hidden=2000)]):
+        numbers = [int(one.tails[torch.float32][0, 0, 0]) * (1 + (one.recall is not None)) for one in blocks]
+        assert bench.run([3, 4, 5], blocks) == wanted([3, 4, 5], numbers)
+    assert bench.replays.captures == 3, "of two, of three, and of one sequence that recalls"
+
+
+def test_tables_of_several_rows_of_each_sequence_are_those_of_each_row():
+    blocks = [block(1), block(2, items=3), block(3)]
+    tables = step_tables(blocks).padded(4)
+    many = tables.repeated(3)
+    assert (many.num_rows, many.num_items) == (12, 3 * tables.num_items)
+    (key,) = tables.items
+    one, all_of_them = tables.items[key], many.items[key].unflatten(1, (3, -1))
+    for again in range(3):
+        real = one[..., 0] >= 0
+        assert torch.equal(all_of_them[:, again, :, 0][real], one[..., 0][real] + 4 * again)
+        assert torch.equal(all_of_them[:, again, :, 7][real], one[..., 7][real] + tables.num_items * again)
+        assert (all_of_them[:, again, :, 0][~real] < 0).all()
+        rows = many.ranges[4 * again : 4 * again + 4]
+        assert torch.equal(rows - torch.tensor([tables.num_items * again, 0]), tables.ranges)
+        for dtype, table in tables.tails.items():
+            assert torch.equal(many.tails[dtype][:, 4 * again : 4 * again + 4], table)
 
 
 def test_tables_that_were_brought_up_to_date_half_way_are_filled_anew(bench, monkeypatch):
