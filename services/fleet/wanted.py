@@ -270,9 +270,11 @@ def _checked(given: Mapping[str, Any], where: str) -> ServeConfig:
         raise ConfigError(f"{where}.{key}: {first['msg']} (got {str(first['input'])[:64]!r})") from exc
     except ConfigError as exc:
         raise ConfigError(f"{where}.{exc.message}") from exc
-    if (os.sep in config.model or config.model.startswith((".", "~"))) and not os.path.isabs(config.model):
-        # processes run in other folders, on other machines
-        raise ConfigError(f"{where}.model: {config.model} is a relative path; allowed: an absolute one, on every node")
+    is_path = os.sep in config.model or config.model.startswith((".", "~"))
+    for key, path in (("model", config.model if is_path else None), ("profile", config.profile)):
+        if path is not None and not os.path.isabs(path):
+            # processes run in other folders, on other machines
+            raise ConfigError(f"{where}.{key}: {path} is a relative path; allowed: an absolute one, on every node")
     return config
 
 

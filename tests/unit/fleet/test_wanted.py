@@ -97,6 +97,7 @@ def test_an_upgrade_touches_those_whom_the_change_concerns(read, edit, touched):
         (lambda raw: raw["settings"].update(decode_workers=3), r"settings.decode_workers: is not set here.*replicas"),
         (lambda raw: raw["settings"].update(fleet_tokens=["x"]), r"settings.fleet_tokens: is not set here"),
         (lambda raw: raw["settings"].update(model="./model"), r"model: ./model is a relative path"),
+        (lambda raw: raw["settings"].update(profile="own.json"), r"profile: own.json is a relative path"),
         (lambda raw: raw["groups"].pop(1), r"none of role decode serves tiny"),
         (lambda raw: raw["groups"][0].update(model="other"), r"none serves other, the model of group prefill"),
         (lambda raw: raw["settings"].update(durability="tokens", store_url=None), r"durability: tokens needs a store"),

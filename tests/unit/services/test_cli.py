@@ -9,10 +9,10 @@ import pytest
 
 from kvsluice import __version__
 from kvsluice.compression.recipe import PRESETS, recipe_names
-from kvsluice.errors import WorkerLost
+from kvsluice.errors import ConfigError, WorkerLost
 from kvsluice.services import cli, terminal
 from kvsluice.services.api import Chunk
-from kvsluice.services.config import ServeConfig, config_keys
+from kvsluice.services.config import ServeConfig, config_keys, load_config
 from kvsluice.tests.command_line import help_options
 
 
@@ -57,6 +57,16 @@ def test_what_cannot_work_ends_with_one_line_that_says_why(kvsluice, arguments, 
     assert (code, out) == (1, "")
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_workers_get_a_profile_by_a_path_that_holds_in_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text('{"tsp_layer": 12}')
+    checked = cli._check_start(load_config({"profile": "own.json"}))
+    assert checked.profile == str(tmp_path / "own.json")
+    (tmp_path / "own.json").write_text('{"tsp_depth": 12}')
+    with pytest.raises(ConfigError, match=r"profile: unknown key 'tsp_depth'; allowed: .*own\.json"):
+        cli._check_start(load_config({"profile": "own.json"}))
 
 
 def test_an_unknown_model_lists_each_name_once(kvsluice):
