@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .records import Finalist, Report, Tried
 
-FILE_WIDTH = 120  # characters a line where no terminal says how many
+FILE_WIDTH = 140  # characters a line where no terminal says how many
 SHOWN = 8  # candidates of a stage
 FEW_SAMPLES = 5
 
@@ -88,7 +88,7 @@ def print_overview(report: Report, out: Path) -> None:
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place and name else "left")
+        table.add_column(name, justify="right" if place and name else "left", no_wrap=bool(name))
     for row in rows:
         table.add_row(*row)
     return table

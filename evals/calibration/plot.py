@@ -31,7 +31,7 @@ def calibration_plot(report: Report) -> str:
         panels = list(figure.subplots(1, count, squeeze=False)[0])
         figure.subplots_adjust(left=0.22 / count, right=0.99, top=0.86, bottom=0.12, wspace=0.22)
         if rows:
-            _by_layer(panels.pop(0), rows, report.chosen)
+            _by_layer(panels.pop(0), rows)
         if packed:
             _by_bytes(panels.pop(0), packed)
         for axes, context in zip(panels, contexts, strict=True):
@@ -46,7 +46,7 @@ def _number(choice: Tried, ending: str) -> float | None:
     return next((value for key, value in choice.choice.items() if key.endswith(ending)), None)
 
 
-def _by_layer(axes: Axes, candidates: Sequence[Tried], chosen: str) -> None:
+def _by_layer(axes: Axes, candidates: Sequence[Tried]) -> None:
     """The best window's error at each layer, a line a rate."""
     best: dict[float, dict[float, float]] = {}
     for one in candidates:
@@ -69,17 +69,21 @@ def _by_layer(axes: Axes, candidates: Sequence[Tried], chosen: str) -> None:
         )
     _dress(axes, "layer T", "relative error of the last rows' final hidden state")
     axes.legend(frameon=False)
-    axes.set_title(f"rows that go on ({chosen} chosen)", loc="left", fontsize=9, pad=4)
+    axes.set_title("rows that go on", loc="left", fontsize=9, pad=4)
 
 
 def _by_bytes(axes: Axes, candidates: Sequence[Tried]) -> None:
+    """A mark a candidate, a colour for each way to store keys."""
+    by_keys: dict[str, list[Tried]] = {}
     for one in candidates:
-        assert one.error is not None and one.costs is not None, "measured"
-        axes.plot([one.costs.shipped], [one.error], marker="o", markersize=4, color=STYLES[0][0], linestyle="")
-    for one in sorted(candidates, key=lambda one: one.error or 0.0)[:3]:
-        assert one.error is not None and one.costs is not None, "measured"
-        place, below = (one.costs.shipped, one.error), (0, -9)
-        axes.annotate(one.label, place, xytext=below, textcoords="offset points", ha="center", fontsize=6)
+        by_keys.setdefault(one.label.partition("-")[0] if "key_codec" in one.choice else "", []).append(one)
+    for place, (keys, own) in enumerate(by_keys.items()):
+        colour, marker = STYLES[place % len(STYLES)]
+        shipped = [one.costs.shipped for one in own if one.costs is not None]
+        errors = [one.error for one in own if one.error is not None]
+        axes.plot(shipped, errors, marker=marker, markersize=4, color=colour, linestyle="", label=keys or None)
+    if list(by_keys) != [""]:
+        axes.legend(frameon=False)
     _dress(axes, "bytes shipped ÷ bytes of the KV cache in bf16", "relative error of the answers' final hidden state")
     axes.set_title("packed and read", loc="left", fontsize=9, pad=4)
 

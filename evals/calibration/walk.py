@@ -52,7 +52,7 @@ class Walk:
             what a compressor may want of it, but for attention's mass.
         """
         model, layer, count = self._model, self.layer, len(self.x)
-        q, k_pre, v = model.qkv(layer, self.x)
+        q, k_pre, v = (rows.contiguous() for rows in model.qkv(layer, self.x))  # as the engine's buffers are
         q, k = apply_rope(q, *self._tables), apply_rope(k_pre, *self._tables)
         window, no_gaps = model.config.layer_windows[layer], count == self._num_prompt_tokens
         attended = []

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvsluice.compression import make_cache
 from kvsluice.compression.recipe import fill, get_recipe, resolve
 from kvsluice.errors import ConfigError, InvalidRequest
-from kvsluice.evals.calibration import first_cut, runner
+from kvsluice.evals.calibration import runner
 from kvsluice.evals.calibration.first_cut import answer_rows, cache_errors, propagation_errors
 from kvsluice.evals.calibration.options import parse_calibration
 from kvsluice.evals.calibration.runner import calibrate
@@ -162,15 +162,14 @@ def test_an_error_is_that_of_the_prefill_engine(model, case, prefilled, recipe):
 
 
 @torch.no_grad()
-def test_an_error_of_a_cache_is_that_of_what_the_engine_ships(model, case, prefilled, monkeypatch):
+def test_an_error_of_a_cache_is_that_of_what_the_engine_ships(model, case, prefilled):
     recipes = {
         "int4": filled(model, tsp_layer=1, key_codec={"kind": "affine", "axis": "channel"}),
-        "outliers": filled(model, tsp_layer=1, key_codec={"kind": "affine", "axis": "channel"}, outliers=2),
-        "pairs": filled(model, tsp_layer=1, chunk=2, key_codec={"kind": "lowrank", "rank": 8, "bits": 8}),
+        "beside": filled(model, tsp_layer=1, outliers=2, key_codec={"kind": "affine", "bits": 8, "axis": "channel"}),
+        "pairs": filled(model, tsp_layer=1, chunk=2, outliers=2, key_codec={"kind": "lowrank", "rank": 8, "bits": 8}),
         "recall": filled(model, tsp_layer=1, tsp_recall=0.1),
         "exact": get_recipe("exact"),
     }
-    monkeypatch.setattr(first_cut, "MOST_CACHES", 1 + len(recipes) // 2)
     found = cache_errors(model, model_shape(model.config), case, recipes, 512)
     following = case.answer_ids
     ids = torch.tensor(case.prompt_ids + following)
@@ -182,7 +181,7 @@ def test_an_error_of_a_cache_is_that_of_what_the_engine_ships(model, case, prefi
     assert found.pop("exact") < 1e-5 < 0.001 < min(found.values())
 
 
-def test_the_command_writes_profile_report_and_plot(arguments, tmp_path, monkeypatch):
+def test_the_command_writes_profile_report_and_plot(arguments, tmp_path):
     words = [word for key, value in arguments.items() for word in (f"--{key.replace('_', '-')}", value)]
     ran = CliRunner().invoke(cli.app, ["calibrate", *words])
     assert ran.exit_code == 0, ran.output
