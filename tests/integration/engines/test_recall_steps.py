@@ -17,6 +17,7 @@ from kvsluice.kernels.dispatch import TRITON
 from kvsluice.models.model import Model
 from kvsluice.services.decode import step as step_module
 from kvsluice.services.decode.engine import EmittedChoice
+from tests.integration.engines.conftest import VOCAB
 from tests.integration.engines.test_kept_rows import kept_of, run_keeping
 from tests.integration.engines.test_kept_sessions import first_turn, next_turn
 from tests.integration.engines.test_recall import chunks, plain
@@ -118,6 +119,46 @@ def test_a_mixed_batch_recalls_what_its_sequences_do_one_by_one(
     assert kernels() >= STEPS - 1
     for name in ("packed", "more bits", "of every fourth"):
         assert wanted[name][1] > 4 * len(held[name][-1]) > 0, "some made room"
+
+
+class Later:
+    """Does recorded work when it is replayed, and not before, from the buffers that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(self, work):
+        result = torch.full((2, VOCAB), torch.nan)
+
+        def replay() -> None:
+            self.replays += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+def test_a_replayed_step_reads_what_its_buffers_say(
+    bench, encode, prompt, sampling, model, kernels, one_by_one
+) -> None:
+    """Of two sequences that take turns in the first place, and seal what they have generated."""
+    encoded = {
+        name: encode(prompt(SIZE + 22 + 3 * seed, seed), sampling.drawn(7, seed=seed), quick(recall_step=4))
+        for seed, name in enumerate(("x", "y"))
+    }
+    wanted = one_by_one(lambda: run_watched(bench(), encoded, looks=False))
+    b, graphs, step = bench(), Later(), step_module.StepRunner._together
+    b.engine.runner._steps._graphs = graphs
+    turned = []
+
+    def in_turn(self, rows, blocks, places):
+        turned.append(1)
+        if len(rows) < 2 or len(turned) % 2:
+            return step(self, rows, blocks, places)
+        return step(self, rows[::-1], blocks[::-1], places[::-1]).flip(0)
+
+    b.engine.runner._together = in_turn.__get__(b.engine.runner)
+    assert run_watched(b, encoded, looks=False) == wanted
+    assert graphs.replays >= 4
 
 
 def test_another_engine_goes_on_from_what_is_kept(bench, encode, prompt, sampling, model, kernels, one_by_one) -> None:
