@@ -9,8 +9,11 @@ import pytest
 
 from kvsluice.benchmarks import runner, subject
 from kvsluice.benchmarks.options import PARTS, argument_parser, parse_options
+from kvsluice.compression.recipe import fill
 from kvsluice.errors import InvalidRequest, KvsluiceError
+from kvsluice.models.config import SHAPES
 from kvsluice.services import cli
+from kvsluice.services.model_shape import model_shape
 from kvsluice.tests.command_line import help_options
 
 
@@ -30,8 +33,8 @@ def test_what_decode_measures():
     options = parse_options("decode", given)
     assert options.batches == (1, 32, None)
     assert options.hit_rates == (0, 0.6, 0.9)
-    assert options.recipes["sluice"].retrieval.selected_chunks(124_928) == 2048 // 4
-    assert options.recipes["sluice"].retrieval.selected_chunks(1_048_576) == 2048 // 4
+    sluice = fill(options.recipes["sluice"], model_shape(SHAPES["smollm2-135m"]), {})
+    assert sluice.retrieval.selected_chunks(124_928) == sluice.retrieval.selected_chunks(1_048_576) == 2048 // 4
     assert options.recipes["exact"] == parse_options("decode", {}).recipes["exact"]
 
 
