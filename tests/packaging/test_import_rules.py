@@ -74,6 +74,7 @@ TORCH_FREE_FILES = (
     "services/gateway/",
     "models/tokenizer.py",
     "compression/recipe.py",
+    "compression/shared_layers.py",
     "compression/slots.py",
 )
 
