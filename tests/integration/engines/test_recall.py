@@ -267,7 +267,7 @@ def test_the_store_changes_no_token(bench, encode, prompt, sampling, recipe) -> 
     assert b.engine.tier_snapshot().store_reads >= 1
 
 
-@pytest.mark.parametrize("length", [3, 90], ids=["one by one", "in blocks"])
+@pytest.mark.parametrize("length", [1, 3, 90, pytest.param(400, marks=pytest.mark.acceptance)])
 def test_a_turn_goes_on_with_the_cache_or_with_what_is_stored(bench, encode, prompt, sampling, recipe, length) -> None:
     encoded = encode(prompt(SIZE), sampling.drawn(20, seed=3), recipe)
     b = bench(session_bytes=1 << 30)
