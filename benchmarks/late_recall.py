@@ -136,8 +136,8 @@ def measure(model: Model, profile: Mapping[str, Any], recipe: Recipe, task: str,
             return scorer, scorer.run(case), rows
 
     late, late_says, chosen = ran(recipe)
-    back = recalled_rows(late.sequence, recipe.retrieval.chunk) if chosen else ()
-    if not len(back):
+    back = recalled_rows(late.sequence, recipe.retrieval.chunk)
+    if not chosen or not len(back):
         return None
     rows = torch.tensor(sorted({*chosen[0].tolist(), *back.tolist()}))
     whole = propagated(recipe, recall=0.0, rate=(len(rows) + 0.5) / len(case.prompt_ids))
