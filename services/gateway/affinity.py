@@ -20,7 +20,7 @@ from .waits import saved
 
 BYTES_PER_TOKEN = 4  # about, where a prompt is not tokenized yet
 MAX_HASHED = 262_144  # tokens of a beginning: hashing more would hold up others
-MAX_REMEMBERED = 16384  # chunks of each worker; 8M tokens in chunks of 512
+MAX_REMEMBERED = 16384  # chunks of each worker; 8M tokens in chunks of 512, of prompts that came as text half of that
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ class RunPrefixes:
         expected_tokens: int = 0,
     ) -> None:
         """The worker has run a prompt that begins so, of which it had the first `cached_tokens`. Where it was taken to
-        have more when the prompt was given to it, it has made room, or has none for so much: the rest is forgotten."""
+        have more when the prompt was given to it, by a chunk at least, it has made room, or has none for so much: the
+        rest is forgotten. By less than that only its last rows run again, or a text's tokens lie otherwise."""
         names = prefixes.names(chunk_tokens)
-        if cached_tokens < expected_tokens:
+        if names and cached_tokens + chunk_tokens <= expected_tokens:
             for name in names[cached_tokens // chunk_tokens :]:
                 self._shares.pop(name, None)
             names = names[: cached_tokens // chunk_tokens]

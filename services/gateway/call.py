@@ -93,6 +93,9 @@ class Call:
                 with self._spanning(route, attempt):
                     await attempt.run()
                 break
+            except asyncio.CancelledError:
+                self._count_again(attempt)  # whoever leaves pays for what ran
+                raise
             except KvsluiceError as exc:
                 if attempt.handoff_is_open:
                     self._metrics.handoff_failed(exc.type_name)

@@ -141,6 +141,26 @@ async def test_what_is_found_is_worth_what_its_layers_take(make_real_fleet) -> N
     assert 0.7 * whole < shallow_hit < whole
 
 
+async def test_who_leaves_pays_for_what_ran(make_real_fleet, monkeypatch) -> None:
+    fleet, used = await make_real_fleet(chunk_tokens=CHUNK), []
+    end = AdmissionPolicy.end
+
+    def noting(self: AdmissionPolicy, place: Place, num_choices: int, used_tokens: float | None = None) -> list[Place]:
+        used.append(used_tokens)
+        return end(self, place, num_choices, used_tokens)
+
+    monkeypatch.setattr(AdmissionPolicy, "end", noting)
+    for question in (0, 1):
+        await fleet.client.generate(asks(question), **GREEDY)
+    stream = fleet.client.stream(asks(2), temperature=0, max_tokens=400, ignore_eos=True)
+    await anext(aiter(stream))
+    stream.cancel()
+    await fleet.until_idle()
+    miss, hit, left = used
+    assert miss == len(asks(0)) + 6
+    assert hit < 0.4 * miss and left < hit + 30, "a document that was found is not paid for by leaving"
+
+
 async def test_turns_of_a_session_are_not_taken_for_prompts_that_are_known(make_real_fleet, asked) -> None:
     fleet = await make_real_fleet(chunk_tokens=CHUNK, store=MemoryStore(1 << 26))
     text = "A document, of which much is asked. " * 8

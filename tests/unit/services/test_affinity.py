@@ -77,6 +77,15 @@ def test_what_a_worker_turns_out_not_to_have_is_forgotten():
     assert found(run, whole, CHUNK) == 12
 
 
+def test_less_than_a_chunk_too_much_is_no_mistake():
+    """The last rows of a prompt that is known run all the same, and a text's tokens are not of one length."""
+    run, whole = RunPrefixes(), prompt(*range(12))
+    run.remember(whole, CHUNK)
+    for cached in (8, 9, 11):
+        run.remember(whole, CHUNK, 1.0, cached, expected_tokens=12 if cached > 8 else 11)
+        assert found(run, whole, CHUNK) == 12
+
+
 def test_prompts_that_run_at_once_do_not_make_each_other_forgotten():
     """The second one was given to the worker before the first one's beginning was known."""
     run, whole = RunPrefixes(), prompt(*range(12))
