@@ -6,7 +6,7 @@ in it, so what is measured is what a service runs once the keys stand in the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -168,8 +168,8 @@ def propagations(subject: Subject, grid: Grid) -> list[Candidate]:
     aligned = subject.recipe.propagation.chunk_aligned
     windows = grid.windows or (CHUNK_WINDOWS if aligned else ROW_WINDOWS)
     layers = grid.layers or tuple(range(max(1, subject.shape.num_layers - 1)))
-    found = _every(subject, PROPAGATION, {"layer": layers, "rate": grid.rates, "window": windows})
-    found = [_with_leanest(subject, one, grid) for one in found]
+    each = _each(subject, PROPAGATION, {"layer": layers, "rate": grid.rates, "window": windows})
+    found = [_with_leanest(subject, one, grid) for one in each]
     if grid.layers is None and "layer" in subject.open:
         found = _thinned(found, key_of(subject.recipe, "layer"))
     return found
@@ -177,9 +177,13 @@ def propagations(subject: Subject, grid: Grid) -> list[Candidate]:
 
 def caches(subject: Subject, grid: Grid, chosen: Choice) -> list[Candidate]:
     """Every choice of how rows are packed and read under a choice of propagation."""
+    return list(_each_cache(subject, grid, chosen))
+
+
+def _each_cache(subject: Subject, grid: Grid, chosen: Choice) -> Iterator[Candidate]:
     codecs = [key_codec(name, subject.shape) for name in grid.keys]
     values = {"key_codec": codecs, "chunk": grid.chunks, "outliers": grid.outliers, "recall": grid.recalls}
-    return _every(subject, CACHE, values, chosen)
+    return _each(subject, CACHE, values, chosen)
 
 
 def allowed(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -195,7 +199,7 @@ def require_some(candidates: Sequence[Candidate], what: str) -> None:
     """
     if allowed(candidates):
         return
-    nearest = min(candidates, key=lambda one: (one.costs is None, one.costs.together if one.costs else 0.0))
+    nearest = min(candidates, key=_distance)
     raise InvalidRequest(
         f"no {what} is left", f"{nearest.label} comes nearest and {nearest.refused}", "larger budgets, other values"
     )
@@ -240,32 +244,37 @@ def _stated(recipe: Recipe, filled: Recipe) -> dict[str, Any]:
     return values
 
 
-def _every(
+def _each(
     subject: Subject, numbers: Sequence[str], values: Mapping[str, Sequence[Any]], more: Choice | None = None
-) -> list[Candidate]:
+) -> Iterator[Candidate]:
     """A candidate for each combination of the values of those numbers that are open; none where none is.
 
     Args:
         more: what else each of them has.
     """
     own = [number for number in numbers if number in subject.open]
-    if not own:
-        return []
-    found = []
-    for combination in product(*(values[number] for number in own)):
+    for combination in product(*(values[number] for number in own)) if own else ():
         choice = {key_of(subject.recipe, number): value for number, value in zip(own, combination, strict=True)}
-        found.append(subject.candidate(label_of(choice, subject.shape), {**(more or {}), **choice}))
-    return found
+        yield subject.candidate(label_of(choice, subject.shape), {**(more or {}), **choice})
 
 
 def _with_leanest(subject: Subject, one: Candidate, grid: Grid) -> Candidate:
-    """A candidate of propagation that only ships too much is not refused where some cache to choose later makes up for
-    it: it is the rows that go on that are looked at here."""
-    if one.refused is None or one.costs is None or one.costs.prefill > subject.max_prefill:
+    """It is the rows that go on that are looked at here: where caches are to be chosen later, what a candidate of
+    propagation ships is judged by the one of them that suits it, and it is refused where none does."""
+    if one.costs is None or one.costs.prefill > subject.max_prefill:
         return one
-    if any(cache.refused is None for cache in caches(subject, grid, one.choice)):
-        return replace(one, refused=None)
-    return one
+    nearest: Candidate | None = None
+    for cache in _each_cache(subject, grid, one.choice):
+        if cache.refused is None:
+            return replace(one, refused=None)
+        if nearest is None or _distance(cache) < _distance(nearest):
+            nearest = cache
+    return one if nearest is None else replace(one, refused=f"with {nearest.label} {nearest.refused}")
+
+
+def _distance(one: Candidate) -> tuple[bool, float]:
+    """Of candidates that are refused, how far one is from being allowed."""
+    return one.costs is None, one.costs.together if one.costs else 0.0
 
 
 def _thinned(candidates: list[Candidate], key: str) -> list[Candidate]:

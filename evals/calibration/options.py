@@ -19,6 +19,7 @@ from .candidates import KEYS, PROPAGATION, Grid, open_numbers
 AS_EVAL = (
     "model", "profile", "task", "texts", "device", "dtype", "batch", "processes", "chunk-tokens", "kernels", "commit",
 )  # fmt: skip
+FINALISTS = "finalists.json"  # what the second cut writes beside the report
 MOST_FINALISTS, MOST_PROMPTS = 32, 256
 USUAL_PREFILL, MOST_PREFILL = 0.7, 10.0
 
@@ -101,6 +102,10 @@ def parse_calibration(given: Mapping[str, Any]) -> CalibrationOptions:
     shared = {key: text[key] for key in of_eval if text[key] != ""}
     evaluation = parse_options({**shared, "suite": "ruler", "recipe": EXACT, "fresh": bool(given.get("fresh"))})
     recipe = _recipe(text["recipe"])
+    out = _file("out", text["out"] or f"{_name(text['model'])}.profile.json", ".json")
+    json = _file("json", text["json"], ".json") if text["json"] else None
+    if json is not None and out.resolve() in (json.resolve(), beside(json, FINALISTS).resolve()):
+        raise InvalidRequest("--out", f"{out} is what --json writes", "another file than the report's")
     chosen = ("rates", "windows", "layers", "recalls", "keys", "chunks", "outliers")
     _check_of_use(recipe, [key for key in chosen if given.get(key) is not None])
     return CalibrationOptions(
@@ -111,10 +116,15 @@ def parse_calibration(given: Mapping[str, Any]) -> CalibrationOptions:
         prompts=whole("prompts", text["prompts"], 1, MOST_PROMPTS),
         finalists=whole("finalists", text["finalists"], 1, MOST_FINALISTS),
         grid=_grid(text),
-        out=_file("out", text["out"] or f"{_name(text['model'])}.profile.json", ".json"),
-        json=_file("json", text["json"], ".json") if text["json"] else None,
+        out=out,
+        json=json,
         plot=_file("plot", text["plot"], ".svg") if text["plot"] else None,
     )
+
+
+def beside(report: Path, ending: str) -> Path:
+    """A file next to the report, of the same name but for its end."""
+    return report.with_name(f"{report.name.removesuffix('.json')}.{ending}")
 
 
 def _grid(text: Mapping[str, str]) -> Grid:

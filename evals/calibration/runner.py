@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +33,7 @@ from ..workfile import Record, WorkFile, unit_of
 from .candidates import Candidate, Subject, allowed, caches, propagations, require_some
 from .choosing import choose, finalists, merged, ranked
 from .first_cut import cache_errors, propagation_errors
-from .options import CalibrationOptions
+from .options import FINALISTS, CalibrationOptions, beside
 from .overview import print_overview
 from .plot import calibration_plot
 from .records import Report, make_report, tried
@@ -138,7 +137,11 @@ def _planned(options: CalibrationOptions) -> tuple[Subject, Profile, _Prompts]:
     evaluation = options.evaluation
     say("reading texts and the tokenizer", NAME)
     plan = make_plan(evaluation)
-    present = stored_profile(evaluation.model) if evaluation.profile is None else read_profile(evaluation.profile)
+    present = (
+        stored_profile(locate(evaluation.model).name)
+        if evaluation.profile is None
+        else read_profile(evaluation.profile)
+    )
     subject = Subject(
         load_config(evaluation.model),
         plan.shape,
@@ -205,7 +208,7 @@ def _kept(
 
         yield done, keep
         return
-    path = _beside(options.json, f"{stage}.work.jsonl")
+    path = beside(options.json, f"{stage}.work.jsonl")
     with closing(WorkFile(path, identity, options.evaluation.fresh)) as work:
         yield work.done, work.add
 
@@ -217,12 +220,8 @@ def _means(errors: Errors) -> dict[str, float]:
 def _second_cut(options: CalibrationOptions, final: Sequence[Candidate]) -> EvalOptions:
     recipes = {EXACT: get_recipe(EXACT)}
     recipes |= {one.label: one.recipe for one in final if one.recipe is not None}
-    json = None if options.json is None else _beside(options.json, "finalists.json")
+    json = None if options.json is None else beside(options.json, FINALISTS)
     return replace(options.evaluation, recipes=recipes, json=json)
-
-
-def _beside(report: Path, ending: str) -> Path:
-    return report.with_name(f"{report.name.removesuffix('.json')}.{ending}")
 
 
 def _profile(options: CalibrationOptions, present: Profile, winner: Candidate, where: str) -> Profile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kvsluice.evals.evaluator import Evaluator, make_plan
 from kvsluice.evals.options import parse_options
 from kvsluice.evals.results import load
 from kvsluice.evals.suites import Case
+from kvsluice.models import profiles
 from kvsluice.models.forward import forward_hidden
 from kvsluice.models.loader import load_model
 from kvsluice.models.profiles import Profile, load_profile, read_profile
@@ -272,6 +274,16 @@ def test_a_profile_keeps_what_was_not_chosen(arguments, tmp_path, monkeypatch):
     after = read_profile(before)
     assert (after.fastkv_layer, after.tsp_layer) == (2, 1)
     assert after.chunk == report.finalist(report.chosen).choice["chunk"]
+
+
+def test_a_model_is_known_by_the_name_of_its_folder_however_it_is_spelt(arguments, tmp_path, monkeypatch):
+    """What its profile says of other recipes stays."""
+    stored = Profile(fastkv_layer=2)
+    monkeypatch.setattr(profiles, "_stored", lambda: {Path(arguments["model"]).name: stored})
+    link = tmp_path / "elsewhere"
+    link.symlink_to(arguments["model"], target_is_directory=True)
+    _, present, _ = runner._planned(parse_calibration(arguments | {"model": str(link)}))
+    assert present == stored
 
 
 def test_what_cannot_work_is_refused_before_the_model_is_read(arguments, monkeypatch, tmp_path):

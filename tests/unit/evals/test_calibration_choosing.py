@@ -94,6 +94,17 @@ def test_more_bytes_than_the_profile_has_are_no_reason_against_rows() -> None:
     assert len(allowed(propagations(subject(profile=wide), GRID))) == len(allowed(propagations(subject(), GRID)))
 
 
+def test_rows_for_which_no_cache_is_left_are_refused() -> None:
+    """Whatever the profile has now: rows are packed by one of the caches to choose from."""
+    assert subject().present().refused is None
+    grid = replace(GRID, keys=("int8",), layers=(3, 18), rates=(0.2,), windows=(64,))
+    shallow, deep = propagations(subject(), grid)
+    assert shallow.refused is None
+    assert deep.refused.startswith("with int8") and "ships 0." in deep.refused
+    with pytest.raises(InvalidRequest, match=r"no way to select rows is left: .* comes nearest and with "):
+        require_some(propagations(subject(max_shipped=0.05), grid), "way to select rows")
+
+
 def test_caches_keep_within_the_bytes_under_the_rows_that_were_chosen() -> None:
     rows = {"tsp_layer": 19, "tsp_rate": 0.2, "tsp_window": 64}
     found = caches(subject(), GRID, rows)
@@ -191,6 +202,8 @@ def test_among_those_that_are_not_told_apart_the_cheapest_wins() -> None:
         ({"device": "tpu"}, "--device: 'tpu'; allowed: cpu, cuda"),
         ({"out": "profile.txt"}, "--out: 'profile.txt'; allowed: a file whose name ends in .json"),
         ({"plot": "a.png"}, "--plot: 'a.png'; allowed: a file whose name ends in .svg"),
+        ({"out": "a.json", "json": "./a.json"}, "--out: a.json is what --json writes; allowed: another file"),
+        ({"out": "a.finalists.json", "json": "a.json"}, "--out: a.finalists.json is what --json writes"),
     ],
 )
 def test_bad_options_are_refused_by_name(given, said) -> None:
