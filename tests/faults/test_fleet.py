@@ -125,6 +125,16 @@ def test_a_bad_setting_stops_the_start_and_is_named(arguments, named):
     assert "Traceback" not in done.stderr
 
 
+def test_a_profile_that_does_not_fit_the_model_stops_the_start(tmp_path):
+    """Which shows, too, that workers read the file that is named."""
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"tsp_layer": 900}')
+    done = serve("--profile", str(profile), "--port", "0", "--no-http")
+    assert done.returncode == 1
+    assert "profile: does not fit the model under sluice: " in done.stderr and "got 900" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "kvsluice.services.cli", "serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
