@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -112,9 +113,7 @@ def prefix_table(results: Mapping[str, Any]) -> str:
         tokens = one["document_tokens"] + one["question_tokens"]
         seconds = (f"{one[name]:.2f} s" for name in ("alone_s", "fills_s", "hits_s"))
         found = f"{one['found_tokens']:,} of {tokens:,}"
-        ratios = [each["hits_s"] / each["alone_s"] for each in one["rounds"]]
-        spread = f"{one['hit_over_alone']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rows.append((f"`{one['recipe']}`", found, *seconds, spread))
+        rows.append((f"`{one['recipe']}`", found, *seconds, _spread(one["rounds"], "hits_s", "alone_s")))
     header = ("recipe", "tokens found", "nothing kept", "first question, kept", "second question, a hit", "hit ÷ alone")
     first, device = results["results"][0], results["device"]
     same = sum(one["same_tokens"] for one in results["results"])
@@ -125,6 +124,29 @@ def prefix_table(results: Mapping[str, Any]) -> str:
         "token that it drew alone."
     )
     return f"{table(header, rows)}\n\n{origin}"
+
+
+def turn_table(results: Mapping[str, Any]) -> str:
+    """Times to the first token of a conversation's second turn, beside its first and beside no session."""
+    rows = []
+    for one in results["results"]:
+        seconds = (f"{one[name]:.1f} s" for name in ("first_s", "second_s", "again_s"))
+        spreads = [_spread(one["rounds"], "second_s", other) for other in ("first_s", "again_s")]
+        rows.append((one["recipe"], *seconds, *spreads))
+    header = ("recipe", "first turn", "second turn", "all of it as a prompt", "second ÷ first", "second ÷ all of it")
+    first, device = results["results"][0], results["device"]
+    origin = (
+        f"Time to the first token in the engines, medians of {len(first['rounds'])} rounds (least to most): a document "
+        f"of {first['context']:,} tokens and a second turn of {first['turn']}, `{results['model']}` in "
+        f"{device['dtype']} on {_where(results)}."
+    )
+    return f"{table(header, rows)}\n\n{origin}"
+
+
+def _spread(rounds: Sequence[Mapping[str, float]], over: str, under: str) -> str:
+    """The median of the rounds' ratios, and the least and the most."""
+    ratios = sorted(one[over] / one[under] for one in rounds)
+    return f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def late_table(results: Mapping[str, Any]) -> str:
@@ -183,6 +205,7 @@ BLOCKS = (
     Block("docs/faults.md", "attacks", "attacks.json", attack_lines),
     Block("docs/faults.md", "soak", "soak.json", soak_lines),
     Block("docs/prefixes.md", "hits", "shared_prefixes_cpu.json", prefix_table),
+    Block("docs/sessions.md", "turns", "second_turn_cpu.json", turn_table),
     Block("docs/recall.md", "late", "late_recall_cpu.json", late_table),
     Block("docs/security.md", "overload", "overload.json", overload_table),
 )
