@@ -15,7 +15,7 @@ from .slots import Affine
 
 Tensors = Mapping[str, Tensor]
 
-_PACKED = ("codes", "scale", "minimum")  # what `quantize` gives
+PACKED = ("codes", "scale", "minimum")  # what `quantize` gives
 FLOAT8_MAX = 448.0  # of e4m3
 BLOCK_ROWS = 2048  # rows packed at once, so that float32 copies do not grow with the prompt
 
@@ -154,13 +154,13 @@ class AffineCodec:
         spec = self._spec
         if not spec.balanced:
             packed = quantize(rows, spec.bits, spec.group, spec.axis)
-            return dict(zip(_PACKED, packed, strict=True))
+            return dict(zip(PACKED, packed, strict=True))
         # along tokens, so blocks of rows are packed apart
         pieces = [
             quantize(rows[begin : begin + BLOCK_ROWS] * basis["balance"], spec.bits, spec.group, spec.axis)
             for begin in range(0, len(rows), BLOCK_ROWS)
         ]
-        return {name: torch.cat(tensors) for name, tensors in zip(_PACKED, zip(*pieces, strict=True), strict=True)}
+        return {name: torch.cat(tensors) for name, tensors in zip(PACKED, zip(*pieces, strict=True), strict=True)}
 
     def reader(self, tensors: Tensors, basis: Tensors, head_dim: int, chunk: int) -> Reader:
         """See `Codec`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .codec_slots import Affine
-from .codecs import BLOCK_ROWS, Reader
+from .codecs import BLOCK_ROWS, PACKED, Reader
 from .host_values import HostReader, HostValues
 from .interfaces import PageSource
 from .placement import hidden_placement
@@ -60,8 +60,9 @@ class HiddenRows:
         source: PageSource | None,
     ) -> None:
         self.plan, self.codec, self.width = plan, recipe.propagation.hidden_codec, shape.hidden_size
-        codec, dim, packed = self.codec.build(), self.width, dict(tensors)
-        self._chunks, self._first, self._held = packed.pop("chunks"), first, packed
+        codec, dim = self.codec.build(), self.width
+        packed = {name: tensors[name] for name in PACKED}  # in this order, whatever the sender's: kernels go by it
+        self._chunks, self._first, self._held = tensors["chunks"], first, packed
         self.host: HostValues | None = None
         self._reader: Reader = codec.reader(packed, {}, dim, plan.chunk)
         place = None if source is None else hidden_placement(recipe, shape, plan, source.page_nbytes)
