@@ -14,26 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from ..compression.interfaces import EncodedLayer
 from ..compression.recipe import Recipe, get_recipe, resolve
-from ..errors import InvalidRequest, KvsluiceError
-from ..evals.report import write_results
-from ..models.checkpoint import DEFAULT_MODEL
 from ..models.loader import load_model
 from ..models.model import Model
 from ..models.profiles import load_profile
-from ..models.sampling import Sampled, SamplingParams
-from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..models.sampling import SamplingParams
+from ..services.prefill.engine import PrefillEngine
 from ..services.prefill.prefix_memory import make_prefix_memory
+from .first_token import add_options, check_counts, first_token, write
+
+SAMPLING = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 
 
 @dataclass(frozen=True)
@@ -68,33 +63,6 @@ class Round:
     same_token: bool
 
 
-class _FirstToken:
-    """Notes when the first token came."""
-
-    def __init__(self) -> None:
-        self.error: KvsluiceError | None = None
-        self.at_s = 0.0
-        self.token_id = -1
-
-    def ready(self) -> bool:
-        return True
-
-    def on_layer_start(self, layer: int) -> None:
-        """Nothing to prepare."""
-
-    def on_layer(self, encoded: EncodedLayer) -> None:
-        """Not kept."""
-
-    def on_first_tokens(self, sampled: list[Sampled]) -> None:
-        self.at_s, self.token_id = time.perf_counter(), sampled[0].token_id
-
-    def on_done(self) -> None:
-        """Nothing to close."""
-
-    def on_error(self, error: KvsluiceError) -> None:
-        self.error = error
-
-
 def measure(model: Model, case: Case, recipe: Recipe, rounds: int, seed: int = 0) -> list[Round]:
     """Run a case.
 
@@ -115,15 +83,15 @@ def measure(model: Model, case: Case, recipe: Recipe, rounds: int, seed: int = 0
         return PrefillEngine(model, case.chunk_tokens, case.pack_tokens, prefix_memory=memory)
 
     shares, alone = engine(kept_bytes), engine(0)
-    _first_token(alone, ids(case.chunk_tokens), get_recipe("exact"))  # warms up
+    first_token(alone, ids(case.chunk_tokens), get_recipe("exact"), SAMPLING)  # warms up
     found = []
     for _ in range(rounds):
         document = ids(case.document_tokens)
         first, second = (document + ids(case.question_tokens) for _ in range(2))
-        fills_s, _, _ = _first_token(shares, first, recipe)
-        hits_s, token, num_found = _first_token(shares, second, recipe)
-        alone_s, wanted, _ = _first_token(alone, second, recipe)
-        found.append(Round(fills_s, hits_s, alone_s, num_found, token == wanted))
+        fills, hits = (first_token(shares, ids_of_one, recipe, SAMPLING) for ids_of_one in (first, second))
+        whole = first_token(alone, second, recipe, SAMPLING)
+        same = hits.sampled[0].token_id == whole.sampled[0].token_id
+        found.append(Round(fills.seconds, hits.seconds, whole.seconds, hits.found_tokens, same))
     return found
 
 
@@ -132,18 +100,6 @@ def _row_bytes(model: Model) -> int:
     config = model.config
     width = 2 * config.num_layers * config.num_kv_heads * config.head_dim + config.hidden_size
     return width * model.dtype.itemsize
-
-
-def _first_token(engine: PrefillEngine, ids: Sequence[int], recipe: Recipe) -> tuple[float, int, int]:
-    """Seconds until it, the token, and how many tokens of the prompt were found."""
-    sink, found, begun_s = _FirstToken(), [0], time.perf_counter()
-    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    engine.submit(PrefillJob("measured", 1, tuple(ids), recipe, sampling), sink, found.append)
-    while engine.step():
-        pass
-    if sink.error is not None:
-        raise sink.error
-    return sink.at_s - begun_s, sink.token_id, found[-1]
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -163,18 +119,11 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each recipe, print a line each, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--recipes", nargs="+", default=["exact", "sluice"])
+    add_options(parser)
     parser.add_argument("--document-tokens", type=int, default=4000)
     parser.add_argument("--question-tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunk-tokens", type=int, default=512)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file with all that was measured")
     options = parser.parse_args(argv)
-    for name in ("document_tokens", "question_tokens", "rounds", "chunk_tokens"):
-        if getattr(options, name) < 1:
-            raise InvalidRequest(f"--{name.replace('_', '-')}", f"is {getattr(options, name)}", "at least 1")
+    check_counts(options, "document_tokens", "question_tokens")
     model = load_model(options.model, device=options.device)
     results = []
     for name in options.recipes:
@@ -192,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["effective"] = resolved.recipe.name
         results.append(asdict(case) | found)
         print(json.dumps({key: value for key, value in results[-1].items() if key != "rounds"}), flush=True)
-    if options.out is not None:
-        device = {"type": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-        write_results(options.out, {"model": options.model, "device": device, "results": results})
+    write(options, model, results)
 
 
 if __name__ == "__main__":

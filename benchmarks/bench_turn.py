@@ -16,27 +16,23 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-import torch
-
-from ..compression.interfaces import EncodedLayer
 from ..compression.recipe import Recipe, get_recipe, resolve
 from ..compression.slots import TspPropagation
-from ..errors import InternalError, InvalidRequest, KvsluiceError
-from ..evals.report import write_results
-from ..models.checkpoint import DEFAULT_MODEL, locate
+from ..errors import InternalError
+from ..models.checkpoint import locate
 from ..models.loader import load_model
 from ..models.model import Model
 from ..models.profiles import load_profile
-from ..models.sampling import Sampled, SamplingParams
+from ..models.sampling import SamplingParams
 from ..services.decode.engine import DecodeEngine, DecodeRequest, EmittedChoice, FailedEvent, TokensEvent
 from ..services.decode.kept_sessions import SessionTurn
 from ..services.model_shape import model_shape
-from ..services.prefill.engine import PrefillEngine, PrefillJob
+from ..services.prefill.engine import PrefillEngine
+from .first_token import FirstToken, add_options, check_counts, first_token, write
 
 ANSWER_TOKENS = 4  # of each turn
 
@@ -48,35 +44,6 @@ class Round:
     first_s: float
     second_s: float
     again_s: float
-
-
-@dataclass
-class Prefilled:
-    """A prompt's layers and first token, and when that came; the sink of its prefill."""
-
-    layers: list[EncodedLayer] = field(default_factory=list)
-    first: tuple[EmittedChoice, ...] = ()
-    at_s: float = 0.0
-    error: KvsluiceError | None = None
-
-    def ready(self) -> bool:
-        return True
-
-    def on_layer_start(self, layer: int) -> None:
-        """Nothing to prepare."""
-
-    def on_layer(self, encoded: EncodedLayer) -> None:
-        self.layers.append(encoded)
-
-    def on_first_tokens(self, sampled: list[Sampled]) -> None:
-        self.at_s = time.perf_counter()
-        self.first = tuple(EmittedChoice((one.token_id,), one.finish_reason) for one in sampled)
-
-    def on_done(self) -> None:
-        """All layers came before."""
-
-    def on_error(self, error: KvsluiceError) -> None:
-        self.error = error
 
 
 class Conversation:
@@ -92,24 +59,18 @@ class Conversation:
         self._sampling = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True)
         self._key = ""  # of the conversation that goes on; what others have left makes room
 
-    def prefill(self, ids: Sequence[int], recipe: Recipe) -> tuple[float, Prefilled]:
-        """Run a prompt. Returns seconds to its first token, and what it left."""
-        sink, begun_s = Prefilled(), time.perf_counter()
-        self._prefill.submit(PrefillJob("measured", 1, tuple(ids), recipe, self._sampling), sink)
-        while self._prefill.step():
-            pass
-        if sink.error is not None:
-            raise sink.error
-        return sink.at_s - begun_s, sink
+    def prefill(self, ids: Sequence[int], recipe: Recipe) -> FirstToken:
+        """Run a prompt."""
+        return first_token(self._prefill, ids, recipe, self._sampling, keeps_layers=True)
 
-    def first_turn(self, ids: Sequence[int], recipe: Recipe, done: Prefilled) -> tuple[int, ...]:
+    def first_turn(self, ids: Sequence[int], recipe: Recipe, done: FirstToken) -> tuple[int, ...]:
         """Decode behind a prompt, and keep the cache. Returns the answer."""
         self._key += "'"
         self._decode.open(DecodeRequest("one", 1, len(ids), recipe, self._sampling, session_key=self._key))
         for layer in done.layers:
             self._decode.add_layer("one", layer)
-        self._decode.commit("one", tuple(ids), done.first)
-        said = list(done.first[0].token_ids)
+        said = [one.token_id for one in done.sampled]
+        self._decode.commit("one", tuple(ids), [EmittedChoice(tuple(said), done.sampled[0].finish_reason)])
         while self._decode.has_work:
             said += [token.token_id for event in self._step() for token in event.sampled]
         return tuple(said)
@@ -171,11 +132,11 @@ def measure(
     found = []
     for _ in range(rounds):
         prompt, question = ids(lengths.context), ids(lengths.turn)
-        first_s, done = both.prefill(prompt, recipe)
-        history = (*both.first_turn(prompt, recipe, done), *question)
+        first = both.prefill(prompt, recipe)
+        history = (*both.first_turn(prompt, recipe, first), *question)
         second_s = both.second_turn(prompt, recipe, history)
-        again_s, _ = both.prefill((*prompt, *history), recipe)
-        found.append(Round(first_s, second_s, again_s))
+        again = both.prefill((*prompt, *history), recipe)
+        found.append(Round(first.seconds, second_s, again.seconds))
     return found
 
 
@@ -205,20 +166,13 @@ def chosen_recipes(names: Sequence[str], recall: float) -> dict[str, Recipe]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each recipe, print a line each, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--recipes", nargs="+", default=["exact", "sluice"])
+    add_options(parser)
     parser.add_argument("--recall", type=float, default=0.05, help="share of the prompt; 0 = without alone")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--turn-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--capacity-gib", type=float, default=4.0, help="memory of decode")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file with all that was measured")
     options = parser.parse_args(argv)
-    for name in ("context", "turn_tokens", "rounds", "chunk_tokens"):
-        if getattr(options, name) < 1:
-            raise InvalidRequest(f"--{name.replace('_', '-')}", f"is {getattr(options, name)}", "at least 1")
+    check_counts(options, "context", "turn_tokens")
     model = load_model(options.model, device=options.device)
     shape = model_shape(model.config)
     profile = load_profile(locate(options.model).name, shape)
@@ -229,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = measure(model, lengths, resolved.recipe, options.rounds, int(options.capacity_gib * (1 << 30)))
         results.append({"recipe": label, "effective": resolved.recipe.name, **asdict(lengths), **summary(rounds)})
         print(json.dumps({key: value for key, value in results[-1].items() if key != "rounds"}), flush=True)
-    if options.out is not None:
-        device = {"type": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-        write_results(options.out, {"model": options.model, "device": device, "results": results})
+    write(options, model, results)
 
 
 if __name__ == "__main__":
