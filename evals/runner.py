@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
@@ -32,7 +31,7 @@ from .statistics import summarize
 from .suites import Unit
 from .turn_tasks import NUM_TURNS
 from .work_processes import evaluate_in_processes
-from .workfile import Record, WorkFile, check_writable, unit_of, work_path
+from .workfile import Record, check_writable, kept, work_path
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -53,7 +52,8 @@ def run(options: EvalOptions) -> EvalResults:
     evaluator = Evaluator(options, plan) if options.processes == 1 else None
     model = _evaluated_model(options, evaluator)
     where = environment_of(options.device, options.processes, options.commit)
-    with _kept(options, _identity(options, plan, model, where)) as (done, keep):
+    path = None if options.json is None else work_path(options.json)
+    with kept(path, _identity(options, plan, model, where), options.fresh) as (done, keep):
         left = [unit for unit in plan.units if unit not in done]
         if others := len(done.keys() - set(plan.units)):
             say(f"{others} samples that are done are not among those asked for: they are kept, and left out of results")
@@ -82,24 +82,6 @@ def _batches(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:
     for _, same in groupby(units, key=lambda unit: unit.context):
         own = list(same)
         yield from (own[begin : begin + size] for begin in range(0, len(own), size))
-
-
-Keep = Callable[[Record], None]
-
-
-@contextmanager
-def _kept(options: EvalOptions, identity: Mapping[str, Any]) -> Iterator[tuple[dict[Unit, Record], Keep]]:
-    """Records that are there already, and where new ones go."""
-    if options.json is None:
-        done: dict[Unit, Record] = {}
-
-        def keep(record: Record) -> None:
-            done[unit_of(record)] = record
-
-        yield done, keep
-        return
-    with closing(WorkFile(work_path(options.json), identity, options.fresh)) as work:
-        yield work.done, work.add
 
 
 def _evaluated_model(options: EvalOptions, evaluator: Evaluator | None) -> EvaluatedModel:
@@ -234,8 +216,8 @@ def run_command(options: EvalOptions) -> int:
     try:
         results = run(options)
     except KeyboardInterrupt:
-        kept = "" if options.json is None else f"; the same command goes on from {work_path(options.json)}"
-        print(f"kvsluice eval: stopped{kept}", file=sys.stderr)
+        where = "" if options.json is None else f"; the same command goes on from {work_path(options.json)}"
+        print(f"kvsluice eval: stopped{where}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print_overview(results)
     return 0

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -130,6 +131,32 @@ class WorkFile:
             self._file.flush()
         except OSError as exc:
             raise _cannot_write(self._path, exc) from exc
+
+
+Keep = Callable[[Record], None]
+
+
+@contextmanager
+def kept(path: Path | None, identity: Mapping[str, Any], fresh: bool) -> Iterator[tuple[dict[Unit, Record], Keep]]:
+    """Records that are there already, and where new ones go.
+
+    Args:
+        path: of the work file; None = they are kept in memory alone.
+        identity, fresh: see `WorkFile`.
+
+    Raises:
+        InvalidRequest: see `WorkFile`.
+    """
+    if path is None:
+        done: dict[Unit, Record] = {}
+
+        def keep(record: Record) -> None:
+            done[unit_of(record)] = record
+
+        yield done, keep
+        return
+    with closing(WorkFile(path, identity, fresh)) as work:
+        yield work.done, work.add
 
 
 def _shown(value: Any) -> str:

@@ -9,8 +9,8 @@ The first cut goes in stages: which rows go on, then, under the best of that, ho
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -29,7 +29,7 @@ from ..results import EXACT, check_writable, save_json, save_text
 from ..runner import EXIT_INTERRUPTED, run
 from ..scoring import CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from ..suites import Case, Unit
-from ..workfile import Record, WorkFile, unit_of
+from ..workfile import kept
 from .candidates import Candidate, Subject, allowed, caches, propagations, require_some
 from .choosing import choose, finalists, merged, ranked
 from .first_cut import cache_errors, propagation_errors
@@ -184,7 +184,9 @@ def _stage(
     if not recipes:
         return {}
     fingerprints = {label: recipe.fingerprint for label, recipe in recipes.items()}
-    with _kept(options, name, {**prompts.identity, "stage": name, "candidates": fingerprints}) as (done, keep):
+    path = None if options.json is None else beside(options.json, f"{name}.work.jsonl")
+    identity = {**prompts.identity, "stage": name, "candidates": fingerprints}
+    with kept(path, identity, options.evaluation.fresh) as (done, keep):
         left = [unit for unit in prompts.units if unit not in done]
         with progress(prompts.units, left, f"{NAME}, {name}") as shown:
             for unit in left:
@@ -193,24 +195,6 @@ def _stage(
                 keep({**asdict(unit), "errors": dict(errors)})
                 shown.advance(unit.context)
         return {label: [done[unit]["errors"][label] for unit in prompts.units] for label in recipes}
-
-
-@contextmanager
-def _kept(
-    options: CalibrationOptions, stage: str, identity: Mapping[str, Any]
-) -> Iterator[tuple[dict[Unit, Record], Callable[[Record], None]]]:
-    """Records that are there already, and where new ones go."""
-    if options.json is None:
-        done: dict[Unit, Record] = {}
-
-        def keep(record: Record) -> None:
-            done[unit_of(record)] = record
-
-        yield done, keep
-        return
-    path = beside(options.json, f"{stage}.work.jsonl")
-    with closing(WorkFile(path, identity, options.evaluation.fresh)) as work:
-        yield work.done, work.add
 
 
 def _means(errors: Errors) -> dict[str, float]:

@@ -62,8 +62,7 @@ def work(num_tokens: float) -> float:
 
 
 def saved(cached_tokens: float) -> float:
-    """What a prompt costs less, in tokens, whose first `cached_tokens` need not run: they are loaded and attended to.
-    Under recipes that share only their lower layers they save less than that; it is an estimate."""
+    """What a prompt costs less, in tokens, where so many need not run in any layer: they are loaded and attended to."""
     return cached_tokens * (1 - CACHED_SHARE)
 
 

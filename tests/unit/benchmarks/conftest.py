@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from kvsluice.benchmarks.bench_results import BenchResults
 from kvsluice.benchmarks.options import parse_options
 from kvsluice.benchmarks.progress import Progress
 from kvsluice.benchmarks.runner import run
+from kvsluice.models.config import config_from_hf
+from kvsluice.models.model import Model
+from kvsluice.models.weights import random_weights
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,23 @@ def tiny_folder(tmp_path_factory) -> Path:
         max_position_embeddings=4096,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Model:
+    """A Llama of four layers in float32, its weights drawn at random."""
+    raw = {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 4096,
+    }
+    config = config_from_hf(raw)
+    return Model(config, random_weights(config, torch.float32, torch.device("cpu"), 0), fingerprint="tiny")
 
 
 @pytest.fixture

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from kvsluice.benchmarks import bench_prefix
 from kvsluice.errors import InvalidRequest
-from kvsluice.models.config import config_from_hf
-from kvsluice.models.model import Model
-from kvsluice.models.weights import random_weights
 
 SMALL = [
     "--model",
@@ -28,20 +24,8 @@ SMALL = [
 
 
 @pytest.fixture
-def tiny(monkeypatch) -> None:
-    raw = {
-        "model_type": "llama",
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 97,
-        "max_position_embeddings": 4096,
-    }
-    config = config_from_hf(raw)
-    model = Model(config, random_weights(config, torch.float32, torch.device("cpu"), 0), fingerprint="tiny")
-    monkeypatch.setattr(bench_prefix, "load_model", lambda name, device: model)
+def tiny(monkeypatch, tiny_model) -> None:
+    monkeypatch.setattr(bench_prefix, "load_model", lambda name, device: tiny_model)
 
 
 def test_a_line_a_recipe_and_a_file_with_every_round(tiny, tmp_path, capsys) -> None:

@@ -5,34 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from kvsluice.benchmarks import bench_turn
 from kvsluice.errors import InternalError, InvalidRequest
-from kvsluice.models.config import config_from_hf
-from kvsluice.models.model import Model
-from kvsluice.models.weights import random_weights
 
 SMALL = ["--context", "1300", "--turn-tokens", "20", "--chunk-tokens", "128", "--rounds", "2", "--device", "cpu"]
 SMALL += ["--capacity-gib", "0.05"]
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch) -> None:
-    config = config_from_hf(
-        {
-            "model_type": "llama",
-            "num_hidden_layers": 4,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 97,
-            "max_position_embeddings": 4096,
-        }
-    )
-    model = Model(config, random_weights(config, torch.float32, torch.device("cpu"), 0), fingerprint="tiny")
-    monkeypatch.setattr(bench_turn, "load_model", lambda name, device: model)
+def tiny(monkeypatch, tiny_model) -> None:
+    monkeypatch.setattr(bench_turn, "load_model", lambda name, device: tiny_model)
     monkeypatch.setattr(bench_turn, "load_profile", lambda name, shape: {"tsp_layer": 1, "tsp_rate": 0.3})
 
 
